@@ -1,1 +1,29 @@
-//! x
+//! The Lineside agent: desired models and streams in, results out over MQTT.
+//!
+//! The modules stand on floors, and a lower one never imports a higher one (a test sees to it):
+//!
+//! ```text
+//! 6  app, telemetry, commands           wiring
+//! 5  tasks                              the loops, one owner each
+//! 4  camera, mqtt, serve                one folder per outside world
+//! 3  spool, slot, frames                where the planes meet
+//! 2  plan                               decisions: pure, no I/O, time as an argument
+//! 1  config, message, verdict           what is written down, and what is said
+//! 0  base                               clock, shutdown, backoff, digest, metrics
+//! ```
+
+pub mod app;
+pub mod base;
+pub mod camera;
+pub mod commands;
+pub mod config;
+pub mod frames;
+pub mod message;
+pub mod mqtt;
+pub mod plan;
+pub mod serve;
+pub mod slot;
+pub mod spool;
+pub mod tasks;
+pub mod telemetry;
+pub mod verdict;

@@ -18,9 +18,9 @@ To run it again:
     .venv/bin/python train.py                # writes next to this script
     .venv/bin/python train.py --out DIR      # writes somewhere else
 
-It takes about TIME_PLACEHOLDER minutes on two processor cores and needs no graphics card. The same seed gives the
-same pictures and the same weights on one machine. On another processor the last bits of the weights may differ,
-because compilers order floating-point sums differently, and so may the digest of the model.
+It takes about 10 minutes on two processor cores and needs no graphics card. The same seed gives the same pictures and
+the same weights on one machine. On another processor the last bits of the weights may differ, because compilers order
+floating-point sums differently, and so may the digest of the model.
 """
 
 import argparse
@@ -584,7 +584,7 @@ def train(seed, pixels, labels, cells, epochs):
     """Trains with Adam and returns the weights of the plain network.
 
     Who draws a defect knows where it is. So the network must say, beside what the picture shows, what each cell of
-    its last map shows, through a linear layer that is dropped afterwards. It learns several times faster that way.
+    its last map shows, through a linear layer that is dropped afterwards. A picture teaches far more that way.
     """
     import jax
     import jax.numpy as jnp

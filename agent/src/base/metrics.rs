@@ -1,0 +1,127 @@
+//! Everything that is counted, in one place. There is no global registry: whoever counts is handed this.
+//!
+//! Names follow the Prometheus conventions: prefix `lineside_`, base units, few labels. `docs/metrics.md` explains each.
+
+use prometheus::core::Collector;
+use prometheus::{
+    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+const NAMESPACE: &str = "lineside";
+
+/// Upper bounds of the inference histogram, in seconds.
+const DURATION_SECONDS: [f64; 14] =
+    [0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 5.0];
+
+/// What the agent counts.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Registry,
+    /// By model, version and outcome (`ok` or `error`).
+    pub inference_requests: IntCounterVec,
+    /// By model, version and phase (`queue`, `decode`, `preprocess`, `infer`, `postprocess`).
+    pub inference_duration: HistogramVec,
+    /// By stream and outcome (`processed`, `skipped`, `stale`, `failed`).
+    pub frames: IntCounterVec,
+    /// By stream: 1 while frames can be had.
+    pub stream_up: IntGaugeVec,
+    /// By stream.
+    pub stream_reconnects: IntCounterVec,
+    /// By stream and verdict.
+    pub verdicts: IntCounterVec,
+    /// By model, version and state: 1 for the state it is in.
+    pub model_state: IntGaugeVec,
+    /// By file: 1 while the manifest is refused.
+    pub manifest_rejected: IntGaugeVec,
+    /// Records waiting for the broker.
+    pub spool_records: IntGauge,
+    /// Bytes waiting for the broker.
+    pub spool_bytes: IntGauge,
+    /// Age of the oldest record that waits.
+    pub spool_oldest_seconds: IntGauge,
+    /// By reason.
+    pub spool_dropped: IntCounterVec,
+    /// 1 while the broker is reached.
+    pub mqtt_connected: IntGauge,
+    /// Messages the broker has acknowledged.
+    pub mqtt_published: IntCounter,
+    /// Connections refused because there were too many.
+    pub http_refused: IntCounter,
+}
+
+impl Metrics {
+    /// Metrics that start at zero.
+    ///
+    /// # Errors
+    /// When two of them bear one name, which is a mistake in this file.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let options = |name: &str, help: &str| Opts::new(name, help).namespace(NAMESPACE);
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            registered(&registry, IntCounterVec::new(options(name, help), labels)?)
+        };
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            registered(&registry, IntGaugeVec::new(options(name, help), labels)?)
+        };
+        let counter =
+            |name: &str, help: &str| registered(&registry, IntCounter::with_opts(options(name, help))?);
+        let gauge = |name: &str, help: &str| registered(&registry, IntGauge::with_opts(options(name, help))?);
+        let duration = HistogramOpts::new("inference_duration_seconds", "Time spent in each phase of an inspection.")
+            .namespace(NAMESPACE)
+            .buckets(DURATION_SECONDS.to_vec());
+        let metrics = Self {
+            inference_requests: counters(
+                "inference_requests_total",
+                "Inspections, by outcome.",
+                &["model", "version", "outcome"],
+            )?,
+            inference_duration: registered(&registry, HistogramVec::new(duration, &["model", "version", "phase"])?)?,
+            frames: counters("frames_total", "Frames that reached their stream, by outcome.", &["stream", "outcome"])?,
+            stream_up: gauges("stream_up", "Whether frames can be had from the stream.", &["stream"])?,
+            stream_reconnects: counters(
+                "stream_reconnects_total",
+                "Attempts to reach a camera again.",
+                &["stream"],
+            )?,
+            verdicts: counters("verdicts_total", "Verdicts, by stream and kind.", &["stream", "verdict"])?,
+            model_state: gauges(
+                "model_state",
+                "State of each model version: 1 for the one it is in.",
+                &["model", "version", "state"],
+            )?,
+            manifest_rejected: gauges(
+                "manifest_rejected",
+                "Whether a manifest file is refused; its last good content stays in force.",
+                &["file"],
+            )?,
+            spool_records: gauge("spool_records", "Records waiting to be acknowledged by the broker.")?,
+            spool_bytes: gauge("spool_bytes", "Bytes waiting to be acknowledged by the broker.")?,
+            spool_oldest_seconds: gauge("spool_oldest_seconds", "Age of the oldest record that waits.")?,
+            spool_dropped: counters("spool_dropped_total", "Records given up, by reason.", &["reason"])?,
+            mqtt_connected: gauge("mqtt_connected", "Whether the broker is reached.")?,
+            mqtt_published: counter("mqtt_published_total", "Messages the broker has acknowledged.")?,
+            http_refused: counter("http_connections_refused_total", "Connections closed because there were too many.")?,
+            registry: registry.clone(),
+        };
+        let build = registered(
+            &registry,
+            IntGaugeVec::new(options("build_info", "Always 1; the labels say what runs."), &["version"])?,
+        )?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        metrics.spool_dropped.with_label_values(&["full"]);
+        Ok(metrics)
+    }
+
+    /// All of them in the Prometheus text format, version 0.0.4.
+    ///
+    /// # Errors
+    /// When the encoder refuses, which it does not for metrics registered here.
+    pub fn encode(&self) -> Result<String, prometheus::Error> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+fn registered<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}

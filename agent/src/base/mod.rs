@@ -1,0 +1,8 @@
+//! What every floor above may use and what knows none of them.
+
+pub mod backoff;
+pub mod clock;
+pub mod digest;
+pub mod files;
+pub mod metrics;
+pub mod shutdown;

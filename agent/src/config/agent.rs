@@ -1,0 +1,417 @@
+//! The agent's own configuration: flags override the environment, which overrides the file.
+//!
+//! Every setting is looked up in the three layers by one table, so that its flag (`--data-dir`), its variable
+//! (`LINESIDE_DATA_DIR`) and its key in the file (`dataDir`) cannot drift apart, and a mistake is reported with the name
+//! under which the value was given.
+//!
+//! Unknown keys of the file are mistakes. Unknown `LINESIDE_` variables are not: Kubernetes puts such variables into
+//! every pod beside a Service called `lineside` (`LINESIDE_SERVICE_HOST`, `LINESIDE_PORT_8080_TCP` and more). For the same
+//! reason no setting of ours is called `port` or begins with `service`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use reqwest::Url;
+use serde_json::Value;
+
+use super::{Mistakes, lenient};
+
+/// The settings: name as a flag without its dashes. Variable and file key follow from it.
+const SETTINGS: [&str; 10] = [
+    "node",
+    "site",
+    "prefix",
+    "manifests",
+    "data-dir",
+    "mqtt",
+    "http",
+    "insecure-bind",
+    "labels",
+    "spool-memory-mib",
+];
+
+const MQTT_PORT: u16 = 1883;
+const HTTP_DEFAULT: &str = "127.0.0.1:8080";
+const SPOOL_MEMORY_MIB_DEFAULT: &str = "64";
+const SPOOL_MEMORY_MIB_MAX: u64 = 4096;
+
+/// The agent's configuration, complete and validated.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The node's name, in topics and ids.
+    pub node: String,
+    /// The site's name, in topics.
+    pub site: String,
+    /// What every topic begins with.
+    pub prefix: String,
+    /// The folder of manifests.
+    pub manifests: PathBuf,
+    /// The folder the agent keeps its own state in.
+    pub data_dir: PathBuf,
+    /// The broker.
+    pub broker: Broker,
+    /// Where health and metrics are served.
+    pub http: SocketAddr,
+    /// Labels of the node, which manifests select by.
+    pub labels: BTreeMap<String, String>,
+    /// Most bytes of results held while the broker is away.
+    pub spool_bytes_max: u64,
+}
+
+/// An MQTT broker's address.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Broker {
+    /// Host name or address.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+    /// User and password.
+    pub credentials: Option<(String, String)>,
+}
+
+/// Shown without the password.
+impl fmt::Debug for Broker {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{self}")
+    }
+}
+
+impl fmt::Display for Broker {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(formatter, "mqtt://[{}]:{}", self.host, self.port),
+            false => write!(formatter, "mqtt://{}:{}", self.host, self.port),
+        }
+    }
+}
+
+/// The three layers, each from setting to value as text.
+#[derive(Debug, Default)]
+pub struct Layers {
+    flags: BTreeMap<&'static str, String>,
+    environment: BTreeMap<&'static str, String>,
+    file: BTreeMap<&'static str, String>,
+    file_name: String,
+}
+
+impl Layers {
+    /// Layers with nothing in them.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets a flag; a setting that is not in the table is a mistake of this program and is left out.
+    pub fn flag(&mut self, setting: &str, value: Option<String>) {
+        if let (Some(setting), Some(value)) = (SETTINGS.iter().find(|known| **known == setting), value) {
+            self.flags.insert(setting, value);
+        }
+    }
+
+    /// Takes our variables out of an environment. An empty variable counts as none.
+    pub fn environment(&mut self, variables: impl IntoIterator<Item = (String, String)>) {
+        let variables: BTreeMap<String, String> = variables.into_iter().collect();
+        for setting in SETTINGS {
+            if let Some(value) = variables.get(&variable(setting)).filter(|value| !value.is_empty()) {
+                self.environment.insert(setting, value.clone());
+            }
+        }
+    }
+
+    /// Takes the settings out of a configuration file's text.
+    pub fn file(&mut self, name: &str, text: &str, mistakes: &mut Mistakes) {
+        name.clone_into(&mut self.file_name);
+        let documents = match lenient::documents(text) {
+            Ok(documents) => documents,
+            Err(mistake) => return mistakes.add(name, mistake),
+        };
+        for document in documents {
+            let Value::Object(entries) = document else {
+                mistakes.add(name, "must be settings, one `key: value` to a line");
+                continue;
+            };
+            for (key, value) in entries {
+                let Some(setting) = SETTINGS.iter().find(|setting| file_key(setting) == key) else {
+                    let known = SETTINGS.map(file_key).join(", ");
+                    mistakes.add(format!("{name} {key}"), format!("is not a known key; there are {known}"));
+                    continue;
+                };
+                match plain(&value) {
+                    Some(text) => drop(self.file.insert(setting, text)),
+                    None => mistakes.add(format!("{name} {key}"), "must be a single value"),
+                }
+            }
+        }
+    }
+
+    /// The value in force and the name it was given under.
+    fn get(&self, setting: &'static str) -> (Option<&str>, String) {
+        if let Some(value) = self.flags.get(setting) {
+            return (Some(value), format!("--{setting}"));
+        }
+        if let Some(value) = self.environment.get(setting) {
+            return (Some(value), variable(setting));
+        }
+        match self.file.get(setting) {
+            Some(value) => (Some(value), format!("{} {}", self.file_name, file_key(setting))),
+            None => (None, format!("--{setting}")),
+        }
+    }
+
+    /// Validates everything.
+    ///
+    /// # Errors
+    /// Every mistake, in the order of the settings.
+    pub fn resolve(&self, mut mistakes: Mistakes, host_name: &str) -> Result<Config, Vec<String>> {
+        let mut text = |setting: &'static str, otherwise: Option<&str>, check: fn(&str) -> Result<(), String>| {
+            let (value, place) = self.get(setting);
+            let value = value.or(otherwise).map(str::to_owned);
+            let value = mistakes.require(&place, value)?;
+            mistakes.take(&place, check(&value)).map(|()| value)
+        };
+        let any = |_: &str| Ok(());
+        let node = text("node", Some(&host_name.to_lowercase()), topic_segment);
+        let site = text("site", Some("default"), topic_segment);
+        let prefix = text("prefix", Some("lineside"), |prefix| prefix.split('/').try_for_each(topic_segment));
+        let manifests = text("manifests", None, |folder| match std::fs::metadata(folder) {
+            Ok(found) if found.is_dir() => Ok(()),
+            Ok(_) => Err(format!("{folder} is no folder")),
+            Err(error) => Err(format!("{folder} cannot be read: {error}")),
+        });
+        let data_dir = text("data-dir", Some("/var/lib/lineside"), any);
+        let mqtt = text("mqtt", None, any);
+        let http = text("http", Some(HTTP_DEFAULT), any);
+        let insecure = text("insecure-bind", Some("false"), any);
+        let labels = text("labels", Some(""), any);
+        let spool = text("spool-memory-mib", Some(SPOOL_MEMORY_MIB_DEFAULT), any);
+
+        let broker = mqtt.and_then(|url| mistakes.take(&self.get("mqtt").1, broker(&url)));
+        let insecure = insecure.and_then(|text| {
+            let flag = text.parse::<bool>().map_err(|_| format!("`{text}` is neither true nor false"));
+            mistakes.take(&self.get("insecure-bind").1, flag)
+        });
+        let http = http.and_then(|text| {
+            let address = bind_address(&text, insecure.unwrap_or(false));
+            mistakes.take(&self.get("http").1, address)
+        });
+        let labels = labels.and_then(|text| mistakes.take(&self.get("labels").1, labels_of(&text)));
+        let spool = spool.and_then(|text| {
+            let mib = text.parse::<u64>().ok().filter(|mib| (1..=SPOOL_MEMORY_MIB_MAX).contains(mib));
+            let mib = mib.ok_or_else(|| format!("`{text}` is no number within 1 and {SPOOL_MEMORY_MIB_MAX}"));
+            mistakes.take(&self.get("spool-memory-mib").1, mib)
+        });
+        let complete = || {
+            Some(Config {
+                node: node?,
+                site: site?,
+                prefix: prefix?,
+                manifests: manifests?.into(),
+                data_dir: data_dir?.into(),
+                broker: broker?,
+                http: http?,
+                labels: labels?,
+                spool_bytes_max: spool? << 20,
+            })
+        };
+        match complete() {
+            Some(config) if mistakes.is_empty() => Ok(config),
+            _ => Err(mistakes.into_list()),
+        }
+    }
+}
+
+/// `data-dir` as `LINESIDE_DATA_DIR`.
+fn variable(setting: &str) -> String {
+    format!("LINESIDE_{}", setting.to_uppercase().replace('-', "_"))
+}
+
+/// `data-dir` as `dataDir`; units keep their own spelling.
+fn file_key(setting: &str) -> String {
+    let mut words = setting.split('-');
+    let first = words.next().unwrap_or_default().to_owned();
+    words.fold(first, |key, word| match word {
+        "mib" => key + "MiB",
+        word => key + &word[..1].to_uppercase() + &word[1..],
+    })
+}
+
+/// A YAML value as the text a flag would have; a mapping becomes `key=value,key=value`.
+fn plain(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Bool(flag) => Some(flag.to_string()),
+        Value::Number(number) => Some(number.to_string()),
+        Value::Object(entries) => entries
+            .iter()
+            .map(|(key, value)| Some(format!("{key}={}", value.as_str()?)))
+            .collect::<Option<Vec<_>>>()
+            .map(|pairs| pairs.join(",")),
+        Value::Null | Value::Array(_) => None,
+    }
+}
+
+/// Whether a text may be one level of an MQTT topic (MQTT 3.1.1, section 4.7).
+fn topic_segment(text: &str) -> Result<(), String> {
+    let forbidden = |character: char| matches!(character, '+' | '#' | '/') || character.is_control();
+    match text {
+        "" => Err("must not be empty".to_owned()),
+        text if text.len() > 253 => Err("is longer than 253 bytes".to_owned()),
+        text if text.starts_with('$') || text.contains(forbidden) => {
+            Err(format!("`{}` may not begin with $ nor hold +, #, / or control characters", text.escape_debug()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn broker(text: &str) -> Result<Broker, String> {
+    let url = Url::parse(text).map_err(|error| format!("this is no address like mqtt://broker:1883: {error}"))?;
+    match url.scheme() {
+        "mqtt" => {}
+        "mqtts" => return Err("TLS to the broker is not built into this version yet; use mqtt://".to_owned()),
+        other => return Err(format!("{other}: is not known; use mqtt://broker:1883")),
+    }
+    if !matches!(url.path(), "" | "/") || url.query().is_some() {
+        return Err("holds more than a host and a port".to_owned());
+    }
+    let host = url.host_str().filter(|host| !host.is_empty()).ok_or("has no host")?;
+    let decoded = |text: &str| percent_decoded(text).ok_or("has a user or password that is no UTF-8");
+    let credentials = match (url.username(), url.password()) {
+        ("", None) => None,
+        (user, password) => Some((decoded(user)?, decoded(password.unwrap_or_default())?)),
+    };
+    Ok(Broker {
+        host: host.trim_start_matches('[').trim_end_matches(']').to_owned(),
+        port: url.port().unwrap_or(MQTT_PORT),
+        credentials,
+    })
+}
+
+/// RFC 3986 percent-decoding; what is no escape stays as it is.
+fn percent_decoded(text: &str) -> Option<String> {
+    let bytes = text.as_bytes();
+    let mut decoded = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let escape = (bytes[at] == b'%')
+            .then(|| bytes.get(at + 1..at + 3))
+            .flatten()
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
+        decoded.push(escape.unwrap_or(bytes[at]));
+        at += if escape.is_some() { 3 } else { 1 };
+    }
+    String::from_utf8(decoded).ok()
+}
+
+/// `host:port`, where the host is an address; only the machine itself can reach it unless told otherwise.
+fn bind_address(text: &str, insecure: bool) -> Result<SocketAddr, String> {
+    let address: SocketAddr =
+        text.parse().map_err(|_| format!("`{text}` is no address and port, such as {HTTP_DEFAULT} or [::1]:8080"))?;
+    let is_loopback = match address.ip() {
+        IpAddr::V4(ip) => ip.is_loopback(),
+        IpAddr::V6(ip) => ip.is_loopback(),
+    };
+    match is_loopback || insecure {
+        true => Ok(address),
+        false => Err(format!(
+            "{address} can be reached from other machines without TLS or a token; use a loopback address, or \
+             --insecure-bind where the network is trusted"
+        )),
+    }
+}
+
+fn labels_of(text: &str) -> Result<BTreeMap<String, String>, String> {
+    text.split(',')
+        .filter(|pair| !pair.trim().is_empty())
+        .map(|pair| match pair.trim().split_once('=') {
+            Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+            _ => Err(format!("`{pair}` is no label; expected key=value")),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolved(flags: &[(&str, &str)], environment: &[(&str, &str)], file: &str) -> Result<Config, Vec<String>> {
+        let mut layers = Layers::new();
+        let mut mistakes = Mistakes::default();
+        flags.iter().for_each(|(setting, value)| layers.flag(setting, Some((*value).to_owned())));
+        layers.environment(environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        layers.file("lineside.yaml", file, &mut mistakes);
+        layers.resolve(mistakes, "Edge-3")
+    }
+
+    #[test]
+    fn flags_override_the_environment_which_overrides_the_file() {
+        let file = "manifests: /\nmqtt: mqtt://file\nsite: file\nnode: file\nlabels: {line: a, zone: b}\nspoolMemoryMiB: 7\n";
+        let environment = [
+            ("LINESIDE_SITE", "environment"),
+            ("LINESIDE_NODE", "environment"),
+            ("LINESIDE_PREFIX", ""),
+            ("LINESIDE_SERVICE_HOST", "10.0.0.1"),
+            ("LINESIDE_PORT", "tcp://10.0.0.1:8080"),
+        ];
+        let config = resolved(&[("node", "flag")], &environment, file).unwrap();
+        assert_eq!((config.node.as_str(), config.site.as_str()), ("flag", "environment"));
+        assert_eq!((config.broker.host.as_str(), config.prefix.as_str()), ("file", "lineside"));
+        assert_eq!(config.labels.len(), 2);
+        assert_eq!(config.spool_bytes_max, 7 << 20);
+        let defaults = resolved(&[("manifests", "/"), ("mqtt", "mqtt://b")], &[], "").unwrap();
+        assert_eq!((defaults.node.as_str(), defaults.http.port()), ("edge-3", 8080));
+    }
+
+    #[test]
+    fn one_start_reports_every_mistake_with_the_name_it_was_given_under() {
+        let mistakes = resolved(
+            &[("node", "a/b"), ("http", "nowhere")],
+            &[("LINESIDE_SPOOL_MEMORY_MIB", "0"), ("LINESIDE_MANIFESTS", "/no/such/folder")],
+            "mqtt: http://x\nspeed: 3\nsite: [1]\nlabels: novalue\n",
+        )
+        .unwrap_err();
+        for expected in [
+            "--node: `a/b`",
+            "--http: `nowhere`",
+            "LINESIDE_SPOOL_MEMORY_MIB: `0`",
+            "LINESIDE_MANIFESTS: /no/such/folder cannot be read",
+            "lineside.yaml mqtt: http: is not known",
+            "lineside.yaml speed: is not a known key",
+            "lineside.yaml site: must be a single value",
+            "lineside.yaml labels: `novalue`",
+        ] {
+            assert!(mistakes.iter().any(|mistake| mistake.starts_with(expected)), "{expected}\n{mistakes:#?}");
+        }
+        let missing = resolved(&[], &[], "").unwrap_err();
+        assert_eq!(missing, ["--manifests: is missing", "--mqtt: is missing"]);
+    }
+
+    #[test]
+    fn an_open_address_has_to_be_wanted() {
+        let with = |address: &str, insecure: &str| {
+            resolved(&[("manifests", "/"), ("mqtt", "mqtt://b"), ("http", address), ("insecure-bind", insecure)], &[], "")
+        };
+        assert!(with("127.0.0.1:0", "false").is_ok() && with("[::1]:8080", "false").is_ok());
+        assert!(with("0.0.0.0:8080", "false").unwrap_err()[0].contains("--insecure-bind"));
+        assert!(with("0.0.0.0:8080", "true").is_ok());
+        assert!(with("0.0.0.0:8080", "maybe").is_err());
+    }
+
+    #[test]
+    fn a_brokers_password_is_read_and_never_shown() {
+        let broker = broker("mqtt://line:s%40crt@[::1]:1884").unwrap();
+        assert_eq!(broker.credentials, Some(("line".to_owned(), "s@crt".to_owned())));
+        assert_eq!(format!("{broker} {broker:?}"), "mqtt://[::1]:1884 mqtt://[::1]:1884");
+        for wrong in ["", "broker", "mqtt://", "mqtt:///x", "mqtts://b", "mqtt://b/topic", "mqtt://b:99999"] {
+            assert!(super::broker(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_setting_has_one_name_in_three_spellings() {
+        assert_eq!((variable("spool-memory-mib"), file_key("spool-memory-mib")), (
+            "LINESIDE_SPOOL_MEMORY_MIB".to_owned(),
+            "spoolMemoryMiB".to_owned()
+        ));
+    }
+}

@@ -18,6 +18,7 @@ pub mod camera;
 pub mod commands;
 pub mod config;
 pub mod frames;
+pub mod manifests;
 pub mod message;
 pub mod mqtt;
 pub mod plan;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `lineside` program. Everything is in the library; this only hands over.
+
+fn main() -> std::process::ExitCode {
+    lineside::commands::main()
+}

@@ -99,6 +99,7 @@ pub enum PredictionInfo {
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct ClassInfo {
     /// Its name.
+    #[serde(serialize_with = "text")]
     pub label: Arc<str>,
     /// Its index in the model's output.
     pub class: u32,
@@ -110,6 +111,7 @@ pub struct ClassInfo {
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DetectionInfo {
     /// Its class's name.
+    #[serde(serialize_with = "text")]
     pub label: Arc<str>,
     /// Its class's index.
     pub class: u32,
@@ -139,6 +141,7 @@ pub struct MapInfo {
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct TensorInfo {
     /// The output's name.
+    #[serde(serialize_with = "text")]
     pub name: Arc<str>,
     /// Type of its elements.
     pub datatype: DataType,
@@ -179,6 +182,11 @@ pub struct Latency {
     pub total: f64,
 }
 
+/// A shared text as a string. serde's own way for these is a feature that half the dependencies would be rebuilt for.
+fn text<S: serde::Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(text)
+}
+
 impl Latency {
     /// Of one frame that waited for `queue` and took `total` in all.
     pub fn new(queue: Duration, timings: Timings, total: Duration) -> Self {
@@ -211,11 +219,12 @@ impl From<Prediction> for PredictionInfo {
             Prediction::Detections(found) => {
                 Self::Detect { detections: found.into_iter().map(DetectionInfo::from).collect() }
             }
-            Prediction::Anomaly { score, map } => Self::Anomaly {
-                score,
-                map: map.map(|map| MapInfo::new(map.width, map.height, &map.values)),
-            },
-            Prediction::Tensors(outputs) => Self::Tensor { outputs: outputs.into_iter().map(TensorInfo::from).collect() },
+            Prediction::Anomaly { score, map } => {
+                Self::Anomaly { score, map: map.map(|map| MapInfo::new(map.width, map.height, &map.values)) }
+            }
+            Prediction::Tensors(outputs) => {
+                Self::Tensor { outputs: outputs.into_iter().map(TensorInfo::from).collect() }
+            }
         }
     }
 }

@@ -22,6 +22,19 @@ pub enum Task {
     Tensor,
 }
 
+impl Task {
+    /// As it stands in manifests and results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Classify => "classify",
+            Self::Detect => "detect",
+            Self::Segment => "segment",
+            Self::Anomaly => "anomaly",
+            Self::Tensor => "tensor",
+        }
+    }
+}
+
 /// How the source picture is brought to the size of the model's input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

@@ -42,7 +42,8 @@ mod tests {
     fn delays_double_up_to_the_cap_and_start_over_after_a_success() {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
         for attempt in 0..2000u32 {
-            let whole = Duration::from_millis(100).saturating_mul(2u32.saturating_pow(attempt)).min(Duration::from_secs(5));
+            let whole =
+                Duration::from_millis(100).saturating_mul(2u32.saturating_pow(attempt)).min(Duration::from_secs(5));
             let delay = backoff.next_delay();
             assert!(delay >= whole / 2 && delay <= whole, "attempt {attempt}: {delay:?} of {whole:?}");
         }

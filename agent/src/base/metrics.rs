@@ -63,8 +63,7 @@ impl Metrics {
         let gauges = |name: &str, help: &str, labels: &[&str]| {
             registered(&registry, IntGaugeVec::new(options(name, help), labels)?)
         };
-        let counter =
-            |name: &str, help: &str| registered(&registry, IntCounter::with_opts(options(name, help))?);
+        let counter = |name: &str, help: &str| registered(&registry, IntCounter::with_opts(options(name, help))?);
         let gauge = |name: &str, help: &str| registered(&registry, IntGauge::with_opts(options(name, help))?);
         let duration = HistogramOpts::new("inference_duration_seconds", "Time spent in each phase of an inspection.")
             .namespace(NAMESPACE)
@@ -78,11 +77,7 @@ impl Metrics {
             inference_duration: registered(&registry, HistogramVec::new(duration, &["model", "version", "phase"])?)?,
             frames: counters("frames_total", "Frames that reached their stream, by outcome.", &["stream", "outcome"])?,
             stream_up: gauges("stream_up", "Whether frames can be had from the stream.", &["stream"])?,
-            stream_reconnects: counters(
-                "stream_reconnects_total",
-                "Attempts to reach a camera again.",
-                &["stream"],
-            )?,
+            stream_reconnects: counters("stream_reconnects_total", "Attempts to reach a camera again.", &["stream"])?,
             verdicts: counters("verdicts_total", "Verdicts, by stream and kind.", &["stream", "verdict"])?,
             model_state: gauges(
                 "model_state",

@@ -19,18 +19,8 @@ use serde_json::Value;
 use super::{Mistakes, lenient};
 
 /// The settings: name as a flag without its dashes. Variable and file key follow from it.
-const SETTINGS: [&str; 10] = [
-    "node",
-    "site",
-    "prefix",
-    "manifests",
-    "data-dir",
-    "mqtt",
-    "http",
-    "insecure-bind",
-    "labels",
-    "spool-memory-mib",
-];
+const SETTINGS: [&str; 10] =
+    ["node", "site", "prefix", "manifests", "data-dir", "mqtt", "http", "insecure-bind", "labels", "spool-memory-mib"];
 
 const MQTT_PORT: u16 = 1883;
 const HTTP_DEFAULT: &str = "127.0.0.1:8080";
@@ -345,7 +335,8 @@ mod tests {
 
     #[test]
     fn flags_override_the_environment_which_overrides_the_file() {
-        let file = "manifests: /\nmqtt: mqtt://file\nsite: file\nnode: file\nlabels: {line: a, zone: b}\nspoolMemoryMiB: 7\n";
+        let file =
+            "manifests: /\nmqtt: mqtt://file\nsite: file\nnode: file\nlabels: {line: a, zone: b}\nspoolMemoryMiB: 7\n";
         let environment = [
             ("LINESIDE_SITE", "environment"),
             ("LINESIDE_NODE", "environment"),
@@ -389,7 +380,11 @@ mod tests {
     #[test]
     fn an_open_address_has_to_be_wanted() {
         let with = |address: &str, insecure: &str| {
-            resolved(&[("manifests", "/"), ("mqtt", "mqtt://b"), ("http", address), ("insecure-bind", insecure)], &[], "")
+            resolved(
+                &[("manifests", "/"), ("mqtt", "mqtt://b"), ("http", address), ("insecure-bind", insecure)],
+                &[],
+                "",
+            )
         };
         assert!(with("127.0.0.1:0", "false").is_ok() && with("[::1]:8080", "false").is_ok());
         assert!(with("0.0.0.0:8080", "false").unwrap_err()[0].contains("--insecure-bind"));
@@ -409,9 +404,9 @@ mod tests {
 
     #[test]
     fn a_setting_has_one_name_in_three_spellings() {
-        assert_eq!((variable("spool-memory-mib"), file_key("spool-memory-mib")), (
-            "LINESIDE_SPOOL_MEMORY_MIB".to_owned(),
-            "spoolMemoryMiB".to_owned()
-        ));
+        assert_eq!(
+            (variable("spool-memory-mib"), file_key("spool-memory-mib")),
+            ("LINESIDE_SPOOL_MEMORY_MIB".to_owned(), "spoolMemoryMiB".to_owned())
+        );
     }
 }

@@ -119,8 +119,13 @@ mod tests {
         assert_eq!(sample.words, Some(vec!["a".to_owned(), "b".to_owned()]));
         assert_eq!(sample.inner, Some(Inner { flag: None, rate: Some(2.5) }));
         let list = mistakes.into_list();
-        let expected =
-            ["file.yaml number: ", "file.yaml words[1]: ", "file.yaml inner.flag: ", "file.yaml inner.fast: ", "file.yaml speed: "];
+        let expected = [
+            "file.yaml number: ",
+            "file.yaml words[1]: ",
+            "file.yaml inner.flag: ",
+            "file.yaml inner.fast: ",
+            "file.yaml speed: ",
+        ];
         assert_eq!(list.len(), expected.len(), "{list:#?}");
         for start in expected {
             assert!(list.iter().any(|mistake| mistake.starts_with(start)), "{start} in {list:#?}");

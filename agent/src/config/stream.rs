@@ -126,7 +126,8 @@ mod tests {
 
     #[test]
     fn one_file_may_not_define_an_object_twice() {
-        let one = format!("{HEAD}kind: EdgeModel\nmetadata: {{name: m}}\nspec: {{version: 1, source: {{uri: 'file:m'}}}}\n");
+        let one =
+            format!("{HEAD}kind: EdgeModel\nmetadata: {{name: m}}\nspec: {{version: 1, source: {{uri: 'file:m'}}}}\n");
         let mistakes = read(&format!("{one}---\n{one}"), Path::new("/")).unwrap_err();
         assert_eq!(mistakes, ["EdgeModel m: stands in the file twice"]);
     }

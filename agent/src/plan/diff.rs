@@ -91,7 +91,8 @@ fn model_step(wanted: &ModelManifest, model: &ObservedModel, now: Instant) -> Op
     if model.loading.is_some() || model.serving.as_ref() == Some(wanted) {
         return None;
     }
-    if let Some(serving) = model.serving.as_ref().filter(|serving| wanted.version < serving.version && !wanted.rollback) {
+    if let Some(serving) = model.serving.as_ref().filter(|serving| wanted.version < serving.version && !wanted.rollback)
+    {
         let already_said = model.refused.as_ref() == Some(wanted);
         return (!already_said).then(|| Step::Refuse { manifest: wanted.clone(), serving: serving.version });
     }

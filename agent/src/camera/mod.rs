@@ -1,0 +1,118 @@
+//! The cameras: everything that gives frames, one file per kind of source.
+//!
+//! A source runs until it is cancelled or comes to its end. It never gives up on a camera that may come back: it reports
+//! that the stream is down, once, waits with a capped and jittered backoff, and reports when it is up again.
+
+mod dir;
+mod file;
+mod http;
+mod multipart;
+
+use std::future::Future;
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use prometheus::{IntCounter, IntGauge};
+use tokio::time::MissedTickBehavior;
+
+use crate::base::backoff::Backoff;
+use crate::config::{StreamManifest, StreamSource};
+use crate::frames::{CapturedFrame, Mailbox};
+
+/// Bytes of one encoded frame at most.
+const FRAME_BYTES_MAX: usize = 16 << 20;
+/// First wait before a camera is tried again.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+/// Longest wait, so that frames come back within seconds of a camera.
+const RETRY_CAP: Duration = Duration::from_secs(4);
+
+/// What is counted of a stream's source.
+#[derive(Clone)]
+pub struct SourceMetrics {
+    /// 1 while frames can be had.
+    pub up: IntGauge,
+    /// Attempts to reach the camera again.
+    pub reconnects: IntCounter,
+    /// Frames that could not be used.
+    pub failed: IntCounter,
+}
+
+/// Plays a stream's source into its mailbox. Returns at the end of a source that has one.
+pub async fn play<S>(stream: &StreamManifest, mailbox: &Mailbox<S>, metrics: &SourceMetrics) {
+    let health = Health { stream: stream.name.clone(), metrics: metrics.clone() };
+    let interval = stream.frame_interval;
+    match &stream.source {
+        StreamSource::Dir { folder, repeat } => dir::play(folder, *repeat, interval, mailbox, health).await,
+        StreamSource::File(path) => file::play(path, interval, mailbox, health).await,
+        StreamSource::Http(url) => http::play(url, interval, mailbox, health).await,
+    }
+    metrics.up.set(0);
+}
+
+/// Says whether a stream is up, in the log once per change and in the metrics.
+struct Health {
+    stream: String,
+    metrics: SourceMetrics,
+}
+
+impl Health {
+    fn up(&self) {
+        if self.metrics.up.get() != 1 {
+            self.metrics.up.set(1);
+            tracing::info!(stream = self.stream, "stream is up");
+        }
+    }
+
+    fn ended(&self) {
+        tracing::info!(stream = self.stream, "stream has ended: all its frames were played");
+    }
+}
+
+/// Runs `attempt` again and again until it ends well. Between two attempts it waits; the first failure after good times is
+/// logged, the following ones only where the reason changes.
+async fn persist<F: Future<Output = Result<(), String>>>(health: &Health, mut attempt: impl FnMut() -> F) {
+    let mut backoff = Backoff::new(RETRY_FIRST, RETRY_CAP);
+    let mut last_reason = String::new();
+    loop {
+        let Err(reason) = attempt().await else { return };
+        if health.metrics.up.get() == 1 {
+            backoff.reset();
+            last_reason.clear();
+        }
+        health.metrics.up.set(0);
+        let delay = backoff.next_delay();
+        if reason == last_reason {
+            tracing::debug!(stream = health.stream, reason, attempts = backoff.attempts(), "stream is still down");
+        } else {
+            tracing::warn!(stream = health.stream, reason, "stream is down, trying again");
+            last_reason = reason;
+        }
+        tokio::time::sleep(delay).await;
+        health.metrics.reconnects.inc();
+    }
+}
+
+/// Lets frames through at a stream's pace.
+struct Pace(Option<tokio::time::Interval>);
+
+impl Pace {
+    fn new(interval: Option<Duration>) -> Self {
+        Self(interval.map(|period| {
+            let mut ticks = tokio::time::interval(period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+            ticks
+        }))
+    }
+
+    /// Waits for the next frame's time; at once where frames come as they come.
+    async fn tick(&mut self) {
+        if let Some(ticks) = &mut self.0 {
+            ticks.tick().await;
+        }
+    }
+}
+
+/// A frame that came just now.
+fn captured(encoded: Bytes, name: Option<String>, may_be_stale: bool) -> CapturedFrame {
+    CapturedFrame { encoded, name, captured_at: SystemTime::now(), arrived: Instant::now(), may_be_stale }
+}

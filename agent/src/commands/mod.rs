@@ -1,0 +1,102 @@
+//! The command line: one file per command.
+
+mod check;
+mod demo;
+mod run;
+mod schema;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::telemetry;
+
+/// Exit status for a command line or a configuration that is wrong (`EX_USAGE` of sysexits.h).
+const USAGE: u8 = 64;
+
+/// Runs ONNX models on factory-line cameras and reports over MQTT.
+#[derive(Parser)]
+#[command(
+    name = "lineside",
+    version,
+    about,
+    after_help = "Try `lineside demo` first: it shows the whole thing on this machine alone."
+)]
+struct Cli {
+    /// What is logged on stderr: a level (error, warn, info, debug) or a filter such as lineside=debug.
+    #[arg(long, global = true, env = "LINESIDE_LOG", hide_env = true, value_name = "FILTER")]
+    log: Option<String>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the agent.
+    Run(run::Arguments),
+    /// Show the whole main job on this machine alone: broker, model and frames included.
+    Demo(demo::Arguments),
+    /// Say whether a model can run here, how fast, and what it takes and gives.
+    Check(check::Arguments),
+    /// Print the JSON Schema of a message.
+    Schema(schema::Arguments),
+}
+
+/// What went wrong with a command, by exit status.
+enum Failure {
+    /// 64: the command line or the configuration is wrong. Every mistake, a line each.
+    Usage(Vec<String>),
+    /// 1: it could not be done.
+    Failed(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors and go to stdout. When that is gone there is nobody to tell.
+            drop(error.print());
+            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    let ended = logging(&cli).and_then(|()| match cli.command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::Demo(arguments) => demo::run(arguments),
+        Command::Check(arguments) => check::run(arguments),
+        Command::Schema(arguments) => schema::run(arguments),
+    });
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(mistakes)) => {
+            mistakes.iter().for_each(|mistake| eprintln!("lineside: {mistake}"));
+            eprintln!("lineside: see `lineside help`");
+            ExitCode::from(USAGE)
+        }
+        Err(Failure::Failed(error)) => {
+            eprintln!("lineside: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn logging(cli: &Cli) -> Result<(), Failure> {
+    // The tools talk to people on stdout; their logs only matter when something is wrong.
+    let otherwise = if matches!(cli.command, Command::Run(_)) { "info" } else { "warn" };
+    // tract reports every rewrite it makes; only its errors concern an operator.
+    let filter = cli.log.clone().unwrap_or_else(|| otherwise.to_owned());
+    let quiet = format!("{filter},tract_core=error,tract_hir=error,tract_onnx=error,tract_linalg=error");
+    telemetry::start(&quiet).map_err(|mistake| Failure::Usage(vec![format!("--log: {mistake}")]))
+}
+
+/// The async runtime. Inference has threads of its own, so two are plenty for cameras, broker and probes.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
+}

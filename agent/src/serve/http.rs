@@ -1,0 +1,159 @@
+//! Health and metrics over HTTP/1.1, on an accept loop of our own: with a limit on connections and on the time a client
+//! may take to send its headers, neither of which axum's own server has.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::health::Health;
+use crate::base::metrics::Metrics;
+use crate::spool::Spool;
+
+/// Open connections at most; one more is closed at once, and counted.
+const CONNECTIONS_MAX: usize = 256;
+/// Time to send a request's headers, also for the next request on a kept connection.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of headers and of a connection's read buffer at most.
+const BUFFER_BYTES_MAX: usize = 16 << 10;
+/// Pause after a failed accept, which happens when the process is out of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What the handlers look at.
+#[derive(Clone)]
+pub struct Served {
+    /// Liveness and readiness.
+    pub health: Arc<Health>,
+    /// Everything that is counted.
+    pub metrics: Metrics,
+    /// Looked at when metrics are asked for.
+    pub spool: Arc<dyn Spool>,
+}
+
+/// A bound listener that does not serve yet.
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+impl Server {
+    /// Takes the address; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// When it cannot be had; the message names it.
+    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(address).await.map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("--http {address} cannot be bound: {error}; choose another, or port 0"),
+            )
+        })?;
+        Ok(Self { address: listener.local_addr()?, listener })
+    }
+
+    /// The address in use.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until it is stopped, then lets the requests that are under way finish.
+    pub async fn run(self, served: Served, stop: CancellationToken) {
+        let refused = served.metrics.http_refused.clone();
+        let service = TowerToHyperService::new(router(served));
+        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let connections = TaskTracker::new();
+        loop {
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                () = stop.cancelled() => break,
+            };
+            let stream = match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::debug!(%error, "a connection could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                refused.inc();
+                continue;
+            };
+            let (service, stop) = (service.clone(), stop.clone());
+            connections.spawn(async move {
+                let connection = hyper::server::conn::http1::Builder::new()
+                    .timer(TokioTimer::new())
+                    .header_read_timeout(HEADER_TIMEOUT)
+                    .max_buf_size(BUFFER_BYTES_MAX)
+                    .serve_connection(TokioIo::new(stream), service);
+                tokio::pin!(connection);
+                let ended = tokio::select! {
+                    ended = connection.as_mut() => ended,
+                    () = stop.cancelled() => {
+                        connection.as_mut().graceful_shutdown();
+                        connection.await
+                    }
+                };
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "a connection ended early");
+                }
+                drop(place);
+            });
+        }
+        connections.close();
+        connections.wait().await;
+    }
+}
+
+fn router(served: Served) -> Router {
+    Router::new()
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .fallback(unknown)
+        .with_state(served)
+}
+
+async fn livez(State(served): State<Served>) -> Response {
+    match served.health.is_alive(Instant::now()) {
+        true => Json(json!({"alive": true})).into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": "the core loop has stopped"}))).into_response(),
+    }
+}
+
+async fn readyz(State(served): State<Served>) -> Response {
+    let readiness = served.health.readiness();
+    let status = if readiness.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(readiness)).into_response()
+}
+
+async fn metrics(State(served): State<Served>) -> Response {
+    let stats = served.spool.stats();
+    let age = stats.oldest.and_then(|oldest| oldest.elapsed().ok()).unwrap_or_default();
+    served.metrics.spool_records.set(i64::try_from(stats.records).unwrap_or(i64::MAX));
+    served.metrics.spool_bytes.set(i64::try_from(stats.bytes).unwrap_or(i64::MAX));
+    served.metrics.spool_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
+    match served.metrics.encode() {
+        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(json!({"error": error.to_string()}))).into_response(),
+    }
+}
+
+async fn unknown(uri: Uri) -> Response {
+    let error = format!("there is nothing at {}; there are /livez, /readyz and /metrics", uri.path());
+    (StatusCode::NOT_FOUND, Json(json!({"error": error}))).into_response()
+}

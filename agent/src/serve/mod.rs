@@ -1,0 +1,4 @@
+//! What the agent serves to others.
+
+pub mod health;
+pub mod http;

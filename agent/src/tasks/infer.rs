@@ -1,0 +1,176 @@
+//! What an instance does with one frame: look at it, judge, and leave the result in the spool. It runs on the instance's
+//! own thread and never waits for anything but the engine.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use lineside_runtime::pipeline::{Inspection, Pipeline};
+use prometheus::IntCounter;
+
+use crate::base::clock;
+use crate::base::metrics::Metrics;
+use crate::config::StreamManifest;
+use crate::frames::Taken;
+use crate::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultMessage, Topics};
+use crate::spool::Spool;
+use crate::verdict::{Rule, Subject, Verdict};
+
+/// What an instance needs to know of a stream.
+pub struct StreamContext {
+    name: String,
+    rule: Option<Arc<Rule>>,
+    age_max: Option<Duration>,
+    processed: IntCounter,
+    stale: IntCounter,
+    failed: IntCounter,
+    passed: IntCounter,
+    rejected: IntCounter,
+    unjudged: IntCounter,
+    /// The last failure, so that a camera sending rubbish at full speed is logged once and not at full speed.
+    last_failure: Mutex<Option<String>>,
+    rule_fails: AtomicBool,
+}
+
+impl StreamContext {
+    /// The context of a stream.
+    pub fn new(manifest: &StreamManifest, metrics: &Metrics) -> Self {
+        let frames = |outcome: &str| metrics.frames.with_label_values(&[manifest.name.as_str(), outcome]);
+        let verdicts = |verdict: Verdict| metrics.verdicts.with_label_values(&[manifest.name.as_str(), verdict.name()]);
+        Self {
+            name: manifest.name.clone(),
+            rule: manifest.rule.clone(),
+            age_max: manifest.age_max,
+            processed: frames("processed"),
+            stale: frames("stale"),
+            failed: frames("failed"),
+            passed: verdicts(Verdict::Pass),
+            rejected: verdicts(Verdict::Reject),
+            unjudged: verdicts(Verdict::None),
+            last_failure: Mutex::default(),
+            rule_fails: AtomicBool::new(false),
+        }
+    }
+
+    fn failed(&self, reason: &str, frame: Option<&str>, model: &ModelInfo) {
+        self.failed.inc();
+        let mut last = self.last_failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.as_deref() != Some(reason) {
+            let frame = frame.unwrap_or_default();
+            tracing::warn!(stream = self.name, model = model.name, frame, reason, "frame failed, going on");
+            *last = Some(reason.to_owned());
+        }
+    }
+
+    fn recovered(&self) {
+        let mut last = self.last_failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.take().is_some() {
+            tracing::info!(stream = self.name, "frames are good again");
+        }
+    }
+
+    fn judge(&self, task: &str, inspection: &Inspection, name: Option<&str>) -> Verdict {
+        let Some(rule) = &self.rule else { return Verdict::None };
+        let subject = Subject { width: inspection.width, height: inspection.height, name };
+        match rule.judge(task, &inspection.prediction, subject) {
+            Ok(verdict) => {
+                self.rule_fails.store(false, Ordering::Relaxed);
+                verdict
+            }
+            Err(reason) => {
+                if !self.rule_fails.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(stream = self.name, reason, "spec.verdict failed; the verdict is none");
+                }
+                Verdict::None
+            }
+        }
+    }
+
+    fn count(&self, verdict: Verdict) {
+        self.processed.inc();
+        match verdict {
+            Verdict::Pass => self.passed.inc(),
+            Verdict::Reject => self.rejected.inc(),
+            Verdict::None => self.unjudged.inc(),
+        }
+    }
+}
+
+/// What all instances share.
+pub struct Inspector {
+    node: String,
+    site: String,
+    epoch: u64,
+    topics: Topics,
+    spool: Arc<dyn Spool>,
+    metrics: Metrics,
+}
+
+impl Inspector {
+    /// An inspector for this node in this boot epoch.
+    pub fn new(node: &str, site: &str, epoch: u64, topics: Topics, spool: Arc<dyn Spool>, metrics: Metrics) -> Self {
+        Self { node: node.to_owned(), site: site.to_owned(), epoch, topics, spool, metrics }
+    }
+
+    /// Looks at one frame.
+    pub fn inspect(&self, pipeline: &mut Pipeline, model: &ModelInfo, taken: &Taken<StreamContext>) {
+        let (stream, frame) = (&*taken.stream, &taken.frame);
+        let started = Instant::now();
+        let queued = started.saturating_duration_since(frame.arrived);
+        if frame.may_be_stale && stream.age_max.is_some_and(|age_max| queued > age_max) {
+            stream.stale.inc();
+            return;
+        }
+        let version = model.version.to_string();
+        let requests = |outcome: &str| {
+            self.metrics.inference_requests.with_label_values(&[model.name.as_str(), &version, outcome]).inc()
+        };
+        let inspection = match pipeline.run(&frame.encoded) {
+            Ok(inspection) => inspection,
+            Err(error) => {
+                requests("error");
+                return stream.failed(&error.to_string(), frame.name.as_deref(), model);
+            }
+        };
+        requests("ok");
+        stream.recovered();
+        let timings = inspection.timings;
+        for (phase, duration) in [
+            ("queue", queued),
+            ("decode", timings.decode),
+            ("preprocess", timings.preprocess),
+            ("infer", timings.infer),
+            ("postprocess", timings.postprocess),
+        ] {
+            let histogram = self.metrics.inference_duration.with_label_values(&[model.name.as_str(), &version, phase]);
+            histogram.observe(duration.as_secs_f64());
+        }
+        let task = pipeline.output().task.task();
+        let verdict = stream.judge(task.name(), &inspection, frame.name.as_deref());
+        let now = SystemTime::now();
+        let mut message = ResultMessage {
+            id: String::new(),
+            ts: clock::rfc3339(now),
+            site: &self.site,
+            node: &self.node,
+            stream: &stream.name,
+            seq: 0,
+            model,
+            task,
+            frame: FrameInfo::new(frame.name.clone(), &inspection, frame.captured_at),
+            latency_ms: Latency::new(queued, timings, frame.arrived.elapsed()),
+            prediction: PredictionInfo::from(inspection.prediction),
+            verdict,
+            historical: false,
+            clock_synced: clock::is_plausible(now),
+        };
+        let dropped = self.spool.append(self.topics.result(&stream.name), &mut |seq| {
+            message.seq = seq;
+            message.id = format!("{}:{}:{seq}", self.node, self.epoch);
+            // Only a map with keys that are no strings can fail to become JSON, and there is none in a result.
+            serde_json::to_vec(&message).unwrap_or_default()
+        });
+        self.metrics.spool_dropped.with_label_values(&["full"]).inc_by(dropped as u64);
+        stream.count(verdict);
+    }
+}

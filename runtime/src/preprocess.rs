@@ -223,9 +223,9 @@ mod tests {
         let frame = flat(2, 2, [10, 20, 30]);
         let nchw = settings(Resize::Stretch, 2, 2);
         assert_eq!(values(&nchw, &frame).0, [[10.0; 4], [20.0; 4], [30.0; 4]].concat());
-        let bgr = InputSettings { color: Color::Bgr, layout: Layout::Nhwc, ..nchw.clone() };
+        let bgr = InputSettings { color: Color::Bgr, layout: Layout::Nhwc, ..nchw };
         assert_eq!(values(&bgr, &frame).0, [30.0, 20.0, 10.0].repeat(4));
-        let gray = InputSettings { color: Color::Gray, ..nchw.clone() };
+        let gray = InputSettings { color: Color::Gray, ..nchw };
         assert_eq!(values(&gray, &frame).0, [18.0; 4], "0.299 * 10 + 0.587 * 20 + 0.114 * 30");
         let normal = InputSettings { mean: [10.0, 0.0, 0.0], std: [2.0, 4.0, 10.0], ..nchw };
         assert_eq!(values(&normal, &frame).0, [[0.0; 4], [5.0; 4], [3.0; 4]].concat());

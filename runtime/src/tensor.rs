@@ -12,7 +12,7 @@ macro_rules! element_types {
     ($($variant:ident $rust:ty, $name:literal;)*) => {
         /// The element types a tensor can have, named as in the Open Inference Protocol v2.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-        pub enum DataType { $(#[serde(rename = $name)] $variant,)* }
+        pub enum DataType { $(#[serde(rename = $name)] #[doc = $name] $variant,)* }
 
         impl DataType {
             /// The protocol's name of the type.
@@ -23,7 +23,7 @@ macro_rules! element_types {
 
         /// The elements of a tensor, in row-major order.
         #[derive(Debug, Clone, PartialEq)]
-        pub enum Data { $(#[allow(missing_docs)] $variant(Vec<$rust>),)* }
+        pub enum Data { $(#[doc = $name] $variant(Vec<$rust>),)* }
 
         impl Data {
             /// How many elements there are.

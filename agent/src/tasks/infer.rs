@@ -123,7 +123,7 @@ impl Inspector {
         }
         let version = model.version.to_string();
         let requests = |outcome: &str| {
-            self.metrics.inference_requests.with_label_values(&[model.name.as_str(), &version, outcome]).inc()
+            self.metrics.inference_requests.with_label_values(&[model.name.as_str(), &version, outcome]).inc();
         };
         let inspection = match pipeline.run(&frame.encoded) {
             Ok(inspection) => inspection,

@@ -69,9 +69,10 @@ pub fn input(spec: &ModelSpec, graph: &GraphInfo, task: Task) -> Result<InputSet
     } else {
         return Err(not_a_picture());
     };
-    let data_type = match input.data_type {
-        Some(kind @ (DataType::F32 | DataType::F16 | DataType::F64 | DataType::U8 | DataType::I8)) => kind,
-        _ => return Err(not_a_picture()),
+    let Some(data_type @ (DataType::F32 | DataType::F16 | DataType::F64 | DataType::U8 | DataType::I8)) =
+        input.data_type
+    else {
+        return Err(not_a_picture());
     };
     let from_metadata = graph.image_size();
     let height = side("height", height, spec.input.height, from_metadata.map(|size| size.0))?;

@@ -24,7 +24,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<ModelProto> {
         return Err(bad("the file is empty"));
     }
     let model = super::fenced("reading the file", || tract_onnx::onnx().proto_model_for_read(&mut Cursor::new(bytes)))
-        .map_err(|error| bad(&error.to_string()))?;
+        .map_err(|error| bad(&error))?;
     let graph = model.graph.as_ref().ok_or_else(|| bad("it holds no graph"))?;
     if graph.node.is_empty() {
         return Err(bad("its graph has no operators"));

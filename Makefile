@@ -1,0 +1,69 @@
+# The developer's commands. `make help` lists them.
+
+# All crates are always built together: with `-p` cargo would pick other features for shared dependencies, and compile
+# tract (several minutes) once more.
+CARGO ?= cargo
+RESULTS ?= 100
+APT_PACKAGES := mosquitto mosquitto-clients ffmpeg prometheus python3-venv
+TOOLS := mosquitto_sub ffmpeg promtool
+VENV := .venv
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: help demo build test test-tools check deny generate bench figures fmt clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: ## Build, and show the main job on this machine (RESULTS=0 goes on until Ctrl-C)
+	$(CARGO) build --workspace
+	target/debug/lineside demo --results $(RESULTS)
+
+build: ## The release binary: target/release/lineside
+	$(CARGO) build --release --workspace
+
+test: test-tools ## Install what the tests need, and run all of them
+	$(CARGO) test --workspace
+
+test-tools: $(VENV)/.installed ## Install mosquitto, ffmpeg, promtool (Debian) and Python packages (PyPI), where missing
+	@for tool in $(TOOLS); do command -v $$tool >/dev/null || missing=1; done; \
+	command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || missing=1; \
+	if [ -n "$$missing" ]; then \
+		$(SUDO) apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -qy --no-install-recommends $(APT_PACKAGES); \
+	fi
+
+$(VENV)/.installed: tests/requirements.txt
+	@python3 -m venv $(VENV) 2>/dev/null || \
+		{ $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy python3 python3-venv && python3 -m venv $(VENV); }
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement tests/requirements.txt
+	@touch $@
+
+check: ## Format, lints with warnings denied, dependencies, generated files
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- --deny warnings
+	@$(MAKE) --no-print-directory deny
+	@$(MAKE) --no-print-directory generate
+	@git diff --exit-code -- docs/schemas || { echo 'generated files were stale; commit what `make generate` wrote'; exit 1; }
+
+deny: ## Licences, bans and sources of dependencies; advisories where their database can be had
+	@command -v cargo-deny >/dev/null || $(CARGO) install cargo-deny --locked --version 0.20.2
+	cargo-deny --all-features check bans licenses sources
+	@if cargo-deny fetch db >/dev/null 2>&1; then cargo-deny --all-features check advisories; \
+	else echo 'advisories were not checked: their database cannot be fetched from here'; fi
+
+generate: ## Write the JSON Schemas that are made from the code
+	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --lib -- the_committed_schemas
+
+bench: ## Stage times of the data plane (Criterion)
+	$(CARGO) bench --workspace --bench stages
+
+figures: ## Whole-process figures of the release binary: size, memory, start, frames per second
+	$(CARGO) build --release --workspace
+	tests/figures.sh target/release/lineside
+
+fmt: ## Format the code
+	$(CARGO) fmt --all
+
+clean: ## Remove what was built
+	$(CARGO) clean
+	rm -rf $(VENV) dist

@@ -1,0 +1,203 @@
+//! Whatever comes in: each a clear error that names the file or the field, never a panic, never a stopped agent.
+
+use std::fs;
+use std::path::Path;
+
+use lineside_tests::agent::{Agent, Start, lineside};
+use lineside_tests::broker::Broker;
+use lineside_tests::onnx::{Dim, FLOAT, Model};
+use lineside_tests::wait::until;
+use lineside_tests::{example, frame, model_manifest, stream_manifest};
+
+#[test]
+fn bad_frames_are_counted_named_once_and_passed_over() {
+    let broker = Broker::start();
+    let subscriber = broker.subscribe("lineside/v1/plant/#");
+    let folder = tempfile::tempdir().unwrap();
+    let (manifests, frames) = (folder.path().join("manifests"), folder.path().join("frames"));
+    fs::create_dir(&manifests).unwrap();
+    fs::create_dir(&frames).unwrap();
+    let good = frame("part-001-good.jpg");
+    let mut huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\xEA\x60\0\0\xEA\x60\x08\x02\0\0\0".to_vec();
+    huge.extend_from_slice(&[0; 64]);
+    fs::write(frames.join("1-good.jpg"), &good).unwrap();
+    fs::write(frames.join("2-truncated.jpg"), &good[..good.len() / 2]).unwrap();
+    fs::write(frames.join("3-text.jpg"), "no picture").unwrap();
+    fs::write(frames.join("4-empty.png"), "").unwrap();
+    fs::write(frames.join("5-huge.png"), &huge).unwrap();
+    fs::write(frames.join("6-zeros.jpg"), vec![0; 5000]).unwrap();
+    fs::create_dir(frames.join("7-folder.jpg")).unwrap();
+    std::os::unix::fs::symlink("nowhere", frames.join("8-link.jpg")).unwrap();
+    fs::write(frames.join("9-good.jpg"), &good).unwrap();
+    let text = model_manifest("parts", 1, &format!("file://{}", example("surface-defects.onnx").display()), "")
+        + "---\n"
+        + &stream_manifest("line-1", &format!("dir://{}", frames.display()), "parts", "");
+    fs::write(manifests.join("all.yaml"), text).unwrap();
+    let mut agent = Agent::start(&Start {
+        manifests: &manifests,
+        data: &folder.path().join("data"),
+        mqtt: &broker.url(),
+        flags: &[],
+    });
+    agent.wait_for_log("stream has ended: all its frames were played");
+    let results = subscriber.wait_for("/line-1/result", 2);
+    let names: Vec<_> = results.iter().map(|result| result["frame"]["name"].clone()).collect();
+    assert_eq!(names, ["1-good.jpg", "9-good.jpg"]);
+    assert_eq!(agent.metric("lineside_frames_total{outcome=\"failed\",stream=\"line-1\"}"), 7.0);
+    let reasons = |message: &str| -> Vec<String> {
+        agent.log(message).iter().map(|entry| entry["reason"].as_str().unwrap().to_owned()).collect()
+    };
+    let failed = reasons("frame failed, going on").join("\n");
+    for expected in ["is cut off", "neither JPEG nor PNG", "is empty", "60000x60000"] {
+        assert!(failed.contains(expected), "{expected} in {failed}");
+    }
+    assert_eq!(reasons("frame cannot be read, going on").len(), 2, "a folder and a dead link");
+    assert_eq!(agent.log("panic").len(), 0);
+    assert!(agent.end().success());
+}
+
+#[test]
+fn models_that_are_none_are_refused_with_a_reason() {
+    let unknown = Model::new()
+        .input("x", FLOAT, &[Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)])
+        .node("PaintItBlack", &["x"], &["y"], &[])
+        .output("y", FLOAT, &[Dim::Size(1), Dim::Size(3)])
+        .build();
+    let external = Model::new()
+        .input("x", FLOAT, &[Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)])
+        .external("w", &[1], "/etc/passwd")
+        .node("Mul", &["x", "w"], &["y"], &[])
+        .output("y", FLOAT, &[Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)])
+        .build();
+    let good = fs::read(example("surface-defects.onnx")).unwrap();
+    let cases: [(&str, &[u8], &str); 6] = [
+        ("empty", b"", "the file is empty"),
+        ("text", b"hello", "not an ONNX model"),
+        ("picture", &frame("part-001-good.jpg"), "not an ONNX model"),
+        ("cut", &good[..good.len() / 2], "not an ONNX model"),
+        ("operator", &unknown, "PaintItBlack"),
+        ("external", &external, "in another file"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let manifests = folder.path().join("manifests");
+    fs::create_dir(&manifests).unwrap();
+    for (name, bytes, expected) in &cases {
+        let file = folder.path().join(format!("{name}.onnx"));
+        fs::write(&file, bytes).unwrap();
+        fs::write(manifests.join(format!("{name}.yaml")), model_manifest(name, 1, &format!("file:../{name}.onnx"), ""))
+            .unwrap();
+        // The tool says the same as the agent.
+        let output = lineside(&["check", file.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(1), "{name}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains(expected) && said.contains(&format!("{name}.onnx")), "{name}: {said}");
+        assert!(!said.contains("panicked"), "{name}: {said}");
+    }
+    let mut agent = Agent::start(&Start {
+        manifests: &manifests,
+        data: &folder.path().join("data"),
+        mqtt: "mqtt://127.0.0.1:1",
+        flags: &[],
+    });
+    for (name, _, expected) in &cases {
+        let reason = until(&format!("{name} to be refused"), || {
+            let entries = agent.log("model cannot be loaded, trying again later");
+            entries
+                .iter()
+                .find(|entry| entry["model"] == *name)
+                .map(|entry| entry["reason"].as_str().unwrap().to_owned())
+        });
+        assert!(reason.contains(expected) && reason.contains(&format!("{name}.onnx")), "{name}: {reason}");
+    }
+    assert!(agent.is_running());
+    assert!(agent.end().success());
+}
+
+#[test]
+fn one_start_reports_every_mistake_of_the_command_line_and_exits_64() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("lineside.yaml");
+    fs::write(&config, "speed: 9\nsite: a/b\n").unwrap();
+    let output = lineside(&[
+        "run",
+        "--config",
+        config.to_str().unwrap(),
+        "--manifests",
+        "/no/such",
+        "--mqtt",
+        "nonsense",
+        "--http",
+        "0.0.0.0:80",
+    ]);
+    assert_eq!(output.status.code(), Some(64));
+    let said = String::from_utf8_lossy(&output.stderr);
+    for expected in ["speed: is not a known key", "site: `a/b`", "--manifests: /no/such", "--mqtt: ", "--insecure-bind"]
+    {
+        assert!(said.contains(expected), "{expected} in {said}");
+    }
+    for wrong in [&["run", "--no-such-flag"][..], &["fly"], &["check"], &["demo", "--fps", "-1"]] {
+        assert_eq!(lineside(wrong).status.code(), Some(64), "{wrong:?}");
+    }
+    assert_eq!(lineside(&["--help"]).status.code(), Some(0));
+}
+
+#[test]
+fn a_busy_port_and_a_data_folder_that_cannot_be_used_are_said_and_exit_1() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let run = |data: &Path, http: &str| {
+        let output = lineside(&[
+            "run",
+            "--manifests",
+            folder.path().to_str().unwrap(),
+            "--mqtt",
+            "mqtt://127.0.0.1:1",
+            "--data-dir",
+            data.to_str().unwrap(),
+            "--http",
+            http,
+        ]);
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, said) = run(&folder.path().join("data"), &address);
+    assert_eq!(code, Some(1));
+    assert!(said.contains(&format!("--http {address} cannot be bound")), "{said}");
+    let (code, said) = run(Path::new("/proc/nowhere"), "127.0.0.1:0");
+    assert_eq!(code, Some(1));
+    assert!(said.contains("--data-dir /proc/nowhere"), "{said}");
+    fs::write(folder.path().join("data/boot-epoch"), "many").unwrap();
+    let (code, said) = run(&folder.path().join("data"), "127.0.0.1:0");
+    assert_eq!(code, Some(1));
+    assert!(said.contains("boot-epoch"), "{said}");
+}
+
+#[test]
+fn a_client_that_never_finishes_its_request_is_let_go_and_others_are_served() {
+    use std::io::{Read as _, Write as _};
+    let folder = tempfile::tempdir().unwrap();
+    let mut agent = Agent::start(&Start {
+        manifests: folder.path(),
+        data: &folder.path().join("data"),
+        mqtt: "mqtt://127.0.0.1:1",
+        flags: &[],
+    });
+    let mut slow: Vec<_> = (0..300)
+        .map(|_| {
+            let mut stream = std::net::TcpStream::connect(agent.http()).unwrap();
+            drop(stream.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: "));
+            stream
+        })
+        .collect();
+    // Beyond the cap connections are closed at once; below it, those that dawdle are closed after the header timeout.
+    let last = slow.last_mut().unwrap();
+    last.set_read_timeout(Some(lineside_tests::wait::BOUND)).unwrap();
+    assert!(matches!(last.read(&mut [0; 64]), Ok(0) | Err(_)), "beyond the cap");
+    let first = &mut slow[0];
+    first.set_read_timeout(Some(lineside_tests::wait::BOUND)).unwrap();
+    let mut rest = Vec::new();
+    drop(first.read_to_end(&mut rest));
+    agent.wait_ready();
+    assert!(agent.metric("lineside_http_connections_refused_total") >= 40.0);
+    assert!(agent.end().success());
+}

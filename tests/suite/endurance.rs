@@ -1,0 +1,74 @@
+//! Signals, and many changes in a row.
+
+use std::fs;
+
+use lineside_tests::agent::{Agent, Start};
+use lineside_tests::broker::Broker;
+use lineside_tests::{example, model_manifest, stream_manifest};
+
+#[test]
+fn twenty_swaps_under_a_stream_lose_nothing_and_leave_no_threads() {
+    const SWAPS: u64 = 20;
+    let broker = Broker::start();
+    let subscriber = broker.subscribe("lineside/v1/plant/#");
+    let folder = tempfile::tempdir().unwrap();
+    let manifests = folder.path().join("manifests");
+    fs::create_dir(&manifests).unwrap();
+    let model = |version: u64| {
+        let more = format!("  output: {{topK: {}}}\n", version % 4 + 1);
+        model_manifest("parts", version, &format!("file://{}", example("surface-defects.onnx").display()), &more)
+    };
+    fs::write(manifests.join("model.yaml"), model(1)).unwrap();
+    let stream =
+        stream_manifest("line-1", &format!("dir://{}?loop=true", example("frames").display()), "parts", "  fps: 0\n");
+    fs::write(manifests.join("stream.yaml"), stream).unwrap();
+    let mut agent = Agent::start(&Start {
+        manifests: &manifests,
+        data: &folder.path().join("data"),
+        mqtt: &broker.url(),
+        flags: &[],
+    });
+    subscriber.wait_for("/line-1/result", 10);
+    let threads = |agent: &Agent| fs::read_dir(format!("/proc/{}/task", agent.pid())).unwrap().count();
+    let before = threads(&agent);
+    for version in 2..=SWAPS + 1 {
+        fs::write(manifests.join("model.yaml"), model(version)).unwrap();
+        agent.wait_for_value(
+            &format!("lineside_model_state{{model=\"parts\",state=\"Ready\",version=\"{version}\"}}"),
+            1.0,
+        );
+    }
+    let so_far = subscriber.payloads("/line-1/result").len();
+    let results = subscriber.wait_for("/line-1/result", so_far + 20);
+    for (index, result) in results.iter().enumerate() {
+        assert_eq!(result["seq"].as_u64(), Some(index as u64 + 1), "without a gap");
+        let version = result["model"]["version"].as_u64().unwrap();
+        let classes = result["classes"].as_array().unwrap().len() as u64;
+        assert_eq!(classes, version % 4 + 1, "a result says which version made it");
+    }
+    let versions: Vec<u64> = results.iter().map(|result| result["model"]["version"].as_u64().unwrap()).collect();
+    assert!(versions.is_sorted());
+    assert_eq!(versions.last(), Some(&(SWAPS + 1)));
+    // Blocking threads of the runtime come and go; the instances of the versions before must not pile up.
+    assert!(threads(&agent) <= before + 6, "{before} threads at first, {} now", threads(&agent));
+    assert!(agent.end().success());
+}
+
+#[test]
+fn a_second_signal_ends_at_once() {
+    // A broker that accepts and never answers, so that the orderly end has something to wait for.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("mqtt://{}", silent.local_addr().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let manifests = folder.path().join("manifests");
+    fs::create_dir(&manifests).unwrap();
+    let mut agent =
+        Agent::start(&Start { manifests: &manifests, data: &folder.path().join("data"), mqtt: &url, flags: &[] });
+    agent.wait_ready();
+    agent.signal("STOP");
+    agent.signal("TERM");
+    agent.signal("INT");
+    agent.signal("CONT");
+    let status = agent.wait();
+    assert!(matches!(status.code(), Some(0 | 1)), "{status:?}");
+}

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{FRAME_BYTES_MAX, Health, Pace, captured, persist};
+use super::{FRAME_BYTES_MAX, Health, Pace, Trouble, captured, persist};
 use crate::base::files::read_bounded;
 use crate::frames::Mailbox;
 
@@ -34,16 +34,17 @@ async fn round<S>(
     interval: Option<Duration>,
     mailbox: &Mailbox<S>,
     health: &Health,
-) -> Result<(), String> {
+) -> Result<(), Trouble> {
     let mut pace = Pace::new(interval);
     loop {
         let files = blocking({
             let folder = folder.to_owned();
             move || pictures(&folder)
         })
-        .await?;
+        .await
+        .map_err(Trouble::Gone)?;
         if files.is_empty() {
-            return Err(format!("{} holds no .jpg, .jpeg or .png file", folder.display()));
+            return Err(Trouble::Wrong(format!("{} holds no .jpg, .jpeg or .png file", folder.display())));
         }
         health.up();
         for file in files {

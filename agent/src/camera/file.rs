@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use lineside_runtime::jpeg::{self, Extent};
 
-use super::{Health, Pace, captured, persist};
+use super::{Health, Pace, Trouble, captured, persist};
 use crate::base::files::read_bounded;
 use crate::frames::Mailbox;
 
@@ -19,14 +19,21 @@ pub(super) async fn play<S>(path: &Path, interval: Option<Duration>, mailbox: &M
     health.ended();
 }
 
-async fn once<S>(path: &Path, interval: Option<Duration>, mailbox: &Mailbox<S>, health: &Health) -> Result<(), String> {
+async fn once<S>(
+    path: &Path,
+    interval: Option<Duration>,
+    mailbox: &Mailbox<S>,
+    health: &Health,
+) -> Result<(), Trouble> {
     let file = path.to_owned();
     let bytes = tokio::task::spawn_blocking(move || read_bounded(&file, RECORDING_BYTES_MAX))
         .await
-        .map_err(|error| error.to_string())?
-        .map_err(|error| format!("{}: {error}", path.display()))?;
+        .map_err(std::io::Error::other)
+        .flatten()
+        .map_err(|error| Trouble::Gone(format!("{}: {error}", path.display())))?;
     if bytes.starts_with(&[0, 0, 1]) || bytes.starts_with(&[0, 0, 0, 1]) {
-        return Err(format!("{} is H.264, which is not built into this version yet; use MJPEG", path.display()));
+        let what = "is H.264, which is not built into this version yet; use MJPEG";
+        return Err(Trouble::Wrong(format!("{} {what}", path.display())));
     }
     health.up();
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned());

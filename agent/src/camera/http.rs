@@ -12,7 +12,7 @@ use reqwest::header::CONTENT_TYPE;
 use reqwest::{Client, Response, Url};
 
 use super::multipart::Multipart;
-use super::{FRAME_BYTES_MAX, Health, Pace, captured, persist};
+use super::{FRAME_BYTES_MAX, Health, Pace, Trouble, captured, persist};
 use crate::config::StreamSource;
 use crate::frames::Mailbox;
 
@@ -55,7 +55,7 @@ async fn watch<S>(
     interval: Option<Duration>,
     mailbox: &Mailbox<S>,
     health: &Health,
-) -> Result<(), String> {
+) -> Result<(), Trouble> {
     let mut answer = ask(client, url).await?;
     match kind(&answer)? {
         Kind::Mjpeg { boundary } => mjpeg(answer, boundary, interval, mailbox, health).await,
@@ -69,21 +69,23 @@ async fn watch<S>(
                 pace.tick().await;
                 answer = ask(client, url).await?;
                 if !matches!(kind(&answer)?, Kind::Picture) {
-                    return Err("the camera changed from single pictures to MJPEG".to_owned());
+                    return Err(Trouble::Gone("the camera changed from single pictures to MJPEG".to_owned()));
                 }
             }
         }
     }
 }
 
-async fn ask(client: &Client, url: &Url) -> Result<Response, String> {
-    let answer = client.get(url.clone()).send().await.map_err(|error| describe(&error))?;
+async fn ask(client: &Client, url: &Url) -> Result<Response, Trouble> {
+    let answer = client.get(url.clone()).send().await.map_err(|error| gone(&error))?;
     let status = answer.status();
     match status.as_u16() {
         200 => Ok(answer),
-        401 | 403 => Err(format!("the camera refuses us ({status}); put user and password into the address")),
-        300..=399 => Err(format!("the camera sends us elsewhere ({status}), which is not followed")),
-        _ => Err(format!("the camera answers {status}")),
+        401 | 403 => {
+            Err(Trouble::Wrong(format!("the camera refuses us ({status}); put user and password into the address")))
+        }
+        300..=399 => Err(Trouble::Wrong(format!("the camera sends us elsewhere ({status}), which is not followed"))),
+        _ => Err(Trouble::Wrong(format!("the camera answers {status}"))),
     }
 }
 
@@ -92,7 +94,7 @@ enum Kind {
     Picture,
 }
 
-fn kind(answer: &Response) -> Result<Kind, String> {
+fn kind(answer: &Response) -> Result<Kind, Trouble> {
     let header = answer.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let (media, parameters) = header.split_once(';').unwrap_or((header, ""));
     let media = media.trim().to_ascii_lowercase();
@@ -107,7 +109,7 @@ fn kind(answer: &Response) -> Result<Kind, String> {
     match media.as_str() {
         "" | "application/octet-stream" | "binary/octet-stream" => Ok(Kind::Picture),
         media if media.starts_with("image/") => Ok(Kind::Picture),
-        other => Err(format!("the camera answers with {other}; expected MJPEG or a picture")),
+        other => Err(Trouble::Wrong(format!("the camera answers with {other}; expected MJPEG or a picture"))),
     }
 }
 
@@ -117,15 +119,15 @@ async fn mjpeg<S>(
     interval: Option<Duration>,
     mailbox: &Mailbox<S>,
     health: &Health,
-) -> Result<(), String> {
+) -> Result<(), Trouble> {
     let mut parser = Multipart::new(boundary.as_deref(), FRAME_BYTES_MAX);
     let mut chunks = answer.bytes_stream();
     // A camera faster than the stream's pace is thinned out by time, with some room for its jitter.
     let least_gap = interval.map(|interval| interval.mul_f64(0.9));
     let mut last_taken: Option<tokio::time::Instant> = None;
     while let Some(chunk) = chunks.next().await {
-        parser.feed(&chunk.map_err(|error| describe(&error))?);
-        while let Some(part) = parser.next_part()? {
+        parser.feed(&chunk.map_err(|error| gone(&error))?);
+        while let Some(part) = parser.next_part().map_err(Trouble::Wrong)? {
             health.up();
             let now = tokio::time::Instant::now();
             let too_soon = least_gap.zip(last_taken).is_some_and(|(gap, taken)| now - taken < gap);
@@ -135,24 +137,28 @@ async fn mjpeg<S>(
             }
         }
     }
-    Err("the camera closed the connection".to_owned())
+    Err(Trouble::Gone("the camera closed the connection".to_owned()))
 }
 
 /// The whole body, within bounds.
-async fn body(answer: Response) -> Result<Bytes, String> {
-    let too_large = || format!("the picture has more than {FRAME_BYTES_MAX} bytes");
+async fn body(answer: Response) -> Result<Bytes, Trouble> {
+    let too_large = || Trouble::Wrong(format!("the picture has more than {FRAME_BYTES_MAX} bytes"));
     if answer.content_length().is_some_and(|length| length > FRAME_BYTES_MAX as u64) {
         return Err(too_large());
     }
     let mut bytes = BytesMut::new();
     let mut chunks = answer.bytes_stream();
     while let Some(chunk) = chunks.next().await {
-        bytes.extend_from_slice(&chunk.map_err(|error| describe(&error))?);
+        bytes.extend_from_slice(&chunk.map_err(|error| gone(&error))?);
         if bytes.len() > FRAME_BYTES_MAX {
             return Err(too_large());
         }
     }
     Ok(bytes.freeze())
+}
+
+fn gone(error: &reqwest::Error) -> Trouble {
+    Trouble::Gone(describe(error))
 }
 
 /// An error and its causes in one line, with no secret of the address in it.

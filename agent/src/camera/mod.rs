@@ -68,24 +68,42 @@ impl Health {
     }
 }
 
-/// Runs `attempt` again and again until it ends well. Between two attempts it waits; the first failure after good times is
-/// logged, the following ones only where the reason changes.
-async fn persist<F: Future<Output = Result<(), String>>>(health: &Health, mut attempt: impl FnMut() -> F) {
+/// Why a source gives no frames.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Trouble {
+    /// It is not there, went away, or does not answer.
+    Gone(String),
+    /// It is there, and what it gives cannot be used.
+    Wrong(String),
+}
+
+impl Trouble {
+    /// Whether this is news to somebody who was told the other. How exactly a camera is gone differs from one attempt to
+    /// the next and is none.
+    fn is_news_after(&self, other: &Self) -> bool {
+        !matches!((self, other), (Self::Gone(_), Self::Gone(_))) && self != other
+    }
+}
+
+/// Runs `attempt` again and again until it ends well, waiting in between. A source that goes down is logged once, and
+/// again only when it is in trouble of another kind.
+async fn persist<F: Future<Output = Result<(), Trouble>>>(health: &Health, mut attempt: impl FnMut() -> F) {
     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_CAP);
-    let mut last_reason = String::new();
+    let mut told: Option<Trouble> = None;
     loop {
-        let Err(reason) = attempt().await else { return };
+        let Err(trouble) = attempt().await else { return };
         if health.metrics.up.get() == 1 {
             backoff.reset();
-            last_reason.clear();
+            told = None;
         }
         health.metrics.up.set(0);
         let delay = backoff.next_delay();
-        if reason == last_reason {
-            tracing::debug!(stream = health.stream, reason, attempts = backoff.attempts(), "stream is still down");
-        } else {
+        let (Trouble::Gone(reason) | Trouble::Wrong(reason)) = &trouble;
+        if told.as_ref().is_none_or(|told| trouble.is_news_after(told)) {
             tracing::warn!(stream = health.stream, reason, "stream is down, trying again");
-            last_reason = reason;
+            told = Some(trouble);
+        } else {
+            tracing::debug!(stream = health.stream, reason, attempts = backoff.attempts(), "stream is still down");
         }
         tokio::time::sleep(delay).await;
         health.metrics.reconnects.inc();

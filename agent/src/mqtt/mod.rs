@@ -46,9 +46,33 @@ pub enum Event<T> {
     /// A message came on a subscribed topic.
     Received(Message),
     /// The connection is gone, or never came to be. Make a new one.
-    Lost(String),
+    Lost(Loss),
     /// Something of no interest went by.
     Other,
+}
+
+/// Why there is no connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Loss {
+    /// The broker is not there, or does not answer.
+    Unreachable(String),
+    /// The broker is there and does not want us.
+    Refused(String),
+}
+
+impl Loss {
+    /// In words.
+    pub fn reason(&self) -> &str {
+        match self {
+            Self::Unreachable(reason) | Self::Refused(reason) => reason,
+        }
+    }
+
+    /// Whether this is news to somebody who was told the other. How exactly a broker cannot be reached differs from one
+    /// attempt to the next and is none.
+    pub fn is_news_after(&self, other: &Self) -> bool {
+        !matches!((self, other), (Self::Unreachable(_), Self::Unreachable(_))) && self != other
+    }
 }
 
 /// The end that sends. Messages are published with QoS 1.
@@ -147,17 +171,18 @@ impl Receiver {
     }
 }
 
-fn describe(error: &rumqttc::ConnectionError) -> String {
+fn describe(error: &rumqttc::ConnectionError) -> Loss {
     use rumqttc::{ConnectReturnCode as Code, ConnectionError as Error};
     match error {
         Error::ConnectionRefused(Code::BadUserNamePassword | Code::NotAuthorized) => {
-            "the broker refuses our user or password".to_owned()
+            Loss::Refused("the broker refuses our user or password".to_owned())
         }
-        Error::ConnectionRefused(code) => format!("the broker refuses us: {code:?}"),
-        Error::NetworkTimeout | Error::FlushTimeout => "the broker does not answer in time".to_owned(),
-        Error::MqttState(rumqttc::StateError::Io(error)) | Error::Io(error) => {
-            format!("the connection failed: {error}")
+        Error::ConnectionRefused(code) => Loss::Refused(format!("the broker refuses us: {code:?}")),
+        Error::NetworkTimeout | Error::FlushTimeout => {
+            Loss::Unreachable("the broker does not answer in time".to_owned())
         }
-        other => other.to_string(),
+        Error::Io(error) => Loss::Unreachable(error.to_string()),
+        Error::MqttState(state) => Loss::Unreachable(format!("the connection broke: {state}")),
+        other => Loss::Unreachable(other.to_string()),
     }
 }

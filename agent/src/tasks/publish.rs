@@ -23,7 +23,7 @@ use crate::base::clock;
 use crate::base::metrics::Metrics;
 use crate::config::agent::Broker;
 use crate::message::{Presence, StatusMessage, Topics};
-use crate::mqtt::{self, Event, KEEP_ALIVE, Message, Receiver, Sender, WINDOW};
+use crate::mqtt::{self, Event, KEEP_ALIVE, Loss, Message, Receiver, Sender, WINDOW};
 use crate::spool::Spool;
 
 const RETRY_FIRST: Duration = Duration::from_millis(250);
@@ -60,7 +60,7 @@ pub struct Publisher {
 
 /// How a connection ended.
 enum Ended {
-    Lost(String),
+    Lost(Loss),
     Farewell,
 }
 
@@ -68,23 +68,23 @@ impl Publisher {
     /// Publishes until stopped; then it waits a little for the broker to take what is left and says goodbye.
     pub async fn run(self, stop: CancellationToken) {
         let mut backoff = Backoff::new(RETRY_FIRST, RETRY_CAP);
-        let mut last_reason = String::new();
+        let mut told: Option<Loss> = None;
         loop {
             let was_up = self.metrics.mqtt_published.get();
             let ended = self.connection(&stop).await;
             let was_open = self.metrics.mqtt_connected.get() == 1;
             self.metrics.mqtt_connected.set(0);
-            let reason = match ended {
+            let loss = match ended {
                 Ended::Farewell => return,
-                Ended::Lost(reason) => reason,
+                Ended::Lost(loss) => loss,
             };
             // Only a connection that got something across has earned a quick next try.
             if self.metrics.mqtt_published.get() > was_up {
                 backoff.reset();
             }
-            if was_open || reason != last_reason {
-                tracing::warn!(broker = %self.broker, reason, "broker is not reached, results wait");
-                last_reason = reason;
+            if was_open || told.as_ref().is_none_or(|told| loss.is_news_after(told)) {
+                tracing::warn!(broker = %self.broker, reason = loss.reason(), "broker is not reached, results wait");
+                told = Some(loss);
             }
             tokio::select! {
                 () = tokio::time::sleep(backoff.next_delay()) => {}
@@ -109,14 +109,14 @@ impl Publisher {
             };
             match sender.understand(seen) {
                 Event::Connected => break,
-                Event::Lost(reason) => return Ended::Lost(reason),
+                Event::Lost(loss) => return Ended::Lost(loss),
                 _ => {}
             }
         }
         self.metrics.mqtt_connected.set(1);
         tracing::info!(broker = %self.broker, waiting = self.spool.stats().records, "broker is reached");
         if !sender.publish(self.status(Presence::Online), Token::Status) {
-            return Ended::Lost("the first message found no room".to_owned());
+            return Ended::Lost(Loss::Unreachable("the first message found no room".to_owned()));
         }
         self.open(sender, receiver, stop).await
     }
@@ -162,7 +162,10 @@ impl Publisher {
                 }
             };
             let Some(seen) = seen else {
-                return Ended::Lost(format!("nothing was acknowledged for {} s", WEDGED_AFTER.as_secs()));
+                return Ended::Lost(Loss::Unreachable(format!(
+                    "nothing was acknowledged for {} s",
+                    WEDGED_AFTER.as_secs()
+                )));
             };
             match sender.understand(seen) {
                 Event::Acknowledged(token) => {
@@ -176,7 +179,7 @@ impl Publisher {
                     self.warn_of_loss();
                     return Ended::Farewell;
                 }
-                Event::Lost(reason) => return Ended::Lost(reason),
+                Event::Lost(loss) => return Ended::Lost(loss),
                 _ => {}
             }
         }

@@ -130,7 +130,7 @@ async fn tell(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow
                     return Ok(());
                 }
             }
-            Event::Lost(reason) => anyhow::bail!("the demonstration's broker is gone: {reason}"),
+            Event::Lost(loss) => anyhow::bail!("the demonstration's broker is gone: {}", loss.reason()),
             _ => {}
         }
     }

@@ -57,9 +57,9 @@ generate: ## Write the JSON Schemas that are made from the code
 bench: ## Stage times of the data plane (Criterion)
 	$(CARGO) bench --workspace --bench stages
 
-figures: ## Whole-process figures of the release binary: size, memory, start, frames per second
+figures: test-tools ## Whole-process figures of the release binary: size, memory, start, frames per second (MODELS=...)
 	$(CARGO) build --release --workspace
-	tests/figures.sh target/release/lineside
+	$(VENV)/bin/python tests/figures.py target/release/lineside $(MODELS)
 
 fmt: ## Format the code
 	$(CARGO) fmt --all

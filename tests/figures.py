@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Whole-process figures of a built agent: size, memory at rest and at work, start to first result, frames per second.
+
+It starts a real mosquitto and the given program, plays a 1920x1080 JPEG in a loop as fast as the model can take it, and
+reads what the kernel and the agent's own metrics say. Figures are for comparing two builds on one machine in one run; they
+are printed, never judged.
+
+    .venv/bin/python tests/figures.py target/release/lineside [MODEL.onnx ...]
+"""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "surface-defects"
+MEASURE_SECONDS = 8
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(what, look, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = look()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise SystemExit(f"waited in vain for {what}")
+
+
+def listening(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def memory_mib(pid, key="VmRSS"):
+    text = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+)", text).group(1)) / 1024
+
+
+def cpu_seconds(pid):
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def series(text, rest):
+    start = f"lineside_inference_duration_seconds_{rest} "
+    return next(float(line[len(start):]) for line in text.splitlines() if line.startswith(start))
+
+
+class Agent:
+    def __init__(self, program, folder, mqtt_port):
+        self.folder = pathlib.Path(folder)
+        (self.folder / "manifests").mkdir(exist_ok=True)
+        self.log = open(self.folder / "log", "w+")
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [program, "run", "--manifests", self.folder / "manifests", "--data-dir", self.folder / "data", "--node", "figures",
+             "--mqtt", f"mqtt://127.0.0.1:{mqtt_port}", "--http", "127.0.0.1:0"], stderr=self.log)
+        self.pid = self.process.pid
+
+    def http(self):
+        def look():
+            for line in (self.folder / "log").read_text().splitlines():
+                entry = json.loads(line)
+                if entry.get("message") == "lineside starts":
+                    return entry["http"]
+        return wait_for("the agent", look)
+
+    def metrics(self):
+        with urllib.request.urlopen(f"http://{self.http()}/metrics") as answer:
+            return answer.read().decode()
+
+    def processed(self):
+        found = re.search(r'lineside_frames_total\{outcome="processed",stream="line-1"\} (\d+)', self.metrics())
+        return int(found.group(1)) if found else 0
+
+    def end(self):
+        self.process.terminate()
+        self.process.wait()
+
+
+def lay_out(folder, model, mean, std):
+    frames = folder / "frames"
+    frames.mkdir()
+    Image.open(EXAMPLE / "frames" / "part-012-scratch.jpg").resize((1920, 1080)).save(frames / "full-hd.jpg", quality=90)
+    head = "apiVersion: lineside.dev/v1alpha1\n"
+    (folder / "manifests").mkdir()
+    (folder / "manifests" / "all.yaml").write_text(
+        f"{head}kind: EdgeModel\nmetadata: {{name: m}}\nspec:\n  version: 1\n  source: {{uri: 'file://{model}'}}\n"
+        f"  task: classify\n  input: {{mean: [{mean}], std: [{std}]}}\n---\n"
+        f"{head}kind: CameraStream\nmetadata: {{name: line-1}}\nspec:\n"
+        f"  source: {{uri: 'dir:../frames?loop=true'}}\n  model: m\n  fps: 0\n")
+
+
+def main():
+    program = pathlib.Path(sys.argv[1]).resolve()
+    models = [pathlib.Path(model).resolve() for model in sys.argv[2:]] or [EXAMPLE / "surface-defects.onnx"]
+    print(f"binary                      {program.stat().st_size / 1e6:.1f} MB")
+    port = free_port()
+    mosquitto = "/usr/sbin/mosquitto" if os.path.exists("/usr/sbin/mosquitto") else "mosquitto"
+    broker = subprocess.Popen([mosquitto, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for("mosquitto", lambda: listening(port))
+        with tempfile.TemporaryDirectory() as folder:
+            agent = Agent(program, folder, port)
+            agent.http()
+            time.sleep(3)
+            print(f"RSS at rest, no model       {memory_mib(agent.pid):.1f} MiB")
+            agent.end()
+        for model in models:
+            print(f"\n{model.name}, {model.stat().st_size / 1e6:.1f} MB, one 1920x1080 JPEG after the other")
+            with tempfile.TemporaryDirectory() as folder:
+                folder = pathlib.Path(folder)
+                lay_out(folder, model, 127, 128)
+                first = subprocess.Popen(["mosquitto_sub", "-p", str(port), "-C", "1", "-t", "lineside/v1/+/+/+/result"],
+                                         stdout=subprocess.DEVNULL)
+                time.sleep(0.5)
+                agent = Agent(program, folder, port)
+                first.wait()
+                print(f"start to first result       {(time.monotonic() - agent.started) * 1e3:.0f} ms")
+                time.sleep(2)
+                frames, cpu, begun = agent.processed(), cpu_seconds(agent.pid), time.monotonic()
+                time.sleep(MEASURE_SECONDS)
+                frames, cpu = agent.processed() - frames, cpu_seconds(agent.pid) - cpu
+                seconds = time.monotonic() - begun
+                print(f"frames per second           {frames / seconds:.1f}")
+                print(f"frames per second of CPU    {frames / cpu:.1f}")
+                print(f"RSS at work                 {memory_mib(agent.pid):.1f} MiB (highest {memory_mib(agent.pid, 'VmHWM'):.1f})")
+                text = agent.metrics()
+                for phase in ["decode", "preprocess", "infer", "postprocess"]:
+                    total, count = (series(text, f"{part}{{model=\"m\",phase=\"{phase}\",version=\"1\"}}")
+                                    for part in ("sum", "count"))
+                    print(f"mean {phase:<22} {total / count * 1e3:.2f} ms")
+                agent.end()
+    finally:
+        broker.terminate()
+        broker.wait()
+
+
+main()

@@ -88,6 +88,13 @@ impl<S: Send + Sync + 'static> Slot<S> {
     }
 }
 
+/// Threads of a slot that nobody stopped end at their next frame.
+impl<S> Drop for Slot<S> {
+    fn drop(&mut self) {
+        self.queue.begin_epoch();
+    }
+}
+
 fn join(threads: Vec<JoinHandle<()>>) {
     for thread in threads {
         if thread.join().is_err() {

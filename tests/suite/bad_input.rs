@@ -18,7 +18,8 @@ fn bad_frames_are_counted_named_once_and_passed_over() {
     fs::create_dir(&manifests).unwrap();
     fs::create_dir(&frames).unwrap();
     let good = frame("part-001-good.jpg");
-    let mut huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\xEA\x60\0\0\xEA\x60\x08\x02\0\0\0\x0F\xB0\xE2\x15\0\0\0\x40IDAT".to_vec();
+    let mut huge =
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\xEA\x60\0\0\xEA\x60\x08\x02\0\0\0\x0F\xB0\xE2\x15\0\0\0\x40IDAT".to_vec();
     huge.extend_from_slice(&[0; 64]);
     fs::write(frames.join("1-good.jpg"), &good).unwrap();
     fs::write(frames.join("2-truncated.jpg"), &good[..good.len() / 2]).unwrap();

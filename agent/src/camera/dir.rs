@@ -3,6 +3,7 @@
 //! At a given pace it plays like a camera: a frame that nobody took in time is replaced by the next, and counted. With
 //! `fps: 0` it waits for the model instead and loses nothing. The folder is listed anew for every round.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -36,6 +37,8 @@ async fn round<S>(
     health: &Health,
 ) -> Result<(), Trouble> {
     let mut pace = Pace::new(interval);
+    // Files already complained about, so that a loop does not complain in every round. Bounded by the folder.
+    let mut unreadable = BTreeSet::new();
     loop {
         let files = blocking({
             let folder = folder.to_owned();
@@ -46,19 +49,30 @@ async fn round<S>(
         if files.is_empty() {
             return Err(Trouble::Wrong(format!("{} holds no .jpg, .jpeg or .png file", folder.display())));
         }
-        health.up();
+        let mut played = 0;
         for file in files {
             pace.tick().await;
             let name = file.file_name().map(|name| name.to_string_lossy().into_owned());
             let bytes = blocking(move || read_bounded(&file, FRAME_BYTES_MAX as u64)).await;
-            match bytes {
-                Ok(bytes) if interval.is_some() => mailbox.offer(captured(Bytes::from(bytes), name, true)),
-                Ok(bytes) => mailbox.put(captured(Bytes::from(bytes), name, false)).await,
+            let bytes = match bytes {
+                Ok(bytes) => Bytes::from(bytes),
                 Err(reason) => {
                     health.metrics.failed.inc();
-                    tracing::warn!(stream = health.stream, file = name, reason, "frame cannot be read, going on");
+                    if unreadable.insert(name.clone()) {
+                        tracing::warn!(stream = health.stream, file = name, reason, "frame cannot be read, going on");
+                    }
+                    continue;
                 }
+            };
+            played += 1;
+            health.up();
+            match interval {
+                Some(_) => mailbox.offer(captured(bytes, name, true)),
+                None => mailbox.put(captured(bytes, name, false)).await,
             }
+        }
+        if played == 0 {
+            return Err(Trouble::Wrong(format!("no picture in {} can be read", folder.display())));
         }
         if !repeat {
             return Ok(());

@@ -84,14 +84,16 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     layers.flag("spool-memory-mib", arguments.spool_memory_mib);
     let host_name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let config = layers.resolve(mistakes, host_name.trim()).map_err(Failure::Usage)?;
-    super::runtime()?
-        .block_on(async {
-            let stop = CancellationToken::new();
-            shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
-            let app = App::start(config).await?;
-            stop.cancelled().await;
-            app.end().await;
-            Ok(())
-        })
-        .map_err(Failure::Failed)
+    let runtime = super::runtime()?;
+    let ended = runtime.block_on(async {
+        let stop = CancellationToken::new();
+        shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
+        let app = App::start(config).await?;
+        stop.cancelled().await;
+        app.end().await;
+        Ok(())
+    });
+    // Everything has ended in order; a model that is still being loaded, or a folder that hangs, is not waited for.
+    runtime.shutdown_background();
+    ended.map_err(Failure::Failed)
 }

@@ -71,7 +71,9 @@ pub fn diff(desired: &Desired, observed: &Observed, now: Instant) -> Vec<Step> {
         }
     }
     for (name, model) in &observed.models {
-        if !desired.models.contains_key(name) && (model.serving.is_some() || model.failed.is_some()) {
+        // What is being loaded is waited for: its threads start when it is done, and somebody has to end them.
+        let is_settled = model.loading.is_none() && (model.serving.is_some() || model.failed.is_some());
+        if is_settled && !desired.models.contains_key(name) {
             steps.push(Step::Unload(name.clone()));
         }
     }
@@ -207,6 +209,7 @@ mod tests {
         let mut observed = serving(&model(1, ""));
         observed.models.get_mut("m").unwrap().loading = desired(&model(2, "")).models.get("m").cloned();
         assert_eq!(diff(&desired(&model(3, "")), &observed, Instant::now()), []);
+        assert_eq!(diff(&Desired::default(), &observed, Instant::now()), []);
     }
 
     #[test]

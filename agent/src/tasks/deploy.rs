@@ -49,8 +49,8 @@ pub struct Deploy {
     observed: Observed,
     slots: HashMap<String, Arc<Slot<StreamContext>>>,
     captures: HashMap<String, Capture>,
-    /// Waiting times and the last reason of models that fail, by name.
-    failures: HashMap<String, (Backoff, String)>,
+    /// Models that fail to load, by name.
+    failures: HashMap<String, Failures>,
     /// Objects of one name in several files, already complained about.
     doubled: BTreeSet<String>,
     /// The series set in `model_state`: model to version and state.
@@ -58,6 +58,13 @@ pub struct Deploy {
     one_at_a_time: Arc<Semaphore>,
     loaded: mpsc::UnboundedSender<Loaded>,
     loads: mpsc::UnboundedReceiver<Loaded>,
+}
+
+/// What is remembered of a model that fails to load, so that it is tried more and more rarely and logged once.
+struct Failures {
+    backoff: Backoff,
+    version: u64,
+    reason: String,
 }
 
 /// What came of loading a model.
@@ -254,10 +261,16 @@ impl Deploy {
                 model.refused = None;
             }
             Err(reason) => {
-                let first = || (Backoff::new(RETRY_FIRST, RETRY_CAP), String::new());
-                let (backoff, last_reason) = self.failures.entry(manifest.name.clone()).or_insert_with(first);
-                let delay = backoff.next_delay();
-                if *last_reason != reason {
+                let failures = self.failures.entry(manifest.name.clone()).or_insert_with(|| Failures {
+                    backoff: Backoff::new(RETRY_FIRST, RETRY_CAP),
+                    version: 0,
+                    reason: String::new(),
+                });
+                if failures.version != manifest.version {
+                    failures.backoff.reset();
+                }
+                let delay = failures.backoff.next_delay();
+                if (failures.version, &failures.reason) != (manifest.version, &reason) {
                     let serving = model.serving.as_ref().map(|serving| serving.version);
                     tracing::error!(
                         model = manifest.name,
@@ -266,7 +279,7 @@ impl Deploy {
                         reason,
                         "model cannot be loaded, trying again later"
                     );
-                    *last_reason = reason;
+                    (failures.version, failures.reason) = (manifest.version, reason);
                 }
                 model.failed = Some((manifest, Instant::now() + delay));
             }
@@ -299,9 +312,12 @@ impl Deploy {
                 Some(model) if model.failed.is_some() || model.refused.as_ref() == Some(wanted) => ModelState::Failed,
                 _ => ModelState::Pending,
             };
+            if state == ModelState::Ready {
+                self.failures.remove(name);
+            }
             let reason = match state {
                 ModelState::Failed => Some(match self.failures.get(name) {
-                    Some((_, reason)) => reason.clone(),
+                    Some(failures) => failures.reason.clone(),
                     None => "a lower version is refused; set rollback: true to go back".to_owned(),
                 }),
                 _ => None,

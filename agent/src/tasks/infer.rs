@@ -1,6 +1,7 @@
 //! What an instance does with one frame: look at it, judge, and leave the result in the spool. It runs on the instance's
 //! own thread and never waits for anything but the engine.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -125,11 +126,16 @@ impl Inspector {
         let requests = |outcome: &str| {
             self.metrics.inference_requests.with_label_values(&[model.name.as_str(), &version, outcome]).inc();
         };
-        let inspection = match pipeline.run(&frame.encoded) {
+        // Decoders and engines are other people's code, met here with whatever a camera sends. A panic in there costs the
+        // frame, not the instance.
+        let looked = catch_unwind(AssertUnwindSafe(|| pipeline.run(&frame.encoded)))
+            .map_err(|_| "looking at the frame panicked; the log holds the place".to_owned())
+            .and_then(|inspection| inspection.map_err(|error| error.to_string()));
+        let inspection = match looked {
             Ok(inspection) => inspection,
-            Err(error) => {
+            Err(reason) => {
                 requests("error");
-                return stream.failed(&error.to_string(), frame.name.as_deref(), model);
+                return stream.failed(&reason, frame.name.as_deref(), model);
             }
         };
         requests("ok");

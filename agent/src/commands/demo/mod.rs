@@ -43,7 +43,10 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     if !(0.0..=1000.0).contains(&arguments.fps) {
         return Err(Failure::Usage(vec![format!("--fps: {} is not within 0 and 1000", arguments.fps)]));
     }
-    super::runtime()?.block_on(show(&arguments)).map_err(Failure::Failed)
+    let runtime = super::runtime()?;
+    let ended = runtime.block_on(show(&arguments));
+    runtime.shutdown_background();
+    ended.map_err(Failure::Failed)
 }
 
 async fn show(arguments: &Arguments) -> anyhow::Result<()> {

@@ -9,19 +9,23 @@ TOOLS := mosquitto_sub ffmpeg promtool
 VENV := .venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help demo build test test-tools check deny generate bench figures fmt clean
+.PHONY: help compiler demo build test test-tools check deny generate bench figures fmt clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: ## Build, and show the main job on this machine (RESULTS=0 goes on until Ctrl-C)
+# rustup's toolchain links with the system's C compiler.
+compiler:
+	@command -v cc >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy gcc libc6-dev; }
+
+demo: compiler ## Build, and show the main job on this machine (RESULTS=0 goes on until Ctrl-C)
 	$(CARGO) build --workspace
 	target/debug/lineside demo --results $(RESULTS)
 
-build: ## The release binary: target/release/lineside
+build: compiler ## The release binary: target/release/lineside
 	$(CARGO) build --release --workspace
 
-test: test-tools ## Install what the tests need, and run all of them
+test: compiler test-tools ## Install what the tests need, and run all of them
 	$(CARGO) test --workspace
 
 test-tools: $(VENV)/.installed ## Install mosquitto, ffmpeg, promtool (Debian) and Python packages (PyPI), where missing
@@ -38,7 +42,7 @@ $(VENV)/.installed: tests/requirements.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement tests/requirements.txt
 	@touch $@
 
-check: ## Format, lints with warnings denied, dependencies, generated files
+check: compiler ## Format, lints with warnings denied, dependencies, generated files
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- --deny warnings
 	@$(MAKE) --no-print-directory deny
@@ -46,9 +50,9 @@ check: ## Format, lints with warnings denied, dependencies, generated files
 	@git diff --exit-code -- docs/schemas || { echo 'generated files were stale; commit what `make generate` wrote'; exit 1; }
 
 deny: ## Licences, bans and sources of dependencies; advisories where their database can be had
-	@command -v cargo-deny >/dev/null || $(CARGO) install cargo-deny --locked --version 0.20.2
-	cargo-deny --all-features check bans licenses sources
-	@if cargo-deny fetch db >/dev/null 2>&1; then cargo-deny --all-features check advisories; \
+	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install cargo-deny --locked --version 0.20.2
+	$(CARGO) deny --all-features check bans licenses sources
+	@if $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny --all-features check advisories; \
 	else echo 'advisories were not checked: their database cannot be fetched from here'; fi
 
 generate: ## Write the JSON Schemas that are made from the code

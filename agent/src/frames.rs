@@ -44,6 +44,8 @@ pub struct FrameQueue<S> {
 
 struct State<S> {
     places: Vec<Place<S>>,
+    /// Never given twice, so that a frame still being looked at cannot free the place of another stream.
+    next_id: u64,
     /// Where to look first, so that streams take turns.
     turn: usize,
     epoch: u64,
@@ -61,7 +63,7 @@ struct Place<S> {
 
 impl<S> Default for FrameQueue<S> {
     fn default() -> Self {
-        Self { state: Mutex::new(State { places: Vec::new(), turn: 0, epoch: 0 }), filled: Condvar::new() }
+        Self { state: Mutex::new(State { places: Vec::new(), next_id: 0, turn: 0, epoch: 0 }), filled: Condvar::new() }
     }
 }
 
@@ -75,7 +77,8 @@ impl<S> FrameQueue<S> {
     pub fn attach(self: &Arc<Self>, stream: Arc<S>, skipped: IntCounter) -> Mailbox<S> {
         let emptied = Arc::new(Notify::new());
         let mut state = self.state();
-        let id = state.places.iter().map(|place| place.id + 1).max().unwrap_or(0);
+        let id = state.next_id;
+        state.next_id += 1;
         state.places.push(Place { id, stream, frame: None, busy: false, emptied: emptied.clone(), skipped });
         drop(state);
         Mailbox { queue: self.clone(), id, emptied }
@@ -238,6 +241,21 @@ mod tests {
         assert_eq!(name(&queue.take(epoch).unwrap()), "b/2", "a is still being looked at");
         drop(first);
         assert_eq!(name(&queue.take(epoch).unwrap()), "a/2");
+    }
+
+    #[test]
+    fn a_frame_of_a_stream_that_is_gone_frees_no_other_streams_place() {
+        let queue = Arc::new(FrameQueue::default());
+        let epoch = queue.begin_epoch();
+        let before = queue.attach(Arc::new("before"), skipped());
+        before.offer(frame("1"));
+        let old = queue.take(epoch).unwrap();
+        drop(before);
+        let after = queue.attach(Arc::new("after"), skipped());
+        after.offer(frame("1"));
+        let new = queue.take(epoch).unwrap();
+        drop(old);
+        assert!(queue.state().places[0].busy, "{} is still being looked at", name(&new));
     }
 
     #[test]

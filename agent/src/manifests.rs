@@ -116,11 +116,15 @@ fn signatures(folder: &Path) -> std::io::Result<BTreeMap<PathBuf, Signature>> {
         if is_hidden || !SUFFIXES.contains(&suffix) {
             continue;
         }
-        if let Ok(facts) = fs::metadata(&path) {
-            let signature =
-                (facts.ino(), facts.size(), facts.mtime(), facts.mtime_nsec(), facts.ctime(), facts.ctime_nsec());
-            found.insert(path, signature);
-        }
+        let facts = match fs::metadata(&path) {
+            Ok(facts) => facts,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            // A file that is there and cannot be looked at is not gone.
+            Err(error) => return Err(std::io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
+        };
+        let signature =
+            (facts.ino(), facts.size(), facts.mtime(), facts.mtime_nsec(), facts.ctime(), facts.ctime_nsec());
+        found.insert(path, signature);
     }
     Ok(found)
 }

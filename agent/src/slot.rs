@@ -53,26 +53,36 @@ impl<S: Send + Sync + 'static> Slot<S> {
     /// The threads of the version before are joined before this returns, so call it where blocking is allowed.
     ///
     /// # Errors
-    /// When a thread cannot be started; then nothing serves.
+    /// When a thread cannot be started; then the version before serves on.
     pub fn serve(
         &self,
         ready: Ready,
         work: impl Fn(&mut Pipeline, &ModelInfo, Taken<S>) + Send + Sync + 'static,
     ) -> std::io::Result<()> {
         let work = Arc::new(work);
-        let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
-        let epoch = self.queue.begin_epoch();
-        let before = std::mem::take(&mut *serving);
+        // The threads are started behind a gate, so that the version before serves on when one of them cannot be.
+        let mut threads = Vec::new();
+        let mut gates = Vec::new();
         for (index, mut pipeline) in ready.pipelines.into_iter().enumerate() {
             let (queue, info, work) = (self.queue.clone(), ready.info.clone(), work.clone());
+            let (gate, opened) = std::sync::mpsc::channel::<u64>();
             let thread = std::thread::Builder::new().name(thread_name(&self.name, index)).spawn(move || {
+                let Ok(epoch) = opened.recv() else { return };
                 while let Some(taken) = queue.take(epoch) {
                     work(&mut pipeline, &info, taken);
                 }
             })?;
-            serving.threads.push(thread);
+            threads.push(thread);
+            gates.push(gate);
         }
-        serving.info = Some(ready.info);
+        let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
+        let epoch = self.queue.begin_epoch();
+        for gate in gates {
+            if gate.send(epoch).is_err() {
+                tracing::error!(model = self.name, "an inference thread is gone before it began");
+            }
+        }
+        let before = std::mem::replace(&mut *serving, Serving { info: Some(ready.info), threads });
         drop(serving);
         join(before.threads);
         Ok(())

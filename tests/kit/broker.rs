@@ -33,10 +33,15 @@ impl Broker {
     /// # Panics
     /// When mosquitto is not installed or does not come up.
     pub fn start() -> Self {
-        let mut broker =
-            Self { port: free_port(), folder: tempfile::tempdir().expect("a temporary folder"), child: None };
-        broker.restart();
-        broker
+        let mut broker = Self { port: 0, folder: tempfile::tempdir().expect("a temporary folder"), child: None };
+        // Somebody else may have taken the port in between; then mosquitto ends, and another port is tried.
+        for _ in 0..5 {
+            broker.port = free_port();
+            if broker.try_restart() {
+                return broker;
+            }
+        }
+        panic!("mosquitto does not start; is it installed? run `make test-tools` once");
     }
 
     /// Its address.
@@ -57,6 +62,10 @@ impl Broker {
     /// # Panics
     /// When it does not come up.
     pub fn restart(&mut self) {
+        assert!(self.try_restart(), "mosquitto does not start on port {}", self.port);
+    }
+
+    fn try_restart(&mut self) -> bool {
         self.stop();
         let config = self.folder.path().join("mosquitto.conf");
         let text = format!("listener {} 127.0.0.1\nallow_anonymous true\npersistence false\n", self.port);
@@ -70,7 +79,14 @@ impl Broker {
             .expect("mosquitto is installed; run `make test-tools` once");
         self.child = Some(child);
         let address = format!("127.0.0.1:{}", self.port);
-        until_true("mosquitto to listen", || std::net::TcpStream::connect(&address).is_ok());
+        crate::wait::until("mosquitto to listen", || {
+            let has_ended =
+                self.child.as_mut().is_some_and(|child| child.try_wait().expect("the process can be asked").is_some());
+            if has_ended {
+                return Some(false);
+            }
+            std::net::TcpStream::connect(&address).is_ok().then_some(true)
+        })
     }
 
     /// Subscribes to a topic filter.

@@ -18,14 +18,13 @@ const FLOORS: [&[&str]; 7] = [
 ];
 
 /// The only place that may name each crate: a file, or a folder with everything in it.
-const DOORS: [(&str, &str); 7] = [
+const DOORS: [(&str, &str); 6] = [
     ("tract_onnx", "runtime/src/engine/tract"),
     ("image", "runtime/src/decode.rs"),
     ("fast_image_resize", "runtime/src/preprocess.rs"),
     ("rumqttc", "agent/src/mqtt"),
     ("cel", "agent/src/verdict.rs"),
     ("serde_saphyr", "agent/src/config/lenient.rs"),
-    ("prometheus", "agent/src"),
 ];
 
 fn sources(folder: &Path) -> Vec<(PathBuf, String)> {

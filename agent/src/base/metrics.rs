@@ -45,6 +45,8 @@ pub struct Metrics {
     pub mqtt_connected: IntGauge,
     /// Messages the broker has acknowledged.
     pub mqtt_published: IntCounter,
+    /// Results the broker has acknowledged.
+    pub mqtt_results: IntCounter,
     /// Connections refused because there were too many.
     pub http_refused: IntCounter,
 }
@@ -95,6 +97,7 @@ impl Metrics {
             spool_dropped: counters("spool_dropped_total", "Records given up, by reason.", &["reason"])?,
             mqtt_connected: gauge("mqtt_connected", "Whether the broker is reached.")?,
             mqtt_published: counter("mqtt_published_total", "Messages the broker has acknowledged.")?,
+            mqtt_results: counter("mqtt_results_published_total", "Results the broker has acknowledged.")?,
             http_refused: counter("http_connections_refused_total", "Connections closed because there were too many.")?,
             registry: registry.clone(),
         };
@@ -103,7 +106,9 @@ impl Metrics {
             IntGaugeVec::new(options("build_info", "Always 1; the labels say what runs."), &["version"])?,
         )?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        metrics.spool_dropped.with_label_values(&["full"]);
+        for reason in ["full", "too_large"] {
+            metrics.spool_dropped.with_label_values(&[reason]);
+        }
         Ok(metrics)
     }
 

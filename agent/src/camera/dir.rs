@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,7 +24,9 @@ pub(super) async fn play<S>(
     mailbox: &Mailbox<S>,
     health: Health,
 ) {
-    persist(&health, || round(folder, repeat, interval, mailbox, &health)).await;
+    // Files already complained about, so that a loop does not complain in every round. Bounded by the folder.
+    let unreadable = Mutex::new(BTreeSet::new());
+    persist(&health, || round(folder, repeat, interval, mailbox, &health, &unreadable)).await;
     // A model may still be looking at the last frame; the stream ends when that is done.
     mailbox.drained().await;
     health.ended();
@@ -35,10 +38,9 @@ async fn round<S>(
     interval: Option<Duration>,
     mailbox: &Mailbox<S>,
     health: &Health,
+    unreadable: &Mutex<BTreeSet<String>>,
 ) -> Result<(), Trouble> {
     let mut pace = Pace::new(interval);
-    // Files already complained about, so that a loop does not complain in every round. Bounded by the folder.
-    let mut unreadable = BTreeSet::new();
     loop {
         let files = blocking({
             let folder = folder.to_owned();
@@ -58,7 +60,11 @@ async fn round<S>(
                 Ok(bytes) => Bytes::from(bytes),
                 Err(reason) => {
                     health.metrics.failed.inc();
-                    if unreadable.insert(name.clone()) {
+                    let is_news = unreadable
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .insert(name.clone().unwrap_or_default());
+                    if is_news {
                         tracing::warn!(stream = health.stream, file = name, reason, "frame cannot be read, going on");
                     }
                     continue;

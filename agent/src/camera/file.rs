@@ -49,13 +49,19 @@ async fn once<S>(
     Ok(())
 }
 
-/// Takes the next picture off the front. What is no whole JPEG is taken in one piece; the decoder says what it is.
+/// Takes the next picture off the front, passing over bytes between two JPEGs. What is no whole JPEG is taken in one piece;
+/// the decoder says what it is.
 fn next_frame(rest: &mut Bytes) -> Option<Bytes> {
     if rest.is_empty() {
         return None;
     }
     match jpeg::extent(rest) {
-        Extent::Complete(length) => Some(rest.split_to(length)),
+        Extent::Complete(length) => {
+            let frame = rest.split_to(length);
+            let next = rest.windows(3).position(|bytes| bytes == [0xFF, 0xD8, 0xFF]).unwrap_or(rest.len());
+            drop(rest.split_to(next));
+            Some(frame)
+        }
         Extent::Truncated | Extent::NotJpeg => Some(std::mem::take(rest)),
     }
 }
@@ -67,7 +73,7 @@ mod tests {
     #[test]
     fn a_recording_is_cut_into_its_pictures() {
         let jpeg = [0xFF, 0xD8, 0xFF, 0xDA, 0x00, 0x02, 0x12, 0xFF, 0xD9];
-        let mut recording = Bytes::from([&jpeg[..], &jpeg, &jpeg[..5]].concat());
+        let mut recording = Bytes::from([&jpeg[..], b"\0\0", &jpeg, &jpeg[..5], b""].concat());
         let frames: Vec<Bytes> = std::iter::from_fn(|| next_frame(&mut recording)).collect();
         assert_eq!(frames, [&jpeg[..], &jpeg[..], &jpeg[..5]]);
         let mut png = Bytes::from_static(b"\x89PNG...");

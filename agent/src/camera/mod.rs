@@ -26,6 +26,9 @@ const RETRY_FIRST: Duration = Duration::from_millis(250);
 /// Longest wait, so that frames come back within seconds of a camera.
 const RETRY_CAP: Duration = Duration::from_secs(4);
 
+/// A source that lasted this long was in good health before it went down.
+const STEADY_AFTER: Duration = Duration::from_secs(5);
+
 /// What is counted of a stream's source.
 #[derive(Clone)]
 pub struct SourceMetrics {
@@ -91,8 +94,10 @@ async fn persist<F: Future<Output = Result<(), Trouble>>>(health: &Health, mut a
     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_CAP);
     let mut told: Option<Trouble> = None;
     loop {
+        let begun = Instant::now();
         let Err(trouble) = attempt().await else { return };
-        if health.metrics.up.get() == 1 {
+        // A camera that gives a frame and goes away again has not earned a quick next try, nor another line in the log.
+        if health.metrics.up.get() == 1 && begun.elapsed() >= STEADY_AFTER {
             backoff.reset();
             told = None;
         }

@@ -11,6 +11,9 @@ use bytes::{Buf as _, Bytes, BytesMut};
 /// Headers of one part at most, in bytes.
 const HEADER_BYTES_MAX: usize = 8 << 10;
 
+/// Bytes passed over in search of a boundary at most.
+const PREAMBLE_BYTES_MAX: usize = 64 << 10;
+
 /// A parser that is fed as bytes arrive.
 pub(super) struct Multipart {
     boundary: Option<Vec<u8>>,
@@ -20,8 +23,8 @@ pub(super) struct Multipart {
 }
 
 enum State {
-    /// Looking for the line with the boundary.
-    Boundary,
+    /// Looking for the line with the boundary; so many bytes were none.
+    Boundary { passed_over: usize },
     /// Reading header lines.
     Headers { length: Option<usize>, bytes: usize },
     /// Reading a body of known length.
@@ -36,7 +39,7 @@ impl Multipart {
         let boundary = boundary
             .map(|text| text.trim_matches('"').trim_start_matches('-').as_bytes().to_vec())
             .filter(|boundary| !boundary.is_empty());
-        Self { boundary, part_bytes_max, buffer: BytesMut::new(), state: State::Boundary }
+        Self { boundary, part_bytes_max, buffer: BytesMut::new(), state: State::Boundary { passed_over: 0 } }
     }
 
     /// Takes bytes as they come.
@@ -51,12 +54,15 @@ impl Multipart {
     pub(super) fn next_part(&mut self) -> Result<Option<Bytes>, String> {
         loop {
             match self.state {
-                State::Boundary => match self.line(HEADER_BYTES_MAX)? {
+                State::Boundary { passed_over } => match self.line(HEADER_BYTES_MAX)? {
                     None => return Ok(None),
+                    Some(line) if self.is_boundary(&line) => self.state = State::Headers { length: None, bytes: 0 },
                     Some(line) => {
-                        if self.is_boundary(&line) {
-                            self.state = State::Headers { length: None, bytes: 0 };
+                        let passed_over = passed_over + line.len() + 1;
+                        if passed_over > PREAMBLE_BYTES_MAX {
+                            return Err("the declared boundary does not come".to_owned());
                         }
+                        self.state = State::Boundary { passed_over };
                     }
                 },
                 State::Headers { length, bytes } => {
@@ -84,14 +90,14 @@ impl Multipart {
                     if self.buffer.len() < length {
                         return Ok(None);
                     }
-                    self.state = State::Boundary;
+                    self.state = State::Boundary { passed_over: 0 };
                     return Ok(Some(self.buffer.split_to(length).freeze()));
                 }
                 State::Open { searched } => match self.find_boundary(searched) {
                     Some((end, next)) => {
                         let part = self.buffer.split_to(end).freeze();
                         self.buffer.advance(next - end);
-                        self.state = State::Boundary;
+                        self.state = State::Boundary { passed_over: 0 };
                         return Ok(Some(part));
                     }
                     None if self.buffer.len() > self.part_bytes_max => {
@@ -208,6 +214,8 @@ mod tests {
     #[test]
     fn endless_and_oversized_bodies_are_refused() {
         assert!(parts(Some("b"), &[b'x'; 20_000], 1000).is_err(), "never a line");
+        let other = b"--c\r\nContent-Length: 3\r\n\r\nabc\r\n".repeat(3000);
+        assert!(parts(Some("b"), &other, 1000).unwrap_err().contains("boundary"), "never the one that was declared");
         let announced = b"--b\r\nContent-Length: 101\r\n\r\n";
         assert!(parts(Some("b"), announced, 10).unwrap_err().contains("announced"));
         let open = [&b"--b\r\nX: y\r\n\r\n"[..], &[b'x'; 200]].concat();

@@ -30,6 +30,10 @@ const CONNECTIONS_MAX: usize = 256;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of headers and of a connection's read buffer at most.
 const BUFFER_BYTES_MAX: usize = 16 << 10;
+/// A connection lives this long at most. One that takes its answers too slowly must not hold its place for ever.
+const CONNECTION_LIFETIME: Duration = Duration::from_secs(60);
+/// How long the end waits for requests that are under way.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// Pause after a failed accept, which happens when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -103,6 +107,7 @@ impl Server {
                 tokio::pin!(connection);
                 let ended = tokio::select! {
                     ended = connection.as_mut() => ended,
+                    () = tokio::time::sleep(CONNECTION_LIFETIME) => Ok(()),
                     () = stop.cancelled() => {
                         connection.as_mut().graceful_shutdown();
                         connection.await
@@ -115,7 +120,9 @@ impl Server {
             });
         }
         connections.close();
-        connections.wait().await;
+        if tokio::time::timeout(FAREWELL, connections.wait()).await.is_err() {
+            tracing::debug!(open = connections.len(), "connections are cut off at the end");
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use tokio::sync::Notify;
 
-use super::{Record, Spool, Stats};
+use super::{Appended, RECORD_BYTES_MAX, Record, Spool, Stats};
 
 /// Records in memory.
 pub struct MemorySpool {
@@ -52,11 +52,14 @@ impl MemorySpool {
 }
 
 impl Spool for MemorySpool {
-    fn append(&self, topic: String, make: &mut dyn FnMut(u64) -> Vec<u8>) -> usize {
+    fn append(&self, topic: String, make: &mut dyn FnMut(u64) -> Vec<u8>) -> Appended {
         let mut held = self.held();
-        held.last_seq += 1;
-        let seq = held.last_seq;
+        let seq = held.last_seq + 1;
         let record = Record { seq, topic, payload: Bytes::from(make(seq)) };
+        if size(&record) > self.bytes_max.min(RECORD_BYTES_MAX) {
+            return Appended::TooLarge;
+        }
+        held.last_seq = seq;
         held.bytes += size(&record);
         held.records.insert(seq, (record, SystemTime::now()));
         let mut dropped = 0;
@@ -67,7 +70,7 @@ impl Spool for MemorySpool {
         }
         drop(held);
         self.appended.notify_one();
-        dropped
+        Appended::Kept { dropped }
     }
 
     fn next(&self, after: Option<u64>) -> Option<Record> {

@@ -13,6 +13,21 @@ use bytes::Bytes;
 
 pub use memory::MemorySpool;
 
+/// Bytes of one record at most. What is larger would be refused on the wire, again and again, and hold up all others.
+pub const RECORD_BYTES_MAX: u64 = 4 << 20;
+
+/// What came of an append.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Appended {
+    /// The record is in; this many older ones had to give way.
+    Kept {
+        /// Records dropped because the spool was full.
+        dropped: usize,
+    },
+    /// The record is larger than [`RECORD_BYTES_MAX`], or than the whole spool. Nothing has changed, and no number was used.
+    TooLarge,
+}
+
 /// One message that waits for the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
@@ -37,9 +52,8 @@ pub struct Stats {
 
 /// A queue that forgets a record only when told to, or when it is full.
 pub trait Spool: Send + Sync {
-    /// Appends a record made for the next sequence number, and returns how many older ones had to give way. It never
-    /// waits.
-    fn append(&self, topic: String, make: &mut dyn FnMut(u64) -> Vec<u8>) -> usize;
+    /// Appends a record made for the next sequence number. It never waits.
+    fn append(&self, topic: String, make: &mut dyn FnMut(u64) -> Vec<u8>) -> Appended;
 
     /// The oldest record behind `seq`, or the oldest of all.
     fn next(&self, after: Option<u64>) -> Option<Record>;
@@ -60,7 +74,13 @@ mod contract {
     use super::*;
 
     fn fill(spool: &dyn Spool, count: usize) -> usize {
-        (0..count).map(|_| spool.append("t".to_owned(), &mut |seq| format!("{seq:04}").into_bytes())).sum()
+        let append = || spool.append("t".to_owned(), &mut |seq| format!("{seq:04}").into_bytes());
+        (0..count)
+            .map(|_| match append() {
+                Appended::Kept { dropped } => dropped,
+                Appended::TooLarge => panic!("four bytes are not too large"),
+            })
+            .sum()
     }
 
     fn drain(spool: &dyn Spool) -> Vec<u64> {
@@ -95,7 +115,12 @@ mod contract {
         let full = new(25);
         assert_eq!(fill(&*full, 7), 2, "the oldest give way and are counted");
         assert_eq!(drain(&*full), [3, 4, 5, 6, 7]);
-        assert_eq!(full.append("t".to_owned(), &mut |_| vec![0; 100]), 6, "what can never fit is itself dropped");
-        assert_eq!(full.stats().records, 0);
+        assert_eq!(full.append("t".to_owned(), &mut |_| vec![0; 100]), Appended::TooLarge);
+        assert_eq!(drain(&*full), [3, 4, 5, 6, 7], "what can never fit costs nobody else");
+        fill(&*full, 1);
+        assert_eq!(drain(&*full), [4, 5, 6, 7, 8], "and leaves no gap");
+        let large = new(u64::MAX);
+        let too_much = RECORD_BYTES_MAX as usize;
+        assert_eq!(large.append("t".to_owned(), &mut |_| vec![0; too_much]), Appended::TooLarge);
     }
 }

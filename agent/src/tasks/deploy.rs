@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use lineside_runtime::pipeline::{Pipeline, engine_for};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -38,10 +39,14 @@ const RETRY_CAP: Duration = Duration::from_secs(120);
 /// Bytes of one model file at most; ONNX itself ends at 2 GiB.
 const MODEL_BYTES_MAX: u64 = 2 << 30;
 
+const LOWER_VERSION: &str = "a lower version is refused; set rollback: true to go back";
+
 /// The task and what it owns.
 pub struct Deploy {
     node: Node,
+    /// Here between two looks; with the look while one is under way.
     folder: Option<Folder>,
+    looking: Option<JoinHandle<(Folder, Vec<Finding>)>>,
     inspector: Arc<Inspector>,
     metrics: Metrics,
     health: Arc<Health>,
@@ -55,6 +60,8 @@ pub struct Deploy {
     doubled: BTreeSet<String>,
     /// The series set in `model_state`: model to version and state.
     reported: BTreeMap<String, (u64, ModelState)>,
+    /// Loads under way, by model; cancelled when the manifest has changed meanwhile.
+    loading: HashMap<String, CancellationToken>,
     one_at_a_time: Arc<Semaphore>,
     loaded: mpsc::UnboundedSender<Loaded>,
     loads: mpsc::UnboundedReceiver<Loaded>,
@@ -70,7 +77,8 @@ struct Failures {
 /// What came of loading a model.
 struct Loaded {
     manifest: ModelManifest,
-    outcome: Result<(Arc<ModelInfo>, Duration), String>,
+    /// What serves now and how long it took; `None` when the manifest had changed before it could serve.
+    outcome: Result<Option<(Arc<ModelInfo>, Duration)>, String>,
 }
 
 impl Deploy {
@@ -81,6 +89,7 @@ impl Deploy {
         Self {
             node,
             folder: Some(Folder::new(folder)),
+            looking: None,
             inspector: Arc::new(inspector),
             metrics,
             health,
@@ -91,6 +100,7 @@ impl Deploy {
             failures: HashMap::new(),
             doubled: BTreeSet::new(),
             reported: BTreeMap::new(),
+            loading: HashMap::new(),
             one_at_a_time: Arc::new(Semaphore::new(1)),
             loaded,
             loads,
@@ -104,7 +114,8 @@ impl Deploy {
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
-                _ = ticks.tick() => self.look().await,
+                _ = ticks.tick() => self.look(),
+                looked = under_way(&mut self.looking) => self.on_looked(looked),
                 Some(loaded) = self.loads.recv() => self.on_loaded(loaded),
             }
             self.reconcile().await;
@@ -121,13 +132,17 @@ impl Deploy {
     }
 
     /// Looks at the manifests off this task: the folder may lie on a network that hangs.
-    async fn look(&mut self) {
-        let Some(mut folder) = self.folder.take() else { return };
-        let looked = tokio::task::spawn_blocking(move || {
-            let findings = folder.look();
-            (folder, findings)
-        });
-        let (folder, findings) = match looked.await {
+    fn look(&mut self) {
+        if let Some(mut folder) = self.folder.take() {
+            self.looking = Some(tokio::task::spawn_blocking(move || {
+                let findings = folder.look();
+                (folder, findings)
+            }));
+        }
+    }
+
+    fn on_looked(&mut self, looked: Result<(Folder, Vec<Finding>), JoinError>) {
+        let (folder, findings) = match looked {
             Ok(looked) => looked,
             Err(error) => {
                 return tracing::error!(%error, "looking at the manifests panicked; they are not followed any more");
@@ -140,6 +155,12 @@ impl Deploy {
             self.desired = self.gather(&folder);
         }
         self.folder = Some(folder);
+        for (name, loading) in &self.loading {
+            if self.desired.models.get(name) != self.observed.models.get(name).and_then(|model| model.loading.as_ref())
+            {
+                loading.cancel();
+            }
+        }
     }
 
     fn tell(&self, finding: &Finding) {
@@ -188,12 +209,7 @@ impl Deploy {
             match step {
                 Step::Load(manifest) => self.load(manifest),
                 Step::Refuse { manifest, serving } => {
-                    tracing::error!(
-                        model = manifest.name,
-                        version = manifest.version,
-                        serving,
-                        "a lower version is refused; set rollback: true to go back"
-                    );
+                    tracing::error!(model = manifest.name, version = manifest.version, serving, "{LOWER_VERSION}");
                     let name = manifest.name.clone();
                     self.observed.models.entry(name).or_default().refused = Some(manifest);
                 }
@@ -222,17 +238,31 @@ impl Deploy {
     fn load(&mut self, manifest: ModelManifest) {
         let slot = self.slot(&manifest.name);
         self.observed.models.entry(manifest.name.clone()).or_default().loading = Some(manifest.clone());
+        let superseded = CancellationToken::new();
+        self.loading.insert(manifest.name.clone(), superseded.clone());
+        if manifest.spec.runtime.threads.is_some_and(|threads| threads > 1) {
+            tracing::warn!(
+                model = manifest.name,
+                "spec.runtime.threads is passed over: tract runs one thread per instance"
+            );
+        }
         let (inspector, turn, loaded) = (self.inspector.clone(), self.one_at_a_time.clone(), self.loaded.clone());
         tokio::spawn(async move {
             let turn = turn.acquire_owned().await;
             let wanted = manifest.clone();
             let work = tokio::task::spawn_blocking(move || {
                 let started = Instant::now();
+                if superseded.is_cancelled() {
+                    return Ok(None);
+                }
                 let ready = load(&wanted)?;
+                if superseded.is_cancelled() {
+                    return Ok(None);
+                }
                 let info = ready.info.clone();
                 slot.serve(ready, move |pipeline, info, taken| inspector.inspect(pipeline, info, &taken))
                     .map_err(|error| format!("its threads cannot be started: {error}"))?;
-                Ok((info, started.elapsed()))
+                Ok(Some((info, started.elapsed())))
             });
             let outcome = work.await.unwrap_or_else(|error| Err(format!("loading it panicked: {error}")));
             drop(turn);
@@ -245,8 +275,19 @@ impl Deploy {
         let Loaded { manifest, outcome } = loaded;
         let model = self.observed.models.entry(manifest.name.clone()).or_default();
         model.loading = None;
+        self.loading.remove(&manifest.name);
         match outcome {
-            Ok((info, took)) => {
+            Ok(None) => {
+                tracing::info!(
+                    model = manifest.name,
+                    version = manifest.version,
+                    "model was loaded in vain: its manifest has changed meanwhile"
+                );
+                if model.serving.is_none() && model.failed.is_none() {
+                    self.observed.models.remove(&manifest.name);
+                }
+            }
+            Ok(Some((info, took))) => {
                 tracing::info!(
                     model = info.name,
                     version = info.version,
@@ -309,19 +350,23 @@ impl Deploy {
             let state = match observed {
                 Some(model) if model.serving.as_ref() == Some(wanted) => ModelState::Ready,
                 Some(model) if model.loading.is_some() => ModelState::Warming,
-                Some(model) if model.failed.is_some() || model.refused.as_ref() == Some(wanted) => ModelState::Failed,
+                Some(model) if model.failed.as_ref().is_some_and(|(failed, _)| failed == wanted) => ModelState::Failed,
+                Some(model) if model.refused.as_ref() == Some(wanted) => ModelState::Failed,
                 _ => ModelState::Pending,
             };
             if state == ModelState::Ready {
                 self.failures.remove(name);
             }
-            let reason = match state {
-                ModelState::Failed => Some(match self.failures.get(name) {
-                    Some(failures) => failures.reason.clone(),
-                    None => "a lower version is refused; set rollback: true to go back".to_owned(),
-                }),
+            let has_failed =
+                observed.and_then(|model| model.failed.as_ref()).is_some_and(|(failed, _)| failed == wanted);
+            let reason = match (state, self.failures.get(name)) {
+                (ModelState::Failed, Some(failures)) if has_failed => Some(failures.reason.clone()),
+                (ModelState::Failed, _) => Some(LOWER_VERSION.to_owned()),
                 _ => None,
             };
+            if state == ModelState::Ready {
+                self.failures.remove(name);
+            }
             states.insert(name.clone(), (wanted.version, state));
             models.insert(
                 name.clone(),
@@ -343,6 +388,20 @@ impl Deploy {
             self.reported = states;
         }
         self.health.beat(Instant::now(), models);
+    }
+}
+
+/// The end of a look that is under way; never, where none is.
+async fn under_way(
+    looking: &mut Option<JoinHandle<(Folder, Vec<Finding>)>>,
+) -> Result<(Folder, Vec<Finding>), JoinError> {
+    match looking {
+        Some(look) => {
+            let looked = look.await;
+            *looking = None;
+            looked
+        }
+        None => std::future::pending().await,
     }
 }
 

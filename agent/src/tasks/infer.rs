@@ -14,8 +14,18 @@ use crate::base::metrics::Metrics;
 use crate::config::StreamManifest;
 use crate::frames::Taken;
 use crate::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultMessage, Topics};
-use crate::spool::Spool;
+use crate::spool::{Appended, RECORD_BYTES_MAX, Spool};
 use crate::verdict::{Rule, Subject, Verdict};
+
+/// Good frames in a row after which a stream's last failure counts as over.
+const GOOD_AGAIN_FRAMES: u32 = 30;
+
+/// What was last logged of a stream's failures, so that a camera sending rubbish at full speed is not logged at full speed.
+#[derive(Default)]
+struct Complaint {
+    kind: Option<String>,
+    good_frames: u32,
+}
 
 /// What an instance needs to know of a stream.
 pub struct StreamContext {
@@ -28,8 +38,7 @@ pub struct StreamContext {
     passed: IntCounter,
     rejected: IntCounter,
     unjudged: IntCounter,
-    /// The last failure, so that a camera sending rubbish at full speed is logged once and not at full speed.
-    last_failure: Mutex<Option<String>>,
+    complaint: Mutex<Complaint>,
     rule_fails: AtomicBool,
 }
 
@@ -48,25 +57,38 @@ impl StreamContext {
             passed: verdicts(Verdict::Pass),
             rejected: verdicts(Verdict::Reject),
             unjudged: verdicts(Verdict::None),
-            last_failure: Mutex::default(),
+            complaint: Mutex::default(),
             rule_fails: AtomicBool::new(false),
         }
     }
 
     fn failed(&self, reason: &str, frame: Option<&str>, model: &ModelInfo) {
         self.failed.inc();
-        let mut last = self.last_failure.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.as_deref() != Some(reason) {
+        self.complain(reason, frame, model);
+    }
+
+    /// Logs a failure, unless it is of the kind that was logged last. Numbers make no new kind: a truncated frame has
+    /// another length every time.
+    fn complain(&self, reason: &str, frame: Option<&str>, model: &ModelInfo) {
+        let kind: String = reason.chars().filter(|character| !character.is_ascii_digit()).collect();
+        let mut complaint = self.complaint.lock().unwrap_or_else(PoisonError::into_inner);
+        complaint.good_frames = 0;
+        if complaint.kind.as_ref() != Some(&kind) {
             let frame = frame.unwrap_or_default();
             tracing::warn!(stream = self.name, model = model.name, frame, reason, "frame failed, going on");
-            *last = Some(reason.to_owned());
+            complaint.kind = Some(kind);
         }
     }
 
+    /// A good frame. After enough of them in a row the last failure counts as over.
     fn recovered(&self) {
-        let mut last = self.last_failure.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.take().is_some() {
-            tracing::info!(stream = self.name, "frames are good again");
+        let mut complaint = self.complaint.lock().unwrap_or_else(PoisonError::into_inner);
+        if complaint.kind.is_some() {
+            complaint.good_frames += 1;
+            if complaint.good_frames >= GOOD_AGAIN_FRAMES {
+                *complaint = Complaint::default();
+                tracing::info!(stream = self.name, "frames are good again");
+            }
         }
     }
 
@@ -167,16 +189,25 @@ impl Inspector {
             latency_ms: Latency::new(queued, timings, frame.arrived.elapsed()),
             prediction: PredictionInfo::from(inspection.prediction),
             verdict,
-            historical: false,
+            // What is made while the broker is away comes late; its consumers are told.
+            historical: self.metrics.mqtt_connected.get() == 0,
             clock_synced: clock::is_plausible(now),
         };
-        let dropped = self.spool.append(self.topics.result(&stream.name), &mut |seq| {
+        let appended = self.spool.append(self.topics.result(&stream.name), &mut |seq| {
             message.seq = seq;
             message.id = format!("{}:{}:{seq}", self.node, self.epoch);
             // Only a map with keys that are no strings can fail to become JSON, and there is none in a result.
             serde_json::to_vec(&message).unwrap_or_default()
         });
-        self.metrics.spool_dropped.with_label_values(&["full"]).inc_by(dropped as u64);
+        let dropped = |reason: &str| self.metrics.spool_dropped.with_label_values(&[reason]);
+        match appended {
+            Appended::Kept { dropped: older } => dropped("full").inc_by(older as u64),
+            Appended::TooLarge => {
+                dropped("too_large").inc();
+                let reason = format!("the result is larger than {RECORD_BYTES_MAX} bytes and cannot be sent");
+                stream.complain(&reason, frame.name.as_deref(), model);
+            }
+        }
         stream.count(verdict);
     }
 }

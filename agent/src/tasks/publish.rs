@@ -70,7 +70,7 @@ impl Publisher {
         let mut backoff = Backoff::new(RETRY_FIRST, RETRY_CAP);
         let mut told: Option<Loss> = None;
         loop {
-            let was_up = self.metrics.mqtt_published.get();
+            let results_before = self.metrics.mqtt_results.get();
             let ended = self.connection(&stop).await;
             let was_open = self.metrics.mqtt_connected.get() == 1;
             self.metrics.mqtt_connected.set(0);
@@ -78,8 +78,9 @@ impl Publisher {
                 Ended::Farewell => return,
                 Ended::Lost(loss) => loss,
             };
-            // Only a connection that got something across has earned a quick next try.
-            if self.metrics.mqtt_published.get() > was_up {
+            // Only a connection that got a result across has earned a quick next try. The status does not count: two
+            // agents of one name would throw each other out at full speed.
+            if self.metrics.mqtt_results.get() > results_before {
                 backoff.reset();
             }
             if was_open || told.as_ref().is_none_or(|told| loss.is_news_after(told)) {
@@ -96,7 +97,7 @@ impl Publisher {
     /// One connection, from the attempt to its end.
     async fn connection(&self, stop: &CancellationToken) -> Ended {
         // The client id is the node's, so that a broker lets go of our last connection when it sees the new one.
-        let client_id = format!("lineside-{}-{}", self.site, self.node);
+        let client_id = format!("lineside/{}/{}", self.site, self.node);
         let (mut sender, mut receiver) =
             mqtt::connection(&self.broker, &client_id, Some(self.status(Presence::Offline)));
         loop {
@@ -128,7 +129,7 @@ impl Publisher {
         let mut farewell: Option<Instant> = None;
         let mut has_left = false;
         loop {
-            self.fill(&mut sender, &mut sent_up_to);
+            self.fill(&mut sender, &mut sent_up_to, &mut last_progress);
             let all_taken = sender.unacknowledged() == 0;
             if farewell.is_some() && all_taken && !has_left {
                 has_left = self.leave(&mut sender);
@@ -141,10 +142,12 @@ impl Publisher {
                 tokio::select! {
                     seen = &mut next => break Some(seen),
                     () = self.spool.appended().notified(), if sender.unacknowledged() < WINDOW && !has_left => {
-                        self.fill(&mut sender, &mut sent_up_to);
+                        self.fill(&mut sender, &mut sent_up_to, &mut last_progress);
                     }
                     () = stop.cancelled(), if farewell.is_none() => {
                         farewell = Some(Instant::now() + FAREWELL);
+                        // What was appended last may not have been sent yet: both waits were over at once.
+                        self.fill(&mut sender, &mut sent_up_to, &mut last_progress);
                         if sender.unacknowledged() == 0 {
                             has_left = self.leave(&mut sender);
                         }
@@ -172,6 +175,7 @@ impl Publisher {
                     last_progress = Instant::now();
                     self.metrics.mqtt_published.inc();
                     if let Token::Record(seq) = token {
+                        self.metrics.mqtt_results.inc();
                         self.spool.acknowledge(seq);
                     }
                 }
@@ -186,7 +190,11 @@ impl Publisher {
     }
 
     /// Sends what waits behind `sent_up_to`, as far as the window goes.
-    fn fill(&self, sender: &mut Sender<Token>, sent_up_to: &mut Option<u64>) {
+    fn fill(&self, sender: &mut Sender<Token>, sent_up_to: &mut Option<u64>, last_progress: &mut Instant) {
+        // On an idle connection the clock for a lack of progress starts with the first message.
+        if sender.unacknowledged() == 0 {
+            *last_progress = Instant::now();
+        }
         while sender.unacknowledged() < WINDOW
             && let Some(record) = self.spool.next(*sent_up_to)
         {

@@ -17,6 +17,8 @@ pub(super) fn run(settings: &ClassifySettings, labels: &Labels, outputs: &[Tenso
     }
     let mut scores = values.into_owned();
     match settings.activation {
+        // One score alone is a yes or no, and a softmax of it would always say yes.
+        Activation::None if scores.len() == 1 => scores[0] = 1.0 / (1.0 + (-scores[0]).exp()),
         Activation::None => softmax(&mut scores),
         Activation::LogSoftmax => scores.iter_mut().for_each(|score| *score = score.exp()),
         Activation::Softmax | Activation::Sigmoid => {}
@@ -67,6 +69,7 @@ mod tests {
         let found = classes(Activation::None, &logits, 0.0, 5).unwrap();
         assert_eq!(found[0].0, 1);
         assert!((found[0].1 - 0.731_058_6).abs() < 1e-6 && (found[1].1 - 0.268_941_4).abs() < 1e-6, "{found:?}");
+        assert_eq!(classes(Activation::None, &[0.0], 0.0, 5).unwrap(), [(0, 0.5)], "one logit is a yes or no");
         assert_eq!(classes(Activation::Softmax, &[0.25, 0.75], 0.0, 5).unwrap(), [(1, 0.75), (0, 0.25)]);
         assert_eq!(classes(Activation::Sigmoid, &[0.9, 0.8], 0.0, 5).unwrap(), [(0, 0.9), (1, 0.8)]);
         let logs = classes(Activation::LogSoftmax, &[0.5f32.ln(), 0.5f32.ln()], 0.0, 5).unwrap();

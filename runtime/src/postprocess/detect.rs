@@ -14,11 +14,11 @@
 //! An anchor speaks for its best class only. Suppression runs on boxes in input pixels, class by class; end-to-end models
 //! have done it themselves. Class scores are taken as they come: all these exports end in a sigmoid.
 
-use crate::Result;
 use crate::prediction::Detection;
 use crate::preprocess::Placement;
 use crate::settings::{BoxLayout, DetectSettings, Labels, YOLOX_STRIDES};
 use crate::tensor::Tensor;
+use crate::{Error, ErrorKind, Result};
 
 use super::nms::{Candidate, suppress};
 use super::{changed_shape, numbers};
@@ -41,6 +41,10 @@ pub(super) fn run(
         BoxLayout::Split { boxes, scores, classes, count } => split(settings, outputs, boxes, scores, classes, count)?,
     };
     let mut found: Vec<Candidate> = found.into_iter().map(|(_, candidate)| candidate).collect();
+    // Infinite sides can make a box that is nowhere.
+    if found.iter().any(|candidate| candidate.bbox.iter().any(|side| side.is_nan())) {
+        return Err(Error::new(ErrorKind::BadOutput, "a box the model gave is infinite"));
+    }
     let kept = if settings.layout.is_end_to_end() {
         found.sort_by(|left, right| right.score.total_cmp(&left.score));
         found.truncate(settings.top_k);
@@ -213,7 +217,6 @@ fn corners([x, y, width, height]: [f32; 4]) -> [f32; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ErrorKind;
     use crate::frame::Frame;
     use crate::preprocess::Preprocessor;
     use crate::settings::{InputSettings, Layout};

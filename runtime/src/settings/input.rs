@@ -2,7 +2,7 @@
 
 use super::{InputSettings, Layout, bad_spec, described};
 use crate::graph::{Dimension, GraphInfo, TensorInfo};
-use crate::spec::{Color, ModelSpec, Resize, Task};
+use crate::spec::{Color, Decoder, ModelSpec, Resize, Task};
 use crate::tensor::DataType;
 use crate::{Error, ErrorKind, Result};
 
@@ -78,9 +78,12 @@ pub fn input(spec: &ModelSpec, graph: &GraphInfo, task: Task) -> Result<InputSet
     let height = side("height", height, spec.input.height, from_metadata.map(|size| size.0))?;
     let width = side("width", width, spec.input.width, from_metadata.map(|size| size.1))?;
 
+    // YOLOX is trained on pixels as OpenCV gives them.
+    let is_yolox = spec.output.decoder == Some(Decoder::Yolox);
     let is_gray = channels.fixed() == Some(1);
     let color = match spec.input.color {
         None if is_gray => Color::Gray,
+        None if is_yolox => Color::Bgr,
         None => Color::Rgb,
         Some(color) if (color == Color::Gray) == is_gray => color,
         Some(_) if is_gray => return Err(bad_spec("spec.input.color: the model has one channel; use gray".to_owned())),
@@ -89,7 +92,8 @@ pub fn input(spec: &ModelSpec, graph: &GraphInfo, task: Task) -> Result<InputSet
     let is_integer = matches!(data_type, DataType::U8 | DataType::I8);
     let channels = if is_gray { 1 } else { 3 };
     let mean = per_channel("mean", spec.input.mean.as_deref(), channels, 0.0)?;
-    let std = per_channel("std", spec.input.std.as_deref(), channels, if is_integer { 1.0 } else { 255.0 })?;
+    let std =
+        per_channel("std", spec.input.std.as_deref(), channels, if is_integer || is_yolox { 1.0 } else { 255.0 })?;
     if std.contains(&0.0) {
         return Err(bad_spec("spec.input.std: 0 would divide by zero".to_owned()));
     }

@@ -37,7 +37,10 @@ pub fn output(
     let (task, classes) = match task {
         Task::Classify => {
             let classes = class_count(graph, outputs)?;
-            let activation = graph.activations.first().copied().unwrap_or(Activation::None);
+            let activation = match graph.activations.first().copied().unwrap_or(Activation::None) {
+                Activation::None if are_probabilities(&outputs[0]) => Activation::Softmax,
+                activation => activation,
+            };
             let threshold = fraction("threshold", spec.output.threshold, 0.0)?;
             (TaskSettings::Classify(ClassifySettings { activation, threshold, top_k: top_k(5)? }), Some(classes))
         }
@@ -104,6 +107,12 @@ fn class_count(graph: &GraphInfo, outputs: &[Tensor]) -> Result<usize> {
         )));
     }
     Ok(classes)
+}
+
+/// Whether scores of more than one class are already probabilities, as those of a softmax that was exported in pieces.
+fn are_probabilities(scores: &Tensor) -> bool {
+    let scores = scores.to_f32();
+    scores.len() > 1 && scores.iter().all(|score| *score >= 0.0) && (scores.iter().sum::<f32>() - 1.0).abs() < 1e-3
 }
 
 /// Which layout the boxes have, and of how many classes.

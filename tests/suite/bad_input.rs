@@ -202,3 +202,39 @@ fn a_client_that_never_finishes_its_request_is_let_go_and_others_are_served() {
     assert!(agent.metric("lineside_http_connections_refused_total") >= 40.0);
     assert!(agent.end().success());
 }
+
+#[test]
+fn a_result_too_large_for_the_wire_is_counted_and_holds_up_nobody() {
+    let broker = Broker::start();
+    let subscriber = broker.subscribe("lineside/v1/plant/#");
+    let folder = tempfile::tempdir().unwrap();
+    let manifests = folder.path().join("manifests");
+    fs::create_dir(&manifests).unwrap();
+    let shape = [Dim::Size(1), Dim::Size(3), Dim::Size(640), Dim::Size(640)];
+    let wide = Model::new().input("x", FLOAT, &shape).node("Relu", &["x"], &["y"], &[]).output("y", FLOAT, &shape);
+    fs::write(folder.path().join("wide.onnx"), wide.build()).unwrap();
+    let frames = format!("dir://{}", example("frames").display());
+    let text = [
+        model_manifest("wide", 1, "file:../wide.onnx", "  task: tensor\n"),
+        stream_manifest("wide", &format!("{frames}?loop=true"), "wide", "  fps: 5\n"),
+        model_manifest("parts", 1, &format!("file://{}", example("surface-defects.onnx").display()), ""),
+        stream_manifest("line-1", &frames, "parts", ""),
+    ];
+    fs::write(manifests.join("all.yaml"), text.join("---\n")).unwrap();
+    let mut agent = Agent::start(&Start {
+        manifests: &manifests,
+        data: &folder.path().join("data"),
+        mqtt: &broker.url(),
+        flags: &[],
+    });
+    agent.wait_for_metric("lineside_spool_dropped_total{reason=\"too_large\"}", 3.0);
+    let results = subscriber.wait_for("/line-1/result", 40);
+    let seqs: Vec<u64> = results.iter().map(|result| result["seq"].as_u64().unwrap()).collect();
+    assert_eq!(seqs, (1..=40).collect::<Vec<u64>>(), "what was never sent has used no number");
+    assert!(subscriber.payloads("/wide/result").is_empty());
+    assert_eq!(agent.metric("lineside_mqtt_connected"), 1.0);
+    let complaints = agent.log("frame failed, going on");
+    assert_eq!(complaints.len(), 1, "{complaints:#?}");
+    assert!(complaints[0]["reason"].as_str().unwrap().contains("cannot be sent"));
+    assert!(agent.end().success());
+}

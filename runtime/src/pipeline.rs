@@ -160,3 +160,143 @@ pub fn engine_for(spec: &ModelSpec) -> Result<&'static dyn Engine> {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lineside_tests::onnx::{Attribute, Dim, FLOAT, Model, UINT8, mean_colour_classifier};
+
+    use super::*;
+    use crate::engine::Tract;
+    use crate::spec::{Color, OutputSpec, Resize, Task};
+
+    fn flat(pixel: [u8; 3]) -> Frame {
+        Frame::from_rgb(40, 20, pixel.repeat(800)).unwrap()
+    }
+
+    fn load(model: &Model, spec: &ModelSpec) -> Result<Pipeline> {
+        Pipeline::load(&Tract, &model.build(), spec)
+    }
+
+    fn refusal(model: &Model, spec: &ModelSpec) -> String {
+        let error = load(model, spec).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::BadSpec, "{error}");
+        error.to_string()
+    }
+
+    fn of_task(task: Task) -> ModelSpec {
+        ModelSpec { task: Some(task), ..ModelSpec::default() }
+    }
+
+    /// One operator on a picture of these dimensions.
+    fn on_picture(element_type: u64, shape: &[Dim; 4], operator: &str, attributes: &[Attribute]) -> Model {
+        Model::new().input("picture", element_type, shape).node(operator, &["picture"], &["out"], attributes).output(
+            "out",
+            FLOAT,
+            &[Dim::Named("any")],
+        )
+    }
+
+    #[test]
+    fn task_labels_and_an_open_size_come_from_the_model() {
+        let open = |metadata: &[(&str, &str)]| {
+            let model = Model::new()
+                .input("image", FLOAT, &[Dim::Named("n"), Dim::Size(3), Dim::Named("h"), Dim::Named("w")])
+                .node("GlobalAveragePool", &["image"], &["pooled"], &[])
+                .node("Flatten", &["pooled"], &["logits"], &[Attribute::Int("axis", 1)])
+                .output("logits", FLOAT, &[Dim::Named("n"), Dim::Size(3)]);
+            metadata.iter().fold(model, |model, (key, value)| model.metadata(key, value))
+        };
+        let names = ("names", "{0: 'red', 1: 'green', 2: 'blue'}");
+        let mut pipeline = load(&open(&[names, ("imgsz", "[16, 24]")]), &ModelSpec::default()).unwrap();
+        assert_eq!((pipeline.input().height, pipeline.input().width), (16, 24));
+        assert_eq!(pipeline.input().resize, Resize::Crop);
+        let found = pipeline.run_frame(&flat([10, 200, 30])).unwrap();
+        let Prediction::Classes(classes) = found.prediction else { panic!("{found:?}") };
+        assert_eq!((&*classes[0].label, classes.len()), ("green", 3));
+
+        assert!(refusal(&open(&[names]), &ModelSpec::default()).contains("spec.input.height"));
+        let input = crate::spec::InputSpec { height: Some(8), width: Some(8), ..Default::default() };
+        let sized = ModelSpec { input, ..ModelSpec::default() };
+        assert_eq!(load(&open(&[names]), &sized).unwrap().input().shape(), [1, 3, 8, 8]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_field() {
+        let model = mean_colour_classifier(8, 8, 3);
+        let labels = OutputSpec { labels: Some(vec!["one".to_owned()]), ..Default::default() };
+        let spec = ModelSpec { output: labels, ..ModelSpec::default() };
+        assert!(refusal(&model, &spec).contains("spec.output.labels has 1 names, but the model has 3 classes"));
+        let input = |input| ModelSpec { input, ..ModelSpec::default() };
+        let spec = input(crate::spec::InputSpec { width: Some(9), ..Default::default() });
+        assert!(refusal(&model, &spec).contains("spec.input.width: 9 asked for, but the model is fixed at 8"));
+        let spec = input(crate::spec::InputSpec { color: Some(Color::Gray), ..Default::default() });
+        assert!(refusal(&model, &spec).contains("spec.input.color"));
+        let spec = input(crate::spec::InputSpec { std: Some(vec![1.0, 0.0, 1.0]), ..Default::default() });
+        assert!(refusal(&model, &spec).contains("spec.input.std"));
+        let spec = input(crate::spec::InputSpec { mean: Some(vec![1.0, 2.0]), ..Default::default() });
+        assert!(refusal(&model, &spec).contains("spec.input.mean has 2 values"));
+        let output = OutputSpec { threshold: Some(1.5), ..Default::default() };
+        assert!(refusal(&model, &ModelSpec { output, ..ModelSpec::default() }).contains("spec.output.threshold"));
+        assert!(refusal(&model, &of_task(Task::Detect)).contains("spec.output.decoder"));
+        let segment = load(&model, &of_task(Task::Segment)).err().unwrap();
+        assert_eq!(segment.kind(), ErrorKind::Unsupported);
+
+        let vector = Model::new()
+            .input("x", FLOAT, &[Dim::Size(1), Dim::Size(3)])
+            .node("Relu", &["x"], &["y"], &[])
+            .output("y", FLOAT, &[Dim::Size(1), Dim::Size(3)]);
+        assert!(refusal(&vector, &ModelSpec::default()).contains("is no picture"));
+        let batch = on_picture(FLOAT, &[Dim::Size(8), Dim::Size(3), Dim::Size(4), Dim::Size(4)], "Relu", &[]);
+        assert!(refusal(&batch, &of_task(Task::Tensor)).contains("8 pictures at a time"));
+        let untold = on_picture(FLOAT, &[Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)], "Relu", &[]);
+        assert!(refusal(&untold, &ModelSpec::default()).contains("set spec.task"));
+    }
+
+    #[test]
+    fn bytes_in_nhwc_reach_the_model_as_they_are() {
+        let shape = [Dim::Size(1), Dim::Size(2), Dim::Size(4), Dim::Size(3)];
+        let model = on_picture(UINT8, &shape, "Cast", &[Attribute::Int("to", 1)]);
+        let mut pipeline = load(&model, &of_task(Task::Tensor)).unwrap();
+        let found = pipeline.run_frame(&flat([7, 8, 9])).unwrap();
+        let Prediction::Tensors(outputs) = found.prediction else { panic!("{found:?}") };
+        assert_eq!((&*outputs[0].name, outputs[0].tensor.shape()), ("out", &[1, 2, 4, 3][..]));
+        assert_eq!(&outputs[0].tensor.to_f32()[..6], [7.0, 8.0, 9.0, 7.0, 8.0, 9.0]);
+    }
+
+    #[test]
+    fn an_anomaly_model_in_grey_gives_its_score_and_its_map() {
+        let picture = [Dim::Named("n"), Dim::Size(1), Dim::Size(4), Dim::Size(6)];
+        let model = Model::new()
+            .input("picture", FLOAT, &picture)
+            .node("Relu", &["picture"], &["anomaly_map"], &[])
+            .node("GlobalMaxPool", &["anomaly_map"], &["peak"], &[])
+            .node("Flatten", &["peak"], &["pred_score"], &[Attribute::Int("axis", 1)])
+            .output("anomaly_map", FLOAT, &picture)
+            .output("pred_score", FLOAT, &[Dim::Named("n"), Dim::Size(1)]);
+        let with_map =
+            |map| ModelSpec { output: OutputSpec { map: Some(map), ..Default::default() }, ..of_task(Task::Anomaly) };
+        for is_asked in [true, false] {
+            let mut pipeline = load(&model, &with_map(is_asked)).unwrap();
+            assert_eq!(pipeline.input().color, Color::Gray);
+            let found = pipeline.run_frame(&flat([255, 255, 255])).unwrap();
+            let Prediction::Anomaly { score, map } = found.prediction else { panic!("{found:?}") };
+            assert_eq!(score, 1.0);
+            assert_eq!(map.map(|map| (map.width, map.height)), is_asked.then_some((6, 4)));
+        }
+    }
+
+    #[test]
+    fn a_model_that_answers_nan_does_not_load() {
+        let shape = [Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)];
+        let model = Model::new()
+            .input("x", FLOAT, &shape)
+            .node("Sub", &["x", "x"], &["zero"], &[])
+            .node("Div", &["zero", "zero"], &["nan"], &[])
+            .node("GlobalAveragePool", &["nan"], &["pooled"], &[])
+            .node("Flatten", &["pooled"], &["y"], &[Attribute::Int("axis", 1)])
+            .output("y", FLOAT, &[Dim::Size(1), Dim::Size(3)]);
+        let error = load(&model, &ModelSpec::default()).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::BadOutput, "{error}");
+        assert!(error.to_string().contains("NaN"), "{error}");
+    }
+}

@@ -29,7 +29,6 @@ const EPOCH_FILE: &str = "boot-epoch";
 /// A running agent.
 pub struct App {
     http: SocketAddr,
-    metrics: Metrics,
     deploy: Part,
     publish: Part,
     serve: Part,
@@ -96,19 +95,14 @@ impl App {
         let publish = Part::start("publish", |stop| publisher.run(stop));
         let inspector = Inspector::new(&config.node, &config.site, epoch, topics, spool, metrics.clone());
         let node = Node { name: config.node, labels: config.labels };
-        let deploy = Deploy::new(node, &config.manifests, inspector, metrics.clone(), health);
+        let deploy = Deploy::new(node, &config.manifests, inspector, metrics, health);
         let deploy = Part::start("deploy", |stop| deploy.run(stop));
-        Ok(Self { http, metrics, deploy, publish, serve })
+        Ok(Self { http, deploy, publish, serve })
     }
 
     /// Where health and metrics are served.
     pub fn http(&self) -> SocketAddr {
         self.http
-    }
-
-    /// What is counted.
-    pub fn metrics(&self) -> &Metrics {
-        &self.metrics
     }
 
     /// Ends everything, in order.

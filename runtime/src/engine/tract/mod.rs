@@ -67,7 +67,7 @@ impl Engine for Tract {
         let plan = fenced("loading the model", || optimised(&proto, facts))
             .map_err(|error| Error::new(ErrorKind::Unsupported, format!("tract cannot run this model: {error}")))?;
         drop(proto);
-        TractSession::new(plan, inputs.into(), outputs).map(|session| Box::new(session) as Box<dyn Session>)
+        Ok(Box::new(TractSession { plan, state: None, inputs: inputs.into(), outputs }))
     }
 }
 
@@ -94,12 +94,6 @@ struct TractSession {
     state: Option<TypedSimpleState>,
     inputs: Arc<[TensorInfo]>,
     outputs: usize,
-}
-
-impl TractSession {
-    fn new(plan: Arc<TypedRunnableModel>, inputs: Arc<[TensorInfo]>, outputs: usize) -> Result<Self> {
-        Ok(Self { plan, state: None, inputs, outputs })
-    }
 }
 
 impl Session for TractSession {
@@ -135,7 +129,8 @@ impl Session for TractSession {
     }
 
     fn fork(&self) -> Result<Box<dyn Session>> {
-        Ok(Box::new(Self::new(self.plan.clone(), self.inputs.clone(), self.outputs)?))
+        let (plan, inputs) = (self.plan.clone(), self.inputs.clone());
+        Ok(Box::new(Self { plan, state: None, inputs, outputs: self.outputs }))
     }
 }
 

@@ -4,8 +4,8 @@
 # tract (several minutes) once more.
 CARGO ?= cargo
 RESULTS ?= 100
-APT_PACKAGES := mosquitto mosquitto-clients ffmpeg prometheus python3-venv
-TOOLS := mosquitto_sub ffmpeg promtool
+APT_PACKAGES := mosquitto mosquitto-clients ffmpeg prometheus python3-venv docker-registry openssl
+TOOLS := mosquitto_sub ffmpeg promtool docker-registry openssl
 VENV := .venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
@@ -28,7 +28,7 @@ build: compiler ## The release binary: target/release/lineside
 test: compiler test-tools ## Install what the tests need, and run all of them
 	$(CARGO) test --workspace
 
-test-tools: $(VENV)/.installed ## Install mosquitto, ffmpeg, promtool (Debian) and Python packages (PyPI), where missing
+test-tools: $(VENV)/.installed ## Install mosquitto, ffmpeg, promtool, docker-registry, openssl (Debian) and Python packages, where missing
 	@for tool in $(TOOLS); do command -v $$tool >/dev/null || missing=1; done; \
 	command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || missing=1; \
 	if [ -n "$$missing" ]; then \

@@ -5,26 +5,38 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::base::files;
 use crate::base::metrics::Metrics;
+use crate::base::{child, files};
 use crate::config::agent::Config;
+use crate::fetch::{self, Fetcher};
 use crate::message::Topics;
 use crate::plan::desired::Node;
 use crate::serve::health::Health;
 use crate::serve::http::{Served, Server};
+use crate::serve::status::Board;
 use crate::spool::{MemorySpool, Spool};
-use crate::tasks::deploy::Deploy;
+use crate::store::{Index, IndexState, Store};
+use crate::tasks::deploy::{Deploy, Parts};
 use crate::tasks::infer::Inspector;
 use crate::tasks::publish::Publisher;
+use crate::trust::Keyring;
+use crate::vet::Limits;
 
 /// The file in the data folder that counts how often the agent was started.
 const EPOCH_FILE: &str = "boot-epoch";
+
+/// The store's folder in the data folder.
+pub const STORE_FOLDER: &str = "store";
+/// The hidden subcommand that looks at the store's index.
+pub const INDEX_SUBCOMMAND: &str = "index-child";
+/// How long the index may take to open.
+const INDEX_DEADLINE: Duration = Duration::from_secs(3);
 
 /// A running agent.
 pub struct App {
@@ -67,6 +79,14 @@ impl App {
         let epoch = next_epoch(&config)?;
         let metrics = Metrics::new().context("the metrics cannot be set up")?;
         let server = Server::bind(config.http).await?;
+        let keys = match &config.models.trusted_keys {
+            Some(path) => Some(
+                Keyring::read(path, config.models.signature_threshold)
+                    .map_err(|reason| anyhow::anyhow!("--trusted-keys: {reason}"))?,
+            ),
+            None => None,
+        };
+        let store = Arc::new(open_store(&config, &metrics)?);
         let http = server.address();
         let spool: Arc<dyn Spool> = Arc::new(MemorySpool::new(config.spool_bytes_max));
         let topics = Topics::new(&config.prefix, &config.site, &config.node);
@@ -81,7 +101,15 @@ impl App {
             manifests = %config.manifests.display(),
             "lineside starts"
         );
-        let served = Served { health: health.clone(), metrics: metrics.clone(), spool: spool.clone() };
+        let board = Arc::new(Board::new(&config.node, &config.site, epoch));
+        let served = Served {
+            health: health.clone(),
+            metrics: metrics.clone(),
+            spool: spool.clone(),
+            board: board.clone(),
+            store: store.clone(),
+            peer_token: config.models.peer_token.clone(),
+        };
         let serve = Part::start("serve", |stop| server.run(served, stop));
         let publisher = Publisher {
             broker: config.broker,
@@ -95,7 +123,34 @@ impl App {
         let publish = Part::start("publish", |stop| publisher.run(stop));
         let inspector = Inspector::new(&config.node, &config.site, epoch, topics, spool, metrics.clone());
         let node = Node { name: config.node, labels: config.labels };
-        let deploy = Deploy::new(node, &config.manifests, inspector, metrics, health);
+        let models = config.models;
+        let limits = Limits { memory_bytes: models.vet_memory_bytes, seconds: models.vet_seconds };
+        let settings = fetch::Settings {
+            policy: fetch::Policy { hosts: models.source_hosts, allow_http: models.source_http },
+            roots: models.source_ca,
+            secrets: models.secrets_dir,
+            stall: models.source_stall,
+            bytes_per_second: models.source_bytes_per_second,
+            jitter: models.source_jitter,
+            bytes_max: models.model_bytes_max,
+            peers: models.peers,
+            peer_token: models.peer_token,
+        };
+        let fetcher = Fetcher::new(store.clone(), settings, metrics.clone());
+        let (manifests, data_dir) = (config.manifests, config.data_dir);
+        let deploy = Deploy::new(Parts {
+            node,
+            manifests,
+            data_dir,
+            inspector,
+            metrics,
+            health,
+            board,
+            store,
+            fetcher,
+            keys,
+            limits,
+        });
         let deploy = Part::start("deploy", |stop| deploy.run(stop));
         Ok(Self { http, deploy, publish, serve })
     }
@@ -112,6 +167,34 @@ impl App {
         self.serve.end().await;
         tracing::info!("lineside ended");
     }
+}
+
+/// Opens the store with its index, which a child process looks at first: sled may never come back from a damaged file.
+fn open_store(config: &Config, metrics: &Metrics) -> anyhow::Result<Store> {
+    let root = config.data_dir.join(STORE_FOLDER);
+    std::fs::create_dir_all(&root)
+        .with_context(|| format!("--data-dir {} cannot be used", config.data_dir.display()))?;
+    let (index, reason) = Index::open(&Store::index_folder(&root), |folder| {
+        let program = std::env::current_exe().map_err(|error| error.to_string())?;
+        let mut command = std::process::Command::new(program);
+        command.arg(INDEX_SUBCOMMAND).arg(folder);
+        let ended = child::run(command, &[], INDEX_DEADLINE, || false).map_err(|error| error.to_string())?;
+        match ended.status {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => Err(format!("it cannot be opened ({status})")),
+            None => Err(format!("it cannot be opened within {INDEX_DEADLINE:?}")),
+        }
+    });
+    let store = Store::open(&root, config.models.store_bytes_max, index).context("the store cannot be opened")?;
+    match (store.index_state(), reason) {
+        (IndexState::Rebuilt, Some(reason)) => {
+            metrics.store_index_rebuilt.inc();
+            tracing::warn!(reason, "the store's index was rebuilt");
+        }
+        (_, Some(reason)) => tracing::warn!(reason, "the store goes without its index"),
+        (_, None) => {}
+    }
+    Ok(store)
 }
 
 /// Counts this start. The number goes into every result's id, so that no id is ever given twice, and is on disk before

@@ -14,10 +14,13 @@
 
 pub mod app;
 pub mod base;
+pub mod bundle;
 pub mod camera;
 pub mod commands;
 pub mod config;
+pub mod fetch;
 pub mod frames;
+pub mod last_good;
 pub mod manifests;
 pub mod message;
 pub mod mqtt;
@@ -25,6 +28,9 @@ pub mod plan;
 pub mod serve;
 pub mod slot;
 pub mod spool;
+pub mod store;
 pub mod tasks;
 pub mod telemetry;
+pub mod trust;
 pub mod verdict;
+pub mod vet;

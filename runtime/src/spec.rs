@@ -153,10 +153,13 @@ pub struct RuntimeSpec {
     pub max_batch_size: Option<u32>,
     /// Default: 0.
     pub max_queue_delay_microseconds: Option<u32>,
+    /// Free the version before ahead of loading this one, for a node without the memory for two. Frames of the time
+    /// between are skipped. Default: false.
+    pub stop_first: Option<bool>,
 }
 
 /// Everything a manifest may say that the data plane acts on.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
     /// Default: the model's metadata, or `classify` for a model whose only output is `[batch, classes]`.
     pub task: Option<Task>,

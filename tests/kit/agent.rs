@@ -77,6 +77,7 @@ impl Agent {
             .arg("--data-dir")
             .arg(start.data)
             .args(start.flags)
+            .env("LINESIDE_SOURCE_JITTER_SECONDS", "0")
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()

@@ -9,8 +9,11 @@
 pub mod agent;
 pub mod broker;
 pub mod camera;
+pub mod hostile;
 pub mod http;
 pub mod onnx;
+pub mod plant;
+pub mod source;
 pub mod wait;
 
 use std::path::{Path, PathBuf};

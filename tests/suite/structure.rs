@@ -9,20 +9,25 @@ use lineside_tests::root;
 /// The agent's modules by floor. A module may use its own floor and those below.
 const FLOORS: [&[&str]; 7] = [
     &["base"],
-    &["config", "message", "verdict"],
+    &["config", "message", "trust", "verdict"],
     &["plan"],
-    &["spool", "slot", "frames"],
-    &["camera", "manifests", "mqtt", "serve"],
+    &["frames", "last_good", "slot", "spool", "store"],
+    &["bundle", "camera", "fetch", "manifests", "mqtt", "serve", "vet"],
     &["tasks"],
     &["app", "telemetry", "commands"],
 ];
 
 /// The only place that may name each crate: a file, or a folder with everything in it.
-const DOORS: [(&str, &str); 6] = [
+const DOORS: [(&str, &str); 11] = [
     ("tract_onnx", "runtime/src/engine/tract"),
     ("image", "runtime/src/decode.rs"),
     ("fast_image_resize", "runtime/src/preprocess.rs"),
     ("rumqttc", "agent/src/mqtt"),
+    ("sled", "agent/src/store/index.rs"),
+    ("object_store", "agent/src/fetch"),
+    ("http_auth", "agent/src/fetch/oci.rs"),
+    ("ring", "agent/src/trust.rs"),
+    ("indicatif", "agent/src/commands/store.rs"),
     ("cel", "agent/src/verdict.rs"),
     ("serde_saphyr", "agent/src/config/lenient.rs"),
 ];

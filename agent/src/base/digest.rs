@@ -1,19 +1,72 @@
 //! SHA-256 digests as they are written in manifests and results: `sha256:` and 64 lowercase hexadecimal digits.
 
 use std::fmt;
+use std::io::{self, Read};
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 const PREFIX: &str = "sha256:";
 
 /// A SHA-256 digest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
 pub struct Digest([u8; 32]);
+
+/// A digest in the making, for bytes that come piece by piece.
+#[derive(Default, Clone)]
+pub struct Hasher(Sha256);
+
+impl Hasher {
+    /// Takes the next piece.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The digest of all pieces.
+    pub fn finish(self) -> Digest {
+        Digest(self.0.finalize().into())
+    }
+}
 
 impl Digest {
     /// The digest of these bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
+    }
+
+    /// The digest of everything a reader gives, and how many bytes that were.
+    ///
+    /// # Errors
+    /// Whatever the reader says.
+    pub fn of_reader(mut reader: impl Read) -> io::Result<(Self, u64)> {
+        let mut hasher = Hasher::default();
+        let mut buffer = vec![0; 256 << 10];
+        let mut bytes = 0;
+        loop {
+            match reader.read(&mut buffer)? {
+                0 => return Ok((hasher.finish(), bytes)),
+                read => {
+                    hasher.update(&buffer[..read]);
+                    bytes += read as u64;
+                }
+            }
+        }
+    }
+
+    /// The 64 hexadecimal digits alone, which are what files on disk are called.
+    pub fn hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Reads 64 hexadecimal digits.
+    ///
+    /// # Errors
+    /// As [`Digest::parse`].
+    pub fn from_hex(digits: &str) -> Result<Self, String> {
+        Self::parse(&format!("{PREFIX}{digits}"))
     }
 
     /// Reads `sha256:` and 64 hexadecimal digits.
@@ -35,6 +88,20 @@ impl Digest {
     }
 }
 
+impl TryFrom<String> for Digest {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Self::parse(&text)
+    }
+}
+
+impl From<Digest> for String {
+    fn from(digest: Digest) -> Self {
+        digest.to_string()
+    }
+}
+
 impl fmt::Display for Digest {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(PREFIX)?;
@@ -51,6 +118,8 @@ mod tests {
         let digest = Digest::of(b"");
         let text = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(digest.to_string(), text);
+        assert_eq!(Digest::from_hex(&digest.hex()), Ok(digest));
+        assert_eq!(Digest::of_reader(&b"abc"[..]).unwrap(), (Digest::of(b"abc"), 3));
         assert_eq!(Digest::parse(text).unwrap(), digest);
         assert_eq!(Digest::parse(&text.to_uppercase().replace("SHA", "sha")).unwrap(), digest);
         for wrong in ["", "sha256:", "md5:00", &text[..70], &text.replace('e', "g"), &format!("{text}0"), "sha256:é"] {

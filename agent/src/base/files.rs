@@ -10,14 +10,45 @@ use std::path::Path;
 /// # Errors
 /// Whatever the file system says.
 pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let folder = path.parent().ok_or_else(|| io::Error::other("the file has no folder"))?;
     let mut beside = path.as_os_str().to_owned();
     beside.push(".tmp");
     let mut file = File::create(&beside)?;
     file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&beside, path)?;
+    sync_parent(path)
+}
+
+/// Makes what was renamed, created or removed in a file's folder outlast a power cut.
+///
+/// # Errors
+/// Whatever the file system says.
+pub fn sync_parent(path: &Path) -> io::Result<()> {
+    let folder = path.parent().ok_or_else(|| io::Error::other("the file has no folder"))?;
     File::open(folder)?.sync_all()
+}
+
+/// Removes a file; one that is not there is no error.
+///
+/// # Errors
+/// Whatever else the file system says.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Opens a regular file for reading.
+///
+/// # Errors
+/// Whatever the file system says; also for anything that is no regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    // The kind is looked at before the file is opened, because opening a pipe waits for its writer.
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    File::open(path)
 }
 
 /// Reads a whole regular file of at most `bytes_max`.
@@ -25,12 +56,8 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 /// # Errors
 /// Whatever the file system says; also for anything that is no regular file, and for one that is larger.
 pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
-    // The kind is looked at before the file is opened, because opening a pipe waits for its writer.
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::other("it is no regular file"));
-    }
     let mut bytes = Vec::new();
-    File::open(path)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    open_regular(path)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > bytes_max {
         return Err(io::Error::other(format!("it has more than {bytes_max} bytes")));
     }

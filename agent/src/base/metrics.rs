@@ -49,6 +49,22 @@ pub struct Metrics {
     pub mqtt_results: IntCounter,
     /// Connections refused because there were too many.
     pub http_refused: IntCounter,
+    /// Bytes the store takes.
+    pub store_bytes: IntGauge,
+    /// Bytes the store may take.
+    pub store_quota_bytes: IntGauge,
+    /// Blobs given up for others.
+    pub store_evictions: IntCounter,
+    /// Times the store's index was begun anew.
+    pub store_index_rebuilt: IntCounter,
+    /// By where it came from (`peer` or `source`).
+    pub fetch_bytes: IntCounterVec,
+    /// Fetches that failed.
+    pub fetch_failures: IntCounter,
+    /// Models that were vetted and failed.
+    pub vet_failures: IntCounter,
+    /// By model and version: when its signature ends, in seconds since 1970.
+    pub signature_expiry: IntGaugeVec,
 }
 
 impl Metrics {
@@ -99,6 +115,18 @@ impl Metrics {
             mqtt_published: counter("mqtt_published_total", "Messages the broker has acknowledged.")?,
             mqtt_results: counter("mqtt_results_published_total", "Results the broker has acknowledged.")?,
             http_refused: counter("http_connections_refused_total", "Connections closed because there were too many.")?,
+            store_bytes: gauge("store_bytes", "Bytes the store of models takes.")?,
+            store_quota_bytes: gauge("store_quota_bytes", "Bytes the store of models may take.")?,
+            store_evictions: counter("store_evictions_total", "Model files evicted from the store.")?,
+            store_index_rebuilt: counter("store_index_rebuilt_total", "Times the store's index was begun anew.")?,
+            fetch_bytes: counters("fetch_bytes_total", "Bytes of model files fetched.", &["from"])?,
+            fetch_failures: counter("fetch_failures_total", "Fetches of model files that failed.")?,
+            vet_failures: counter("vet_failures_total", "Models that were vetted and failed.")?,
+            signature_expiry: gauges(
+                "model_signature_expiry_timestamp_seconds",
+                "When the signature of a serving model ends.",
+                &["model", "version"],
+            )?,
             registry: registry.clone(),
         };
         let build = registered(
@@ -106,6 +134,9 @@ impl Metrics {
             IntGaugeVec::new(options("build_info", "Always 1; the labels say what runs."), &["version"])?,
         )?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        for from in ["peer", "source"] {
+            metrics.fetch_bytes.with_label_values(&[from]);
+        }
         for reason in ["full", "too_large"] {
             metrics.spool_dropped.with_label_values(&[reason]);
         }

@@ -1,6 +1,7 @@
 //! What every floor above may use and what knows none of them.
 
 pub mod backoff;
+pub mod child;
 pub mod clock;
 pub mod digest;
 pub mod files;

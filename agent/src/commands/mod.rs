@@ -4,12 +4,16 @@ mod check;
 mod demo;
 mod run;
 mod schema;
+mod sign;
+mod store;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::telemetry;
+use crate::store::probe;
+use crate::{app, telemetry, vet};
 
 /// Exit status for a command line or a configuration that is wrong (`EX_USAGE` of sysexits.h).
 const USAGE: u8 = 64;
@@ -39,8 +43,23 @@ enum Command {
     Demo(demo::Arguments),
     /// Say whether a model can run here, how fast, and what it takes and gives.
     Check(check::Arguments),
+    /// Look at the models this node keeps, and put them in order.
+    Store(store::Arguments),
+    /// Vouch for a model version with a signature.
+    Sign(sign::SignArguments),
+    /// Make a key to sign with.
+    Keygen(sign::KeygenArguments),
     /// Print the JSON Schema of a message.
     Schema(schema::Arguments),
+    /// The agent's own child that tries a model.
+    #[command(name = vet::SUBCOMMAND, hide = true)]
+    VetChild,
+    /// The agent's own child that tries the store's index.
+    #[command(name = app::INDEX_SUBCOMMAND, hide = true)]
+    IndexChild {
+        /// The index.
+        folder: PathBuf,
+    },
 }
 
 /// What went wrong with a command, by exit status.
@@ -71,7 +90,12 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(arguments),
         Command::Demo(arguments) => demo::run(arguments),
         Command::Check(arguments) => check::run(arguments),
+        Command::Store(arguments) => store::run(arguments),
+        Command::Sign(arguments) => sign::sign(&arguments),
+        Command::Keygen(arguments) => sign::keygen(&arguments),
         Command::Schema(arguments) => schema::run(arguments),
+        Command::VetChild => vet::child_main().map_err(Failure::Failed),
+        Command::IndexChild { folder } => probe(&folder).map_err(|reason| Failure::Failed(anyhow::Error::msg(reason))),
     });
     match ended {
         Ok(()) => ExitCode::SUCCESS,

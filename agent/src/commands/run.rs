@@ -44,7 +44,7 @@ pub(super) struct Arguments {
     /// What every topic begins with [default: lineside].
     #[arg(long, value_name = "PREFIX")]
     prefix: Option<String>,
-    /// Where /livez, /readyz and /metrics are served; port 0 takes a free one and logs it [default: 127.0.0.1:8080].
+    /// Where /livez, /readyz, /metrics and /v1/status are served; port 0 takes a free one and logs it [default: 127.0.0.1:8080].
     #[arg(long, value_name = "ADDRESS")]
     http: Option<String>,
     /// Allow --http to be an address that other machines can reach.
@@ -56,6 +56,58 @@ pub(super) struct Arguments {
     /// MiB of results held in memory while the broker is away; the oldest give way [default: 64].
     #[arg(long, value_name = "MIB")]
     spool_memory_mib: Option<String>,
+    #[command(flatten, next_help_heading = "Models")]
+    models: ModelArguments,
+}
+
+#[derive(Args)]
+struct ModelArguments {
+    /// Hosts that models may be fetched from and redirected to: host or host:port, with commas. Without it, any host but
+    /// this node itself, and no redirects to other hosts.
+    #[arg(long, value_name = "HOSTS")]
+    source_hosts: Option<String>,
+    /// Allow http: sources, and registries and object stores without TLS.
+    #[arg(long)]
+    source_http: bool,
+    /// A PEM file of further root certificates for sources.
+    #[arg(long, value_name = "FILE")]
+    source_ca: Option<String>,
+    /// A cap on the bandwidth of all downloads together; 0 is none [default: 0].
+    #[arg(long, value_name = "KIB")]
+    source_kib_per_second: Option<String>,
+    /// Give up a source that says nothing for this long, and try again [default: 30].
+    #[arg(long, value_name = "SECONDS")]
+    source_stall_seconds: Option<String>,
+    /// Begin a download within this time at random, so that nodes do not all begin at once [default: 3].
+    #[arg(long, value_name = "SECONDS")]
+    source_jitter_seconds: Option<String>,
+    /// Where the Secrets that source.secretRef names are mounted, a folder each [default: /var/run/lineside/secrets].
+    #[arg(long, value_name = "DIR")]
+    secrets_dir: Option<String>,
+    /// The largest model file that is taken [default: 2048].
+    #[arg(long, value_name = "MIB")]
+    model_mib_max: Option<String>,
+    /// What the store of models may take on disk; the least recently used give way [default: 4096].
+    #[arg(long, value_name = "MIB")]
+    store_mib_max: Option<String>,
+    /// A PEM file of a public key, or a folder of them. With keys, nothing unsigned is loaded.
+    #[arg(long, value_name = "PATH")]
+    trusted_keys: Option<String>,
+    /// How many of the trusted keys have to sign [default: 1].
+    #[arg(long, value_name = "N")]
+    signature_threshold: Option<String>,
+    /// Agents of this site that are asked for a model before its source: host:port, with commas.
+    #[arg(long, value_name = "PEERS")]
+    peers: Option<String>,
+    /// The file with the secret that the site's agents share. With it, this agent offers its models to the others.
+    #[arg(long, value_name = "FILE")]
+    peer_token_file: Option<String>,
+    /// Memory that vetting a model may take [default: 2048].
+    #[arg(long, value_name = "MIB")]
+    vet_memory_mib: Option<String>,
+    /// Time that vetting a model may take [default: 120].
+    #[arg(long, value_name = "SECONDS")]
+    vet_seconds: Option<String>,
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
@@ -82,6 +134,22 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     layers.flag("insecure-bind", arguments.insecure_bind.then(|| "true".to_owned()));
     layers.flag("labels", arguments.labels);
     layers.flag("spool-memory-mib", arguments.spool_memory_mib);
+    let models = arguments.models;
+    layers.flag("source-hosts", models.source_hosts);
+    layers.flag("source-http", models.source_http.then(|| "true".to_owned()));
+    layers.flag("source-ca", models.source_ca);
+    layers.flag("source-kib-per-second", models.source_kib_per_second);
+    layers.flag("source-stall-seconds", models.source_stall_seconds);
+    layers.flag("source-jitter-seconds", models.source_jitter_seconds);
+    layers.flag("secrets-dir", models.secrets_dir);
+    layers.flag("model-mib-max", models.model_mib_max);
+    layers.flag("store-mib-max", models.store_mib_max);
+    layers.flag("trusted-keys", models.trusted_keys);
+    layers.flag("signature-threshold", models.signature_threshold);
+    layers.flag("peers", models.peers);
+    layers.flag("peer-token-file", models.peer_token_file);
+    layers.flag("vet-memory-mib", models.vet_memory_mib);
+    layers.flag("vet-seconds", models.vet_seconds);
     let host_name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let config = layers.resolve(mistakes, host_name.trim()).map_err(Failure::Usage)?;
     let runtime = super::runtime()?;

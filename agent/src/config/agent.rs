@@ -8,10 +8,11 @@
 //! every pod beside a Service called `lineside` (`LINESIDE_SERVICE_HOST`, `LINESIDE_PORT_8080_TCP` and more). For the same
 //! reason no setting of ours is called `port` or begins with `service`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use reqwest::Url;
 use serde_json::Value;
@@ -19,8 +20,33 @@ use serde_json::Value;
 use super::{Mistakes, lenient};
 
 /// The settings: name as a flag without its dashes. Variable and file key follow from it.
-const SETTINGS: [&str; 10] =
-    ["node", "site", "prefix", "manifests", "data-dir", "mqtt", "http", "insecure-bind", "labels", "spool-memory-mib"];
+const SETTINGS: [&str; 25] = [
+    "node",
+    "site",
+    "prefix",
+    "manifests",
+    "data-dir",
+    "mqtt",
+    "http",
+    "insecure-bind",
+    "labels",
+    "spool-memory-mib",
+    "source-hosts",
+    "source-http",
+    "source-ca",
+    "source-kib-per-second",
+    "source-stall-seconds",
+    "source-jitter-seconds",
+    "secrets-dir",
+    "model-mib-max",
+    "store-mib-max",
+    "trusted-keys",
+    "signature-threshold",
+    "peers",
+    "peer-token-file",
+    "vet-memory-mib",
+    "vet-seconds",
+];
 
 const MQTT_PORT: u16 = 1883;
 const HTTP_DEFAULT: &str = "127.0.0.1:8080";
@@ -48,6 +74,65 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// Most bytes of results held while the broker is away.
     pub spool_bytes_max: u64,
+    /// How models come to this node, and what they have to show.
+    pub models: Models,
+}
+
+/// How models come to a node, and what they have to show.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Models {
+    /// Hosts that may be fetched from, `host` or `host:port`; empty allows any but this node itself.
+    pub source_hosts: BTreeSet<String>,
+    /// Whether sources may be unencrypted.
+    pub source_http: bool,
+    /// A PEM file of further root certificates.
+    pub source_ca: Option<PathBuf>,
+    /// A cap on the bandwidth of downloads.
+    pub source_bytes_per_second: Option<u64>,
+    /// A source that says nothing for this long is given up.
+    pub source_stall: Duration,
+    /// Downloads begin within this time, at random.
+    pub source_jitter: Duration,
+    /// The folder of mounted secrets.
+    pub secrets_dir: PathBuf,
+    /// Bytes of one model's file at most.
+    pub model_bytes_max: u64,
+    /// Bytes the store may take.
+    pub store_bytes_max: u64,
+    /// The keys that are believed: a PEM file or a folder of them.
+    pub trusted_keys: Option<PathBuf>,
+    /// How many of them have to sign.
+    pub signature_threshold: usize,
+    /// `host:port` of agents that are asked first.
+    pub peers: Vec<String>,
+    /// The file with the secret that the site's agents share.
+    pub peer_token: Option<PathBuf>,
+    /// Bytes of memory that vetting may take.
+    pub vet_memory_bytes: u64,
+    /// Seconds that vetting may take.
+    pub vet_seconds: u64,
+}
+
+impl Default for Models {
+    fn default() -> Self {
+        Self {
+            source_hosts: BTreeSet::new(),
+            source_http: false,
+            source_ca: None,
+            source_bytes_per_second: None,
+            source_stall: Duration::from_secs(30),
+            source_jitter: Duration::from_secs(3),
+            secrets_dir: "/var/run/lineside/secrets".into(),
+            model_bytes_max: 2048 << 20,
+            store_bytes_max: 4096 << 20,
+            trusted_keys: None,
+            signature_threshold: 1,
+            peers: Vec::new(),
+            peer_token: None,
+            vet_memory_bytes: 2048 << 20,
+            vet_seconds: 120,
+        }
+    }
 }
 
 /// An MQTT broker's address.
@@ -191,6 +276,7 @@ impl Layers {
             let mib = mib.ok_or_else(|| format!("`{text}` is no number within 1 and {SPOOL_MEMORY_MIB_MAX}"));
             mistakes.take(&self.get("spool-memory-mib").1, mib)
         });
+        let models = self.models(&mut mistakes);
         let complete = || {
             Some(Config {
                 node: node?,
@@ -202,12 +288,78 @@ impl Layers {
                 http: http?,
                 labels: labels?,
                 spool_bytes_max: spool? << 20,
+                models,
             })
         };
         match complete() {
             Some(config) if mistakes.is_empty() => Ok(config),
             _ => Err(mistakes.into_list()),
         }
+    }
+}
+
+impl Layers {
+    /// The settings of models. What is wrong is noted and stands at its default.
+    fn models(&self, mistakes: &mut Mistakes) -> Models {
+        let defaults = Models::default();
+        let text = |setting: &'static str| self.get(setting).0.filter(|value| !value.is_empty());
+        let path = |setting: &'static str| text(setting).map(PathBuf::from);
+        let list = |setting: &'static str| {
+            text(setting).into_iter().flat_map(|value| value.split(',')).map(|item| item.trim().to_owned())
+        };
+        let mut number = |setting: &'static str, otherwise: u64, least: u64, most: u64| {
+            let Some(value) = text(setting) else { return otherwise };
+            let read = value.parse::<u64>().ok().filter(|number| (least..=most).contains(number));
+            let read = read.ok_or_else(|| format!("`{value}` is no number within {least} and {most}"));
+            mistakes.take(&self.get(setting).1, read).unwrap_or(otherwise)
+        };
+        const MIB_MAX: u64 = 1 << 24;
+        const SECONDS_MAX: u64 = 24 * 3600;
+        let mut models = Models {
+            source_stall: Duration::from_secs(number("source-stall-seconds", 30, 1, SECONDS_MAX)),
+            source_jitter: Duration::from_secs(number("source-jitter-seconds", 3, 0, SECONDS_MAX)),
+            source_bytes_per_second: match number("source-kib-per-second", 0, 0, 1 << 30) {
+                0 => None,
+                kib => Some(kib << 10),
+            },
+            // ONNX itself ends at 2 GiB.
+            model_bytes_max: number("model-mib-max", 2048, 1, 2048) << 20,
+            store_bytes_max: number("store-mib-max", 4096, 1, MIB_MAX) << 20,
+            signature_threshold: usize::try_from(number("signature-threshold", 1, 1, 100)).unwrap_or(1),
+            vet_memory_bytes: number("vet-memory-mib", 2048, 64, MIB_MAX) << 20,
+            vet_seconds: number("vet-seconds", 120, 1, SECONDS_MAX),
+            source_ca: path("source-ca"),
+            secrets_dir: path("secrets-dir").unwrap_or(defaults.secrets_dir.clone()),
+            trusted_keys: path("trusted-keys"),
+            peer_token: path("peer-token-file"),
+            source_hosts: list("source-hosts").collect(),
+            peers: list("peers").collect(),
+            ..defaults
+        };
+        if let Some(flag) = text("source-http") {
+            let read = flag.parse::<bool>().map_err(|_| format!("`{flag}` is neither true nor false"));
+            models.source_http = mistakes.take(&self.get("source-http").1, read).unwrap_or(false);
+        }
+        for (setting, hosts) in
+            [("source-hosts", models.source_hosts.iter().collect()), ("peers", models.peers.iter().collect::<Vec<_>>())]
+        {
+            for host in hosts {
+                // A peer needs a port; a source's host may leave it to its scheme.
+                let is_one = !host.contains(['/', '@', '?', '#', ' '])
+                    && Url::parse(&format!("http://{host}/"))
+                        .is_ok_and(|url| setting != "peers" || url.port().is_some() || host.ends_with(":80"));
+                if !is_one {
+                    mistakes.add(self.get(setting).1, format!("`{host}` is no host:port"));
+                }
+            }
+        }
+        if !models.peers.is_empty() && models.peer_token.is_none() {
+            mistakes.add(
+                self.get("peers").1,
+                "--peer-token-file is needed too: peers answer only those who share its secret",
+            );
+        }
+        models
     }
 }
 
@@ -226,7 +378,7 @@ fn file_key(setting: &str) -> String {
     })
 }
 
-/// A YAML value as the text a flag would have; a mapping becomes `key=value,key=value`.
+/// A YAML value as the text a flag would have; a mapping becomes `key=value,key=value`, a list `item,item`.
 fn plain(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
@@ -237,7 +389,8 @@ fn plain(value: &Value) -> Option<String> {
             .map(|(key, value)| Some(format!("{key}={}", value.as_str()?)))
             .collect::<Option<Vec<_>>>()
             .map(|pairs| pairs.join(",")),
-        Value::Null | Value::Array(_) => None,
+        Value::Array(items) => items.iter().map(Value::as_str).collect::<Option<Vec<_>>>().map(|items| items.join(",")),
+        Value::Null => None,
     }
 }
 

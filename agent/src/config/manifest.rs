@@ -1,10 +1,10 @@
 //! The raw stage of manifests: an `EdgeModel` or a `CameraStream` as typed, and the reading of a whole file of them.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use lineside_runtime::spec::{InputSpec, OutputSpec, RuntimeSpec, Task};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Mistakes, ModelManifest, StreamManifest, lenient};
@@ -27,6 +27,43 @@ impl Object {
         match self {
             Self::Model(model) => ("EdgeModel", &model.name),
             Self::Stream(stream) => ("CameraStream", &stream.name),
+        }
+    }
+}
+
+/// An object as it was typed, kept so that it can be written down and read again by a later version of this program. It
+/// takes no part in comparisons: what two manifests mean is compared, not how they are written.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Typed {
+    document: Value,
+    folder: PathBuf,
+}
+
+impl PartialEq for Typed {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Typed {
+    pub(super) fn new(document: Value, folder: &Path) -> Self {
+        Self { document, folder: folder.to_owned() }
+    }
+
+    /// Where relative addresses of the object begin.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Reads the object again.
+    ///
+    /// # Errors
+    /// Every mistake in it.
+    pub fn read(&self) -> Result<Object, Vec<String>> {
+        let mut mistakes = Mistakes::default();
+        match object(1, self.document.clone(), &self.folder, &mut mistakes) {
+            Some(object) if mistakes.is_empty() => Ok(object),
+            _ => Err(mistakes.into_list()),
         }
     }
 }
@@ -61,9 +98,10 @@ fn object(number: usize, document: Value, folder: &Path, mistakes: &mut Mistakes
     };
     match kind.as_str() {
         "EdgeModel" => {
-            let raw: RawObject<RawModelSpec> = lenient::read(&place, document, mistakes);
+            let raw: RawObject<RawModelSpec> = lenient::read(&place, document.clone(), mistakes);
             let (name, spec) = raw.checked(&place, mistakes)?;
-            ModelManifest::resolve(&place, name, spec, folder, mistakes).map(|model| Object::Model(Box::new(model)))
+            let model = ModelManifest::resolve(&place, name, spec, Typed::new(document, folder), mistakes);
+            model.map(|model| Object::Model(Box::new(model)))
         }
         "CameraStream" => {
             let raw: RawObject<RawStreamSpec> = lenient::read(&place, document, mistakes);
@@ -136,7 +174,7 @@ pub(super) struct RawModelSpec {
     pub(super) runtime: Option<RuntimeSpec>,
     pub(super) rollback: Option<bool>,
     pub(super) node_selector: Option<BTreeMap<String, String>>,
-    pub(super) golden: Option<Value>,
+    pub(super) golden: Option<Vec<RawGolden>>,
     pub(super) rollout: Option<Value>,
 }
 
@@ -145,7 +183,23 @@ pub(super) struct RawModelSpec {
 pub(super) struct RawModelSource {
     pub(super) uri: Option<String>,
     pub(super) digest: Option<String>,
-    pub(super) secret_ref: Option<Value>,
+    pub(super) size: Option<u64>,
+    pub(super) secret_ref: Option<RawSecretRef>,
+    pub(super) signature: Option<Value>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct RawSecretRef {
+    pub(super) name: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct RawGolden {
+    pub(super) input: Option<String>,
+    pub(super) output: Option<String>,
+    pub(super) tolerance: Option<f32>,
 }
 
 /// `CameraStream.spec` as typed.

@@ -11,8 +11,8 @@ mod model;
 mod source;
 mod stream;
 
-pub use model::ModelManifest;
-pub use source::StreamSource;
+pub use model::{Golden, ModelManifest};
+pub use source::{ModelSource, ObjectAddress, OciAddress, Provider, StreamSource};
 pub use stream::StreamManifest;
 
 /// Whether a name may stand in topics, paths and labels: `[a-z0-9]([a-z0-9-]{0,62})`.

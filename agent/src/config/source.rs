@@ -75,14 +75,184 @@ impl StreamSource {
     }
 }
 
-/// The file a model's address names.
-pub(super) fn model_file(uri: &str, folder: &Path) -> Result<PathBuf, String> {
-    match scheme(uri)? {
-        "file" => local_path(uri, folder),
-        scheme @ ("http" | "https" | "s3" | "gs" | "az" | "oci") => {
-            Err(format!("{scheme}: sources of models are not built into this version yet; use file:"))
+/// Where a model's file comes from.
+#[derive(Clone, PartialEq)]
+pub enum ModelSource {
+    /// A file of this node, also on a mounted volume.
+    File(PathBuf),
+    /// A file of a web server.
+    Http(Url),
+    /// An object of an object store.
+    Object(ObjectAddress),
+    /// An artifact of an OCI registry.
+    Oci(OciAddress),
+}
+
+/// `s3://bucket/key?endpoint=https://minio:9000&region=plant`, `gs://bucket/key`, `az://account/container/key`.
+#[derive(Clone, PartialEq)]
+pub struct ObjectAddress {
+    /// Whose store it is.
+    pub provider: Provider,
+    /// The account, for Azure only.
+    pub account: Option<String>,
+    /// Bucket or container.
+    pub bucket: String,
+    /// The object's key.
+    pub key: String,
+    /// A store of one's own, where it is not the provider's.
+    pub endpoint: Option<Url>,
+    /// The region that requests are signed for.
+    pub region: Option<String>,
+}
+
+/// Whose protocol an object store speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Provider {
+    /// Amazon S3 and what is compatible with it.
+    S3,
+    /// Google Cloud Storage.
+    Gcs,
+    /// Azure Blob Storage.
+    Azure,
+}
+
+/// `oci://registry:5000/models/defects:v3` or `...@sha256:...`.
+#[derive(Clone, PartialEq)]
+pub struct OciAddress {
+    /// Host and port.
+    pub registry: String,
+    /// The repository's name.
+    pub repository: String,
+    /// A tag or a digest.
+    pub reference: String,
+}
+
+impl fmt::Debug for ModelSource {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{self}")
+    }
+}
+
+/// Shown without anything that may be a secret.
+impl fmt::Display for ModelSource {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(file) => write!(formatter, "file:{}", file.display()),
+            Self::Http(url) => formatter.write_str(&without_secrets(url)),
+            Self::Object(object) => {
+                let scheme = match object.provider {
+                    Provider::S3 => "s3",
+                    Provider::Gcs => "gs",
+                    Provider::Azure => "az",
+                };
+                let account = object.account.iter().map(|account| format!("{account}/")).collect::<String>();
+                write!(formatter, "{scheme}://{account}{}/{}", object.bucket, object.key)
+            }
+            Self::Oci(oci) => {
+                let mark = if oci.reference.contains(':') { '@' } else { ':' };
+                write!(formatter, "oci://{}/{}{mark}{}", oci.registry, oci.repository, oci.reference)
+            }
         }
-        other => Err(format!("{other}: is not known; use file:")),
+    }
+}
+
+impl ModelSource {
+    /// Reads a model's address. Relative files are taken from `folder`.
+    pub(super) fn parse(uri: &str, folder: &Path) -> Result<Self, String> {
+        const KNOWN: &str = "there are file, https, http, s3, gs, az and oci";
+        match scheme(uri)? {
+            "file" => Ok(Self::File(local_path(uri, folder)?)),
+            "http" | "https" => Ok(Self::Http(plain_url(uri)?)),
+            "s3" => ObjectAddress::parse(Provider::S3, uri).map(Self::Object),
+            "gs" => ObjectAddress::parse(Provider::Gcs, uri).map(Self::Object),
+            "az" => ObjectAddress::parse(Provider::Azure, uri).map(Self::Object),
+            "oci" => OciAddress::parse(uri).map(Self::Oci),
+            other => Err(format!("{other}: is not known; {KNOWN}")),
+        }
+    }
+}
+
+/// A web address with a host and without credentials: those belong into a Secret.
+fn plain_url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).map_err(|error| format!("this is no address: {error}"))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(format!("{}: is not known here; use https", url.scheme()));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err("holds credentials; put them into a Secret and name it in source.secretRef".to_owned());
+    }
+    match url.host_str() {
+        Some(host) if !host.is_empty() => Ok(url),
+        _ => Err("the address has no host".to_owned()),
+    }
+}
+
+impl ObjectAddress {
+    fn parse(provider: Provider, uri: &str) -> Result<Self, String> {
+        let (_, rest) = uri.split_once("://").ok_or("an object's address is like s3://bucket/key")?;
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let mut parts = path.splitn(if provider == Provider::Azure { 3 } else { 2 }, '/');
+        let account = (provider == Provider::Azure).then(|| parts.next().unwrap_or_default().to_owned());
+        let (bucket, key) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+        let is_plain = |text: &str| {
+            !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+        };
+        if !is_plain(bucket) || account.as_deref().is_some_and(|account| !is_plain(account)) {
+            return Err(
+                "names no bucket; expected s3://bucket/key, gs://bucket/key or az://account/container/key".into()
+            );
+        }
+        if key.is_empty() || key.contains(|character: char| character.is_control()) {
+            return Err("names no object in the bucket".to_owned());
+        }
+        let (mut endpoint, mut region) = (None, None);
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            match pair.split_once('=') {
+                Some(("endpoint", value)) => {
+                    endpoint = Some(plain_url(value).map_err(|why| format!("endpoint {why}"))?)
+                }
+                Some(("region", value)) if is_plain(value) => region = Some(value.to_owned()),
+                _ => return Err(format!("`?{pair}` is not known; there are endpoint and region")),
+            }
+        }
+        Ok(Self { provider, account, bucket: bucket.to_owned(), key: key.to_owned(), endpoint, region })
+    }
+}
+
+impl OciAddress {
+    /// Format: the distribution specification's, `registry/name:tag` or `registry/name@digest`.
+    fn parse(uri: &str) -> Result<Self, String> {
+        let wrong = |why: &str| format!("{why}; expected oci://registry/name:tag or oci://registry/name@sha256:...");
+        let rest = uri.strip_prefix("oci://").ok_or_else(|| wrong("this is no address of an artifact"))?;
+        let (registry, rest) = rest.split_once('/').ok_or_else(|| wrong("it names no repository"))?;
+        // The host is read as a web address' is, so that it means the same there.
+        let url = plain_url(&format!("https://{registry}/"))?;
+        if url.path() != "/" || registry.contains(['?', '#']) {
+            return Err(wrong("the registry's name is wrong"));
+        }
+        let (repository, reference) = match rest.split_once('@') {
+            Some((repository, digest)) => {
+                crate::base::digest::Digest::parse(digest)?;
+                (repository, digest)
+            }
+            None => rest.rsplit_once(':').ok_or_else(|| wrong("it has neither a tag nor a digest"))?,
+        };
+        let is_part = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_.".contains(&byte))
+        };
+        let is_tag = reference.contains(':')
+            || (1..=128).contains(&reference.len())
+                && reference.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+        match repository.split('/').all(is_part) && is_tag {
+            true => Ok(Self {
+                registry: registry.to_owned(),
+                repository: repository.to_owned(),
+                reference: reference.to_owned(),
+            }),
+            false => Err(wrong("the repository's name or the tag is wrong")),
+        }
     }
 }
 
@@ -124,8 +294,46 @@ mod tests {
         assert!(source("dir:///frames?loop=perhaps").unwrap_err().contains("loop=true"));
         assert!(source("file://host/path").unwrap_err().contains("third"));
         assert!(source("file:").is_err() && source("dir:").is_err() && source("x").is_err() && source("").is_err());
-        assert_eq!(model_file("file:m.onnx", Path::new("/m")), Ok("/m/m.onnx".into()));
-        assert!(model_file("oci://registry/x", Path::new("/")).unwrap_err().contains("not built"));
+    }
+
+    #[test]
+    fn addresses_of_models_are_read_and_shown_without_secrets() {
+        let model = |uri: &str| ModelSource::parse(uri, Path::new("/m"));
+        assert_eq!(model("file:m.onnx"), Ok(ModelSource::File("/m/m.onnx".into())));
+        for (uri, shown) in [
+            ("https://h:8443/m.onnx?sig=s3cret", "https://h:8443/m.onnx"),
+            ("s3://bucket/a/b.onnx?endpoint=http://minio:9000&region=plant", "s3://bucket/a/b.onnx"),
+            ("gs://bucket/m.onnx", "gs://bucket/m.onnx"),
+            ("az://account/container/a/m.onnx", "az://account/container/a/m.onnx"),
+            ("oci://registry:5000/models/defects:v3", "oci://registry:5000/models/defects:v3"),
+        ] {
+            assert_eq!(model(uri).unwrap().to_string(), shown);
+        }
+        let digest = crate::base::digest::Digest::of(b"").to_string();
+        let pinned = format!("oci://r/x@{digest}");
+        assert_eq!(model(&pinned).unwrap().to_string(), pinned);
+        for wrong in [
+            "m.onnx",
+            "ftp://h/m",
+            "https://user:hunter2@h/m",
+            "https:///m",
+            "s3://bucket",
+            "s3:///key",
+            "s3://bucket/key?speed=1",
+            "s3://bucket/key?endpoint=file:///x",
+            "az://account/container",
+            "oci://registry",
+            "oci://registry/x",
+            "oci://registry/X:v1",
+            "oci://registry/../x:v1",
+            "oci://registry/x@sha256:1",
+            "oci://user@registry/x:1",
+            "oci://registry?/x:1",
+            "oci://registry/x:a/b",
+        ] {
+            let error = model(wrong).unwrap_err();
+            assert!(!error.contains("hunter2"), "{error}");
+        }
     }
 
     #[test]

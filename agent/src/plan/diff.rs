@@ -11,8 +11,10 @@
 //!                   Failed                      Loading beside Serving
 //! ```
 //!
-//! A model that fails to load leaves whatever served before it in place. A version below the one that serves is refused
-//! unless its manifest says `rollback: true`. Streams are simpler: one that differs in anything is stopped and started.
+//! A model that fails to load leaves whatever served before it in place. A version below the highest that ever served on
+//! this node is refused unless its manifest says `rollback: true`. Where nothing serves, what served last (`last_good`) is
+//! restored from the store first, which needs no network; when the very same manifest is wanted, it is loaded, and only
+//! restored when that fails. Streams are simpler: one that differs in anything is stopped and started.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -27,10 +29,21 @@ pub struct ObservedModel {
     pub serving: Option<ModelManifest>,
     /// The manifest being loaded.
     pub loading: Option<ModelManifest>,
-    /// The manifest that failed last, and when it may be tried again.
-    pub failed: Option<(ModelManifest, Instant)>,
+    /// The manifest that failed last, and when it may be tried again; never, where that is `None`.
+    pub failed: Option<(ModelManifest, Option<Instant>)>,
     /// The manifest that was refused for its version.
     pub refused: Option<ModelManifest>,
+    /// The manifest that served last, where the store still has it.
+    pub last_good: Option<ModelManifest>,
+    /// The highest version that ever served here.
+    pub highest: Option<u64>,
+}
+
+impl ObservedModel {
+    /// Whether nothing of it runs, is being loaded, or has failed.
+    pub fn is_idle(&self) -> bool {
+        self.serving.is_none() && self.loading.is_none() && self.failed.is_none()
+    }
 }
 
 /// What is.
@@ -47,12 +60,14 @@ pub struct Observed {
 pub enum Step {
     /// Load a model beside whatever serves under its name.
     Load(ModelManifest),
-    /// Say that a version is lower than the one that serves, and do nothing else.
+    /// Load what served last from the store, because nothing serves.
+    Restore(ModelManifest),
+    /// Say that a version is lower than one that has served, and do nothing else.
     Refuse {
         /// The manifest that is not followed.
         manifest: ModelManifest,
-        /// The version that serves on.
-        serving: u64,
+        /// The highest version that ever served here.
+        highest: u64,
     },
     /// Stop serving a model.
     Unload(String),
@@ -72,8 +87,7 @@ pub fn diff(desired: &Desired, observed: &Observed, now: Instant) -> Vec<Step> {
     }
     for (name, model) in &observed.models {
         // What is being loaded is waited for: its threads start when it is done, and somebody has to end them.
-        let is_settled = model.loading.is_none() && (model.serving.is_some() || model.failed.is_some());
-        if is_settled && !desired.models.contains_key(name) {
+        if model.loading.is_none() && !model.is_idle() && !desired.models.contains_key(name) {
             steps.push(Step::Unload(name.clone()));
         }
     }
@@ -93,26 +107,21 @@ fn model_step(wanted: &ModelManifest, model: &ObservedModel, now: Instant) -> Op
     if model.loading.is_some() || model.serving.as_ref() == Some(wanted) {
         return None;
     }
-    if let Some(serving) = model.serving.as_ref().filter(|serving| wanted.version < serving.version && !wanted.rollback)
+    let has_failed = model.failed.as_ref().is_some_and(|(failed, _)| failed == wanted);
+    if model.serving.is_none()
+        && let Some(last_good) = model.last_good.as_ref().filter(|last_good| has_failed || *last_good != wanted)
     {
+        return Some(Step::Restore(last_good.clone()));
+    }
+    let highest = model.highest.max(model.serving.as_ref().map(|serving| serving.version));
+    if let Some(highest) = highest.filter(|highest| wanted.version < *highest && !wanted.rollback) {
         let already_said = model.refused.as_ref() == Some(wanted);
-        return (!already_said).then(|| Step::Refuse { manifest: wanted.clone(), serving: serving.version });
+        return (!already_said).then(|| Step::Refuse { manifest: wanted.clone(), highest });
     }
     match &model.failed {
-        Some((failed, retry_at)) if failed == wanted && now < *retry_at => None,
+        Some((failed, retry_at)) if failed == wanted && retry_at.is_none_or(|retry_at| now < retry_at) => None,
         _ => Some(Step::Load(wanted.clone())),
     }
-}
-
-/// When the earliest failed model that is still wanted may be tried again.
-pub fn next_retry(desired: &Desired, observed: &Observed) -> Option<Instant> {
-    let wanted = |name: &String, failed: &ModelManifest| desired.models.get(name) == Some(failed);
-    observed
-        .models
-        .iter()
-        .filter_map(|(name, model)| model.failed.as_ref().filter(|(failed, _)| wanted(name, failed)))
-        .map(|(_, retry_at)| *retry_at)
-        .min()
 }
 
 #[cfg(test)]
@@ -183,7 +192,7 @@ mod tests {
         let mut observed = serving(&model(3, ""));
         let lower = desired(&model(2, ""));
         let steps = diff(&lower, &observed, Instant::now());
-        assert!(matches!(steps.as_slice(), [Step::Refuse { serving: 3, .. }]), "{steps:?}");
+        assert!(matches!(steps.as_slice(), [Step::Refuse { highest: 3, .. }]), "{steps:?}");
         observed.models.get_mut("m").unwrap().refused = lower.models.get("m").cloned();
         assert_eq!(diff(&lower, &observed, Instant::now()), []);
         let back = diff(&desired(&model(2, ", rollback: true")), &observed, Instant::now());
@@ -195,13 +204,38 @@ mod tests {
         let now = Instant::now();
         let wanted = desired(&model(1, ""));
         let mut observed = Observed::default();
-        let failed = Some((wanted.models["m"].clone(), now + Duration::from_secs(5)));
+        let failed = Some((wanted.models["m"].clone(), Some(now + Duration::from_secs(5))));
         observed.models.insert("m".to_owned(), ObservedModel { failed, ..Default::default() });
         assert_eq!(diff(&wanted, &observed, now), []);
-        assert_eq!(next_retry(&wanted, &observed), Some(now + Duration::from_secs(5)));
         assert_eq!(diff(&wanted, &observed, now + Duration::from_secs(6)).len(), 1);
         assert_eq!(diff(&desired(&model(1, ", task: detect")), &observed, now).len(), 1);
         assert_eq!(diff(&Desired::default(), &observed, now), [Step::Unload("m".into())]);
+    }
+
+    #[test]
+    fn what_served_last_is_restored_before_anything_that_may_need_the_network() {
+        let now = Instant::now();
+        let manifest = |text: &str| desired(text).models["m"].clone();
+        let observed = |last_good: &str, failed: Option<&str>| {
+            let failed = failed.map(|text| (manifest(text), None));
+            let last_good = Some(manifest(last_good));
+            let model = ObservedModel { last_good, failed, highest: Some(2), ..Default::default() };
+            Observed { models: BTreeMap::from([("m".to_owned(), model)]), ..Default::default() }
+        };
+        let (one, two, three) = (model(1, ""), model(2, ""), model(3, ""));
+        let steps = |wanted: &str, observed: &Observed| diff(&desired(wanted), observed, now);
+        assert_eq!(steps(&three, &observed(&two, None)), [Step::Restore(manifest(&two))]);
+        assert_eq!(steps(&two, &observed(&two, None)), [Step::Load(manifest(&two))], "the same is loaded");
+        assert_eq!(steps(&two, &observed(&two, Some(&two))), [Step::Restore(manifest(&two))], "until that fails");
+        // A lower version is refused although nothing of it serves, and what served last is restored all the same.
+        assert_eq!(steps(&one, &observed(&two, None)), [Step::Restore(manifest(&two))]);
+        let mut gone = observed(&two, None);
+        gone.models.get_mut("m").unwrap().last_good = None;
+        assert!(matches!(steps(&one, &gone).as_slice(), [Step::Refuse { highest: 2, .. }]));
+        // Quarantined: never tried again by itself.
+        let mut failed = observed(&two, Some(&three));
+        failed.models.get_mut("m").unwrap().last_good = None;
+        assert_eq!(steps(&three, &failed), []);
     }
 
     #[test]

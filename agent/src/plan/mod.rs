@@ -3,17 +3,25 @@
 pub mod desired;
 pub mod diff;
 
-/// Where a model version stands on this node. The states between are what later versions of the agent pass through.
+/// Where a model version stands on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ModelState {
     /// Wanted, and waiting for its turn.
     Pending,
-    /// Being read, loaded and run once.
+    /// Its file is on the way.
+    Downloading,
+    /// Its file is being read and compared with its digest.
+    Verifying,
+    /// A child process tries it.
+    Vetting,
+    /// Being loaded and run once.
     Warming,
     /// Serving.
     Ready,
     /// Could not be loaded; it is tried again.
     Failed,
+    /// Failed too often; it is not tried again.
+    Quarantined,
 }
 
 impl ModelState {
@@ -21,9 +29,13 @@ impl ModelState {
     pub fn name(self) -> &'static str {
         match self {
             Self::Pending => "Pending",
+            Self::Downloading => "Downloading",
+            Self::Verifying => "Verifying",
+            Self::Vetting => "Vetting",
             Self::Warming => "Warming",
             Self::Ready => "Ready",
             Self::Failed => "Failed",
+            Self::Quarantined => "Quarantined",
         }
     }
 }

@@ -1,15 +1,16 @@
-//! Health and metrics over HTTP/1.1, on an accept loop of our own: with a limit on connections and on the time a client
+//! Health, metrics and status over HTTP/1.1, on an accept loop of our own: with a limit on connections and on the time a client
 //! may take to send its headers, neither of which axum's own server has.
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::Router;
-use axum::extract::State;
-use axum::http::{StatusCode, Uri, header};
+use axum::extract::{Path as UrlPath, State};
+use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -21,8 +22,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::health::Health;
+use super::status::{Board, Condition, StoreStatus};
 use crate::base::metrics::Metrics;
 use crate::spool::Spool;
+use crate::store::Store;
 
 /// Open connections at most; one more is closed at once, and counted.
 const CONNECTIONS_MAX: usize = 256;
@@ -46,6 +49,12 @@ pub struct Served {
     pub metrics: Metrics,
     /// Looked at when metrics are asked for.
     pub spool: Arc<dyn Spool>,
+    /// How the node stands.
+    pub board: Arc<Board>,
+    /// Looked at when the status is asked for, and offered to peers.
+    pub store: Arc<Store>,
+    /// The file with the token that the site's agents share; without one nothing is offered to them.
+    pub peer_token: Option<PathBuf>,
 }
 
 /// A bound listener that does not serve yet.
@@ -127,12 +136,39 @@ impl Server {
 }
 
 fn router(served: Served) -> Router {
-    Router::new()
+    let mut router = Router::new()
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
-        .fallback(unknown)
-        .with_state(served)
+        .route("/v1/status", get(status));
+    if served.peer_token.is_some() {
+        router = router.route("/v1/blobs/sha256/{hex}", get(blob));
+    }
+    router.fallback(unknown).with_state(served)
+}
+
+async fn status(State(served): State<Served>) -> Response {
+    let mut status = served.board.get();
+    match tokio::task::block_in_place(|| served.store.usage()) {
+        Ok(usage) => {
+            status.store = StoreStatus {
+                bytes: usage.bytes,
+                quota_bytes: usage.quota_bytes,
+                blobs: usage.blobs,
+                versions: usage.versions,
+                index: served.store.index_state().name(),
+            };
+        }
+        Err(error) => status.conditions.push(Condition::degraded("StoreUnreadable", error.to_string())),
+    }
+    Json(status).into_response()
+}
+
+async fn blob(State(served): State<Served>, UrlPath(hex): UrlPath<String>, headers: HeaderMap) -> Response {
+    match &served.peer_token {
+        Some(token) => super::blobs::answer(&served.store, token, &hex, &headers).await,
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
 }
 
 async fn livez(State(served): State<Served>) -> Response {
@@ -154,6 +190,11 @@ async fn metrics(State(served): State<Served>) -> Response {
     served.metrics.spool_records.set(i64::try_from(stats.records).unwrap_or(i64::MAX));
     served.metrics.spool_bytes.set(i64::try_from(stats.bytes).unwrap_or(i64::MAX));
     served.metrics.spool_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
+    // A store that cannot be read keeps its last figures here; the status says so.
+    if let Ok(usage) = tokio::task::block_in_place(|| served.store.usage()) {
+        served.metrics.store_bytes.set(i64::try_from(usage.bytes).unwrap_or(i64::MAX));
+        served.metrics.store_quota_bytes.set(i64::try_from(usage.quota_bytes).unwrap_or(i64::MAX));
+    }
     match served.metrics.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(json!({"error": error.to_string()}))).into_response(),
@@ -161,6 +202,6 @@ async fn metrics(State(served): State<Served>) -> Response {
 }
 
 async fn unknown(uri: Uri) -> Response {
-    let error = format!("there is nothing at {}; there are /livez, /readyz and /metrics", uri.path());
+    let error = format!("there is nothing at {}; there are /livez, /readyz, /metrics and /v1/status", uri.path());
     (StatusCode::NOT_FOUND, Json(json!({"error": error}))).into_response()
 }

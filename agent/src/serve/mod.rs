@@ -1,4 +1,6 @@
 //! What the agent serves to others.
 
+mod blobs;
 pub mod health;
 pub mod http;
+pub mod status;

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::app::App;
 use crate::base::shutdown;
-use crate::config::agent::{Broker, Config};
+use crate::config::agent::{Broker, Config, Models};
 use crate::message::Topics;
 use crate::mqtt::loopback::Loopback;
 use crate::mqtt::{self, Event};
@@ -65,6 +65,7 @@ async fn show(arguments: &Arguments) -> anyhow::Result<()> {
         http: ([127, 0, 0, 1], 0).into(),
         labels: BTreeMap::new(),
         spool_bytes_max: 64 << 20,
+        models: Models::default(),
     };
     let topics = Topics::new(&config.prefix, &config.site, &config.node);
     let broker = config.broker.clone();

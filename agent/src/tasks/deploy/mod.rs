@@ -1,0 +1,518 @@
+//! The node's reconcile loop: manifests in, models and streams running.
+//!
+//! One task owns all of it. Twice a second it looks at the manifests, asks [`plan::diff`](crate::plan::diff) for the steps
+//! and carries them out. Bringing a model to its slot takes from milliseconds to hours, so it is an errand of its own
+//! (`bring.rs`), at most one for each model, which comes back as a message; everything else goes on meanwhile.
+
+mod bring;
+mod report;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{JoinError, JoinHandle};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::capture::Capture;
+use super::infer::{Inspector, StreamContext};
+use crate::base::backoff::Backoff;
+use crate::base::digest::Digest;
+use crate::base::metrics::Metrics;
+use crate::config::ModelManifest;
+use crate::fetch::Fetcher;
+use crate::last_good::LastGood;
+use crate::manifests::{Finding, Folder};
+use crate::plan::ModelState;
+use crate::plan::desired::{Desired, Node};
+use crate::plan::diff::{Observed, ObservedModel, Step, diff};
+use crate::serve::health::Health;
+use crate::serve::status::Board;
+use crate::slot::Slot;
+use crate::store::Store;
+use crate::trust::Keyring;
+use crate::vet::Limits;
+use bring::{Brought, Errand, Setback, Stage, Way, bring};
+
+/// How often the manifests are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// A model that failed to load is tried again, first after this.
+const RETRY_FIRST: Duration = Duration::from_secs(4);
+/// The longest time between two tries.
+const RETRY_CAP: Duration = Duration::from_secs(120);
+const LOWER_VERSION: &str = "a lower version is refused; set rollback: true to go back";
+
+/// The task and what it owns.
+pub struct Deploy {
+    node: Node,
+    /// Here between two looks; with the look while one is under way.
+    folder: Option<Folder>,
+    looking: Option<JoinHandle<(Folder, Vec<Finding>)>>,
+    way: Arc<Way>,
+    metrics: Metrics,
+    health: Arc<Health>,
+    board: Arc<Board>,
+    last_good: LastGood,
+    desired: Desired,
+    observed: Observed,
+    slots: HashMap<String, Arc<Slot<StreamContext>>>,
+    captures: HashMap<String, Capture>,
+    /// Models that fail to load, by name.
+    failures: HashMap<String, Failures>,
+    /// Objects of one name in several files, already complained about.
+    doubled: BTreeSet<String>,
+    /// The series set in `model_state`: model to version and state.
+    reported: BTreeMap<String, (u64, ModelState)>,
+    /// Errands under way, by model.
+    errands: HashMap<String, UnderWay>,
+    /// What serves, by model.
+    serving: HashMap<String, Brought>,
+    /// Models whose signature has expired, already complained about.
+    expired: BTreeSet<String>,
+    loaded: mpsc::UnboundedSender<Loaded>,
+    loads: mpsc::UnboundedReceiver<Loaded>,
+}
+
+/// An errand that is under way.
+struct UnderWay {
+    /// To be cancelled when the manifest has changed meanwhile.
+    superseded: CancellationToken,
+    stage: Arc<Stage>,
+}
+
+/// What is remembered of a model that fails to load, so that it is tried more and more rarely and logged once.
+struct Failures {
+    backoff: Backoff,
+    version: u64,
+    setback: Setback,
+}
+
+/// What came of an errand.
+struct Loaded {
+    manifest: ModelManifest,
+    is_restored: bool,
+    /// What serves now; `None` when the manifest had changed before it could serve.
+    outcome: Result<Option<Brought>, Setback>,
+}
+
+/// What the task is given.
+pub struct Parts {
+    /// This node.
+    pub node: Node,
+    /// The folder of manifests.
+    pub manifests: PathBuf,
+    /// The agent's own folder.
+    pub data_dir: PathBuf,
+    /// Looks at frames.
+    pub inspector: Inspector,
+    /// Everything that is counted.
+    pub metrics: Metrics,
+    /// What the probes look at.
+    pub health: Arc<Health>,
+    /// What operators look at.
+    pub board: Arc<Board>,
+    /// Where models are kept.
+    pub store: Arc<Store>,
+    /// Brings models into the store.
+    pub fetcher: Fetcher,
+    /// The keys that are believed; without any, signatures are not looked at.
+    pub keys: Option<Keyring>,
+    /// Limits of vetting.
+    pub limits: Limits,
+}
+
+impl Deploy {
+    /// A task that has not looked at anything yet.
+    pub fn new(parts: Parts) -> Self {
+        // Bounded by the number of models: each has at most one errand under way.
+        let (loaded, loads) = mpsc::unbounded_channel();
+        let way = Way {
+            store: parts.store,
+            fetcher: parts.fetcher,
+            keys: parts.keys,
+            limits: parts.limits,
+            inspector: Arc::new(parts.inspector),
+            metrics: parts.metrics.clone(),
+            one_at_a_time: Arc::new(Semaphore::new(1)),
+        };
+        Self {
+            node: parts.node,
+            folder: Some(Folder::new(&parts.manifests)),
+            looking: None,
+            way: Arc::new(way),
+            metrics: parts.metrics,
+            health: parts.health,
+            board: parts.board,
+            last_good: LastGood::read(&parts.data_dir),
+            desired: Desired::default(),
+            observed: Observed::default(),
+            slots: HashMap::new(),
+            captures: HashMap::new(),
+            failures: HashMap::new(),
+            doubled: BTreeSet::new(),
+            reported: BTreeMap::new(),
+            errands: HashMap::new(),
+            serving: HashMap::new(),
+            expired: BTreeSet::new(),
+            loaded,
+            loads,
+        }
+    }
+
+    /// Runs until stopped; then the streams end, and the models finish the frames they hold.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut ticks = tokio::time::interval(LOOK_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                _ = ticks.tick() => self.look(),
+                looked = under_way(&mut self.looking) => self.on_looked(looked),
+                Some(loaded) = self.loads.recv() => self.on_loaded(loaded),
+            }
+            self.reconcile().await;
+            self.report();
+        }
+        for errand in self.errands.values() {
+            errand.superseded.cancel();
+        }
+        for (_, capture) in self.captures.drain() {
+            capture.stop(&self.metrics).await;
+        }
+        let slots = std::mem::take(&mut self.slots);
+        let ended = tokio::task::spawn_blocking(move || slots.values().for_each(|slot| slot.stop())).await;
+        if let Err(error) = ended {
+            tracing::error!(%error, "the models could not be stopped in order");
+        }
+    }
+
+    /// Looks at the manifests off this task: the folder may lie on a network that hangs.
+    fn look(&mut self) {
+        if let Some(mut folder) = self.folder.take() {
+            self.looking = Some(tokio::task::spawn_blocking(move || {
+                let findings = folder.look();
+                (folder, findings)
+            }));
+        }
+    }
+
+    fn on_looked(&mut self, looked: Result<(Folder, Vec<Finding>), JoinError>) {
+        let (folder, findings) = match looked {
+            Ok(looked) => looked,
+            Err(error) => {
+                return tracing::error!(%error, "looking at the manifests panicked; they are not followed any more");
+            }
+        };
+        for finding in &findings {
+            self.tell(finding);
+        }
+        if !findings.is_empty() {
+            self.desired = self.gather(&folder);
+        }
+        self.folder = Some(folder);
+        self.remember_and_forget(&findings);
+        for (name, errand) in &self.errands {
+            let model = self.observed.models.get(name);
+            let wanted = self.desired.models.get(name);
+            // What served last is finished in any case, unless the model is not wanted at all.
+            let is_restored = wanted.is_some() && model.is_some_and(|model| model.loading == model.last_good);
+            if wanted != model.and_then(|model| model.loading.as_ref()) && !is_restored {
+                errand.superseded.cancel();
+            }
+        }
+    }
+
+    fn tell(&self, finding: &Finding) {
+        let rejected = |path: &PathBuf| self.metrics.manifest_rejected.with_label_values(&[&file_name(path)]);
+        match finding {
+            Finding::Accepted(path, objects) => {
+                rejected(path).set(0);
+                tracing::info!(file = %path.display(), objects, "manifest read");
+            }
+            Finding::Rejected(path, reasons) => {
+                rejected(path).set(1);
+                for reason in reasons {
+                    tracing::error!(file = %path.display(), reason, "manifest refused, its last good content stays in force");
+                }
+            }
+            Finding::Removed(path) => {
+                drop(self.metrics.manifest_rejected.remove_label_values(&[&file_name(path)]));
+                tracing::info!(file = %path.display(), "manifest removed");
+            }
+            Finding::Unreadable(reason) => {
+                tracing::error!(reason, "the manifests cannot be read, everything stays as it is");
+            }
+        }
+    }
+
+    /// What the files say together. Of two objects with one name, the one in the first file counts.
+    fn gather(&mut self, folder: &Folder) -> Desired {
+        let mut desired = Desired::default();
+        let mut doubled = BTreeSet::new();
+        for (path, object) in folder.objects() {
+            if !desired.add(object.clone(), &self.node) {
+                let (kind, name) = object.key();
+                let what = format!("{kind} {name} in {}", path.display());
+                if !self.doubled.contains(&what) {
+                    tracing::error!(kind, name, file = %path.display(), "stands in an earlier file too; this one is passed over");
+                }
+                doubled.insert(what);
+            }
+        }
+        self.doubled = doubled;
+        desired
+    }
+
+    /// Begins to observe models with what is remembered of them from earlier runs, and lets go of those that nobody wants.
+    fn remember_and_forget(&mut self, findings: &[Finding]) {
+        let wanted = &self.desired.models;
+        let observed = &self.observed.models;
+        let new: Vec<String> = wanted.keys().filter(|name| !observed.contains_key(*name)).cloned().collect();
+        for name in &new {
+            let good = self.last_good.get(name).filter(|good| self.way.store.blob(&good.digest).is_some());
+            let last_good = good.map(|good| good.manifest.clone());
+            let model = ObservedModel { highest: self.last_good.highest(name), last_good, ..ObservedModel::default() };
+            self.observed.models.insert(name.clone(), model);
+        }
+        self.observed.models.retain(|name, model| wanted.contains_key(name) || !model.is_idle());
+        // A file that cannot be read says nothing of what was in it.
+        let is_certain =
+            !findings.iter().any(|finding| matches!(finding, Finding::Rejected(..) | Finding::Unreadable(_)));
+        if is_certain && !findings.is_empty() {
+            let is_gone = |name: &&String| !wanted.contains_key(*name) && !self.observed.models.contains_key(*name);
+            let gone: Vec<String> = self.last_good.names().filter(is_gone).cloned().collect();
+            gone.iter().for_each(|name| self.forget_good(name));
+        }
+    }
+
+    fn forget_good(&mut self, name: &str) {
+        if let Err(error) = self.last_good.forget(name) {
+            tracing::error!(model = name, %error, "that the model is gone could not be written down");
+        }
+    }
+
+    async fn reconcile(&mut self) {
+        for step in diff(&self.desired, &self.observed, Instant::now()) {
+            match step {
+                Step::Load(manifest) => self.load(manifest, false),
+                Step::Restore(manifest) => self.load(manifest, true),
+                Step::Refuse { manifest, highest } => {
+                    tracing::error!(model = manifest.name, version = manifest.version, highest, "{LOWER_VERSION}");
+                    let name = manifest.name.clone();
+                    self.observed.models.entry(name).or_default().refused = Some(manifest);
+                }
+                Step::Unload(name) => self.unload(&name).await,
+                Step::Start(manifest) => {
+                    let slot = self.slot(&manifest.model);
+                    self.observed.streams.insert(manifest.name.clone(), manifest.clone());
+                    self.captures.insert(manifest.name.clone(), Capture::start(manifest, &slot, &self.metrics));
+                }
+                Step::Stop(name) => {
+                    self.observed.streams.remove(&name);
+                    if let Some(capture) = self.captures.remove(&name) {
+                        capture.stop(&self.metrics).await;
+                    }
+                }
+            }
+        }
+        let (models, streams) = (&self.observed.models, &self.observed.streams);
+        self.slots.retain(|name, _| models.contains_key(name) || streams.values().any(|stream| stream.model == *name));
+    }
+
+    fn slot(&mut self, model: &str) -> Arc<Slot<StreamContext>> {
+        self.slots.entry(model.to_owned()).or_insert_with(|| Arc::new(Slot::new(model))).clone()
+    }
+
+    /// Sends for a version. One that is restored comes from the store or not at all.
+    fn load(&mut self, manifest: ModelManifest, is_restored: bool) {
+        let slot = self.slot(&manifest.name);
+        let model = self.observed.models.entry(manifest.name.clone()).or_default();
+        model.loading = Some(manifest.clone());
+        let has_alternative = model.last_good.as_ref().is_some_and(|last_good| *last_good != manifest);
+        if manifest.spec.runtime.threads.is_some_and(|threads| threads > 1) {
+            tracing::warn!(
+                model = manifest.name,
+                "spec.runtime.threads is passed over: tract runs one thread per instance"
+            );
+        }
+        let good = self.last_good.get(&manifest.name);
+        let known_good = good.filter(|good| good.manifest.version == manifest.version).map(|good| good.digest);
+        let errand = Errand {
+            known_good,
+            is_restored,
+            has_alternative,
+            protected: self.protected(),
+            slot,
+            superseded: CancellationToken::new(),
+            stage: Arc::new(Stage::new(&manifest)),
+            manifest: manifest.clone(),
+        };
+        let under_way = UnderWay { superseded: errand.superseded.clone(), stage: errand.stage.clone() };
+        self.errands.insert(manifest.name.clone(), under_way);
+        let (way, loaded) = (self.way.clone(), self.loaded.clone());
+        tokio::spawn(async move {
+            // On a task of its own, so that a panic in it comes back as a failure.
+            let outcome = tokio::spawn(bring(way, errand)).await;
+            let outcome = outcome.unwrap_or_else(|error| Err(format!("bringing it panicked: {error}").into()));
+            // When the receiver is gone the agent is ending, and nobody wants to know.
+            drop(loaded.send(Loaded { manifest, is_restored, outcome }));
+        });
+    }
+
+    /// Digests that must not be evicted: what serves, what served last, and what is wanted.
+    fn protected(&self) -> BTreeSet<Digest> {
+        let serving = self.serving.values().map(|serving| serving.digest);
+        let wanted = self.desired.models.values().filter_map(|model| model.digest);
+        serving.chain(wanted).chain(self.last_good.digests()).collect()
+    }
+
+    fn on_loaded(&mut self, loaded: Loaded) {
+        let Loaded { manifest, is_restored, outcome } = loaded;
+        self.errands.remove(&manifest.name);
+        let model = self.observed.models.entry(manifest.name.clone()).or_default();
+        model.loading = None;
+        if self.slots.get(&manifest.name).is_some_and(|slot| slot.serving().is_none()) {
+            // It was stopped to make room for this one.
+            model.serving = None;
+            self.serving.remove(&manifest.name);
+        }
+        match outcome {
+            Ok(None) => {
+                tracing::info!(
+                    model = manifest.name,
+                    version = manifest.version,
+                    "model was loaded in vain: its manifest has changed meanwhile"
+                );
+                if model.serving.is_none()
+                    && model.failed.is_none()
+                    && !self.desired.models.contains_key(&manifest.name)
+                {
+                    self.observed.models.remove(&manifest.name);
+                }
+            }
+            Ok(Some(brought)) => self.on_served(manifest, is_restored, brought),
+            Err(setback) if is_restored => {
+                tracing::error!(
+                    model = manifest.name,
+                    version = manifest.version,
+                    reason = setback.reason,
+                    "what served last cannot be restored"
+                );
+                model.last_good = None;
+            }
+            Err(setback) => self.on_failed(manifest, setback),
+        }
+    }
+
+    fn on_served(&mut self, manifest: ModelManifest, is_restored: bool, brought: Brought) {
+        let info = &brought.info;
+        tracing::info!(
+            model = info.name,
+            version = info.version,
+            digest = info.digest,
+            engine = info.engine,
+            took_ms = brought.took.as_millis(),
+            "model serves"
+        );
+        if is_restored {
+            let wanted = self.desired.models.get(&manifest.name).map(|wanted| wanted.version);
+            tracing::warn!(
+                model = info.name,
+                version = info.version,
+                digest = info.digest,
+                wanted,
+                "last good version serves meanwhile"
+            );
+        } else {
+            self.failures.remove(&manifest.name);
+        }
+        // The command line reads this file to know what must not be evicted, so it is written before anything else can
+        // happen to the version before.
+        if let Err(error) = self.last_good.served(&manifest, brought.digest) {
+            tracing::error!(%error, "what serves could not be written down; a start without a network may serve an older version");
+        }
+        self.expired.remove(&manifest.name);
+        self.serving.insert(manifest.name.clone(), brought);
+        let model = self.observed.models.entry(manifest.name.clone()).or_default();
+        model.highest = self.last_good.highest(&manifest.name);
+        model.last_good = Some(manifest.clone());
+        model.refused = None;
+        if !is_restored {
+            model.failed = None;
+        }
+        model.serving = Some(manifest);
+    }
+
+    fn on_failed(&mut self, manifest: ModelManifest, setback: Setback) {
+        let failures = self.failures.entry(manifest.name.clone()).or_insert_with(|| Failures {
+            backoff: Backoff::new(RETRY_FIRST, RETRY_CAP),
+            version: 0,
+            setback: String::new().into(),
+        });
+        if failures.version != manifest.version {
+            failures.backoff.reset();
+        }
+        let delay = failures.backoff.next_delay();
+        let model = self.observed.models.entry(manifest.name.clone()).or_default();
+        let is_news = (failures.version, &failures.setback) != (manifest.version, &setback);
+        if is_news && setback.is_quarantined {
+            let digest = manifest.digest.map(|digest| digest.to_string());
+            tracing::error!(
+                model = manifest.name,
+                version = manifest.version,
+                digest,
+                serving = model.serving.as_ref().map(|serving| serving.version),
+                reason = setback.reason,
+                "model is quarantined"
+            );
+        } else if is_news {
+            tracing::error!(
+                model = manifest.name,
+                version = manifest.version,
+                serving = model.serving.as_ref().map(|serving| serving.version),
+                reason = setback.reason,
+                "model cannot be loaded, trying again later"
+            );
+        }
+        let retry_at = (!setback.is_quarantined).then(|| Instant::now() + delay);
+        (failures.version, failures.setback) = (manifest.version, setback);
+        model.failed = Some((manifest, retry_at));
+    }
+
+    async fn unload(&mut self, name: &str) {
+        self.observed.models.remove(name);
+        self.failures.remove(name);
+        self.serving.remove(name);
+        self.expired.remove(name);
+        self.forget_good(name);
+        let Some(slot) = self.slots.get(name).cloned() else { return };
+        if slot.serving().is_some() {
+            let ended = tokio::task::spawn_blocking(move || slot.stop()).await;
+            if let Err(error) = ended {
+                tracing::error!(model = name, %error, "the model could not be stopped in order");
+            }
+            tracing::info!(model = name, "model unloaded");
+        }
+    }
+}
+
+/// The end of a look that is under way; never, where none is.
+async fn under_way(
+    looking: &mut Option<JoinHandle<(Folder, Vec<Finding>)>>,
+) -> Result<(Folder, Vec<Finding>), JoinError> {
+    match looking {
+        Some(look) => {
+            let looked = look.await;
+            *looking = None;
+            looked
+        }
+        None => std::future::pending().await,
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}

@@ -1,0 +1,171 @@
+//! ONNX files that mean harm: each takes a small picture and has an output, so that only a closer look finds it out.
+
+use crate::onnx::{Attribute, Dim, FLOAT, Model};
+
+/// More elements, by this factor, than any node has memory for.
+const HUGE: i64 = 1_000_000_000;
+/// Two dimensions of this size multiply to 2^64, which wraps round to 0.
+const WRAPS: u64 = 1 << 32;
+/// Operators of the long chain.
+const CHAIN: usize = 50_000;
+/// Graphs within graphs.
+const DEPTH: usize = 1_000;
+/// `AttributeProto.AttributeType.GRAPH`.
+const GRAPH: u8 = 5;
+/// `TensorProto.DataType.BOOL`.
+const BOOL: i64 = 9;
+
+/// Hostile models by name.
+pub fn hostile_models() -> Vec<(&'static str, Vec<u8>)> {
+    let add = |model: Model, other: &str| model.node("Add", &["x", other], &["y"], &[]).build();
+    let shape = [HUGE, 3, 8, 8];
+    let conv = |attributes: &[Attribute]| {
+        picture().floats("w", &[1, 3, 3, 3], &[1.0; 27]).node("Conv", &["x", "w"], &["y"], attributes).build()
+    };
+    vec![
+        (
+            "constant-of-shape",
+            add(picture().integers("shape", &[4], &shape).node("ConstantOfShape", &["shape"], &["big"], &[]), "big"),
+        ),
+        ("expand", picture().integers("shape", &[4], &shape).node("Expand", &["x", "shape"], &["y"], &[]).build()),
+        (
+            "tile",
+            picture().integers("times", &[4], &[HUGE, 1, 1, 1]).node("Tile", &["x", "times"], &["y"], &[]).build(),
+        ),
+        (
+            "range",
+            picture()
+                .integers("start", &[], &[0])
+                .integers("limit", &[], &[1000 * HUGE])
+                .integers("step", &[], &[1])
+                .node("Range", &["start", "limit", "step"], &["numbers"], &[])
+                .node("Cast", &["numbers"], &["floats"], &[Attribute::Int("to", FLOAT as i64)])
+                .node("ReduceMean", &["x"], &["mean"], &[Attribute::Int("keepdims", 0)])
+                .node("Add", &["floats", "mean"], &["y"], &[])
+                .build(),
+        ),
+        ("wrapping-dims", add(picture().floats("w", &[WRAPS, WRAPS, 3, 8, 8], &[]), "w")),
+        ("short-initializer", add(picture().floats("w", &[1_000_000, 3, 8, 8], &[1.0; 12]), "w")),
+        ("cycle", add(picture().node("Relu", &["y"], &["z"], &[]), "z")),
+        ("chain", chain()),
+        (
+            "gather",
+            picture()
+                .integers("indices", &[2], &[1000, -1000])
+                .node("Gather", &["x", "indices"], &["y"], &[Attribute::Int("axis", 1)])
+                .build(),
+        ),
+        ("conv-pads", conv(&[Attribute::Ints("pads", vec![(1 << 31) - 3; 4])])),
+        ("conv-strides", conv(&[Attribute::Ints("strides", vec![0, -1]), Attribute::Ints("dilations", vec![HUGE; 2])])),
+        ("nested-ifs", nested_ifs()),
+        ("nan", picture().floats("w", &[1, 3, 8, 8], &[f32::NAN; 192]).node("Mul", &["x", "w"], &["y"], &[]).build()),
+    ]
+}
+
+/// Copies of a file with bytes changed, bits flipped, parts moved, or the end cut off. The same seed gives the same copies.
+pub fn mutations(bytes: &[u8], count: usize, seed: u64) -> Vec<Vec<u8>> {
+    let mut random = Random::new(seed);
+    (0..count)
+        .map(|_| {
+            let mut copy = bytes.to_vec();
+            for _ in 0..=random.below(8) {
+                let at = random.below(copy.len());
+                match random.below(5) {
+                    0 => copy[at] = random.next() as u8,
+                    1 => copy[at] ^= 1 << random.below(8),
+                    2 => copy.insert(at, random.next() as u8),
+                    3 => copy.rotate_left(at % 16),
+                    _ if random.below(4) == 0 => copy.truncate(at.max(1)),
+                    _ => copy[at] = 0xFF,
+                }
+            }
+            copy
+        })
+        .collect()
+}
+
+/// Numbers that look random and are the same for the same seed: xorshift64.
+pub struct Random(u64);
+
+impl Random {
+    /// Numbers of this seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
+    /// The next number.
+    #[allow(clippy::should_implement_trait, reason = "it never ends, so it is no iterator's")]
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// A number below this one, which is not 0.
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+}
+
+/// The input `x` and the output `y` that all of them declare.
+fn picture() -> Model {
+    let shape = [1, 3, 8, 8].map(Dim::Size);
+    Model::new().input("x", FLOAT, &shape).output("y", FLOAT, &shape)
+}
+
+fn chain() -> Vec<u8> {
+    let mut model = picture();
+    let mut before = "x".to_owned();
+    for index in 1..CHAIN {
+        let next = format!("n{index}");
+        model = model.node("Exp", &[&before], &[&next], &[]);
+        before = next;
+    }
+    model.node("Tanh", &[&before], &["y"], &[]).build()
+}
+
+/// `If` in a branch of an `If`, and so on. Protobuf merges the second `graph` of a file into the first.
+fn nested_ifs() -> Vec<u8> {
+    let head = picture().integers("one", &[], &[1]).node("Cast", &["one"], &["yes"], &[Attribute::Int("to", BOOL)]);
+    let leaf = branch(&node("Identity", "x", &[]));
+    let mut innermost = node("Identity", "x", &[]);
+    for _ in 0..DEPTH {
+        let branches = [attribute("then_branch", &branch(&innermost)), attribute("else_branch", &leaf)];
+        innermost = node("If", "yes", &branches);
+    }
+    [head.build(), field(7, &field(1, &innermost))].concat()
+}
+
+/// A `NodeProto` with one input and the output `y`.
+fn node(operator: &str, input: &str, attributes: &[Vec<u8>]) -> Vec<u8> {
+    let attributes = attributes.iter().flat_map(|attribute| field(5, attribute));
+    [field(1, input.as_bytes()), field(2, b"y"), field(4, operator.as_bytes())]
+        .concat()
+        .into_iter()
+        .chain(attributes)
+        .collect()
+}
+
+/// A `GraphProto` of one node.
+fn branch(node: &[u8]) -> Vec<u8> {
+    [field(1, node), field(2, b"branch"), field(12, &field(1, b"y"))].concat()
+}
+
+/// An `AttributeProto` that holds a graph. Field 20, its type, is written `A0 01`.
+fn attribute(name: &str, graph: &[u8]) -> Vec<u8> {
+    [field(1, name.as_bytes()), field(6, graph), vec![0xA0, 0x01, GRAPH]].concat()
+}
+
+/// A field of bytes with a number below 16.
+fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
+    let mut out = vec![number << 3 | 2];
+    let mut length = bytes.len();
+    while length >= 0x80 {
+        out.push(length as u8 | 0x80);
+        length >>= 7;
+    }
+    out.push(length as u8);
+    out.extend_from_slice(bytes);
+    out
+}

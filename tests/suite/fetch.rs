@@ -463,7 +463,7 @@ fn a_peer_gives_what_it_has_to_those_who_know_the_token() {
     let bearer = ("Authorization", "Bearer site-secret");
     assert_eq!(ask(&path, &[]).status, 401);
     assert_eq!(ask(&path, &[("Authorization", "Bearer site-secre")]).status, 401);
-    assert_eq!(ask(&path.replace('a', "b"), &[]).status, 401, "strangers learn nothing");
+    assert_eq!(ask(&format!("/v1/blobs/sha256/{}", "1".repeat(64)), &[]).status, 401, "strangers learn nothing");
     assert_eq!(ask(&format!("/v1/blobs/sha256/{}", "0".repeat(64)), &[bearer]).status, 404);
     assert_eq!(ask("/v1/blobs/sha256/..%2F..%2Flast-good.json", &[bearer]).status / 100, 4);
     let whole = ask(&path, &[bearer]);

@@ -69,7 +69,7 @@ pub(super) fn sign(arguments: &SignArguments) -> Result<(), Failure> {
         Some(text) => Some(clock::rfc3339(parse_time(text).map_err(|why| usage(format!("--expires: {why}")))?)),
         None => None,
     };
-    let key = SigningKey::read(&arguments.key).map_err(|why| usage(format!("--key: {why}")))?;
+    let key = SigningKey::read(&arguments.key).map_err(|why| anyhow!("--key: {why}"))?;
     let file = files::open_regular(&arguments.model).with_context(|| arguments.model.display().to_string())?;
     let (digest, size) = Digest::of_reader(file).with_context(|| arguments.model.display().to_string())?;
     let statement = Statement { name: arguments.name.clone(), version: arguments.version, digest, size, expires };

@@ -121,7 +121,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         }
         Command::Export { model, output, key } => {
             let (name, version) = parse(&model, false)?;
-            let key = SigningKey::read(&key).map_err(|why| Failure::Usage(vec![format!("--key: {why}")]))?;
+            let key = SigningKey::read(&key).map_err(|why| anyhow::anyhow!("--key: {why}"))?;
             let bar = bar("exporting");
             let versions = bundle::export(
                 &open()?,

@@ -316,7 +316,6 @@ mod tests {
             "m.onnx",
             "ftp://h/m",
             "https://user:hunter2@h/m",
-            "https:///m",
             "s3://bucket",
             "s3:///key",
             "s3://bucket/key?speed=1",

@@ -145,7 +145,7 @@ impl Fetcher {
             Digest::of_reader(file.take(self.settings.bytes_max + 1)).map_err(|error| error.to_string())?;
         self.check_size(bytes, manifest.size)?;
         if let Some(wanted) = manifest.digest.filter(|wanted| *wanted != digest) {
-            return Err(format!("it has the digest {digest}, but source.digest asks for {wanted}"));
+            return Err(format!("it has the digest {digest}, but spec.source.digest asks for {wanted}"));
         }
         if self.there(&digest).is_some() {
             return Ok(Fetched { digest, bytes, from: None });

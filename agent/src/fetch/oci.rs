@@ -26,6 +26,8 @@ use crate::config::OciAddress;
 const MANIFEST_BYTES_MAX: usize = 4 << 20;
 const MANIFEST_TYPES: &str =
     "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json";
+/// ModelPack's type of weights that are packed, plain or compressed.
+const ARCHIVE_TYPE: &str = "application/vnd.cncf.model.weight.v1.tar";
 const FILE_NAMES: [&str; 2] = ["org.cncf.model.filepath", "org.opencontainers.image.title"];
 
 #[derive(Deserialize)]
@@ -72,7 +74,8 @@ pub(super) async fn origin(
             layer.digest
         )));
     }
-    if layer.media_type.ends_with("tar") || layer.media_type.ends_with("gzip") {
+    // Plain files that ORAS pushes bear the type of an image's layer, so that one says nothing.
+    if layer.media_type.starts_with(ARCHIVE_TYPE) {
         return Err(Failure::lasting(format!(
             "the artifact's file is an archive ({}); push the .onnx file as it is",
             layer.media_type

@@ -82,7 +82,9 @@ impl Policy {
             }
         };
         if never {
-            return Err(format!("{host} has the address {address}, which is never fetched from"));
+            return Err(format!(
+                "{host} has the address {address}, which is unspecified, link-local or multicast and never fetched from"
+            ));
         }
         match address.is_loopback() && !self.is_listed(host, port) {
             true => Err(format!(

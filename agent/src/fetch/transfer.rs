@@ -224,6 +224,9 @@ async fn ask_http(
         StatusCode::NOT_FOUND | StatusCode::GONE => {
             return Err(Failure::lasting(format!("it is not there ({status})")));
         }
+        status if status.is_redirection() => {
+            return Err(Failure::lasting(format!("it redirects to an address that is not allowed ({status})")));
+        }
         status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
             let later = text(RETRY_AFTER).map(|after| format!(", retry after {after}")).unwrap_or_default();
             return Err(Failure::passing(format!("the server says {status}{later}")));

@@ -98,13 +98,15 @@ pub(super) struct Brought {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Setback {
     pub(super) reason: String,
-    /// It is not tried again.
-    pub(super) is_quarantined: bool,
+    /// How often it has failed, where it is not tried again.
+    pub(super) quarantined_after: Option<u32>,
+    /// Its file, where that is known.
+    pub(super) digest: Option<Digest>,
 }
 
 impl From<String> for Setback {
     fn from(reason: String) -> Self {
-        Self { reason, is_quarantined: false }
+        Self { reason, quarantined_after: None, digest: None }
     }
 }
 
@@ -133,7 +135,7 @@ pub(super) async fn bring(way: Arc<Way>, errand: Errand) -> Result<Option<Brough
                     version = manifest.version,
                     digest = %fetched.digest,
                     bytes = fetched.bytes,
-                    took_ms = started.elapsed().as_millis(),
+                    took_ms = started.elapsed().as_millis() as u64,
                     from,
                     "model downloaded"
                 );
@@ -159,7 +161,8 @@ pub(super) async fn bring(way: Arc<Way>, errand: Errand) -> Result<Option<Brough
     let work = tokio::task::spawn_blocking(move || {
         let brought = settle(&way, &errand, &digest, statement.as_ref(), started);
         drop(turn);
-        brought
+        let source = &errand.manifest.source;
+        brought.map_err(|setback| Setback { reason: format!("{source}: {}", setback.reason), ..setback })
     });
     work.await.unwrap_or_else(|error| Err(format!("loading it panicked: {error}").into()))
 }
@@ -227,7 +230,7 @@ fn settle(
     let vetting = Vetting::new(manifest, digest, way.limits).map_err(|refusal| refused(way, digest, None, refusal))?;
     let trials: Trials = way.store.recall(Kind::Trials, digest).unwrap_or_default();
     if trials.quarantined && trials.key.as_ref() == Some(vetting.key()) {
-        return Err(Setback { reason: quarantined(&trials), is_quarantined: true });
+        return Err(given_up(&trials, digest));
     }
     if trials.unfinished_loads >= TRIALS_MAX && errand.has_alternative {
         let reason = format!("the agent ended {} times while it was loading it", trials.unfinished_loads);
@@ -295,7 +298,7 @@ fn vet(
         p50_ms = figures.p50_ms,
         p99_ms = figures.p99_ms,
         peak_memory_mib = figures.peak_memory_bytes >> 20,
-        took_ms = started.elapsed().as_millis(),
+        took_ms = started.elapsed().as_millis() as u64,
         "model vetted"
     );
     let verdict = Verdict {
@@ -334,16 +337,17 @@ fn refused(way: &Way, digest: &Digest, key: Option<&Digest>, refusal: Refusal) -
         tracing::error!(%error, "a failed attempt could not be written down");
     }
     match trials.quarantined {
-        true => Setback { reason: quarantined(&trials), is_quarantined: true },
+        true => given_up(&trials, digest),
         false => reason.into(),
     }
 }
 
-fn quarantined(trials: &Trials) -> String {
-    format!(
-        "it failed {} times and is in quarantine (`lineside store release` ends it): {}",
+fn given_up(trials: &Trials, digest: &Digest) -> Setback {
+    let reason = format!(
+        "it failed {} times and is in quarantine (`lineside store release {digest}` ends it): {}",
         trials.failures, trials.reason
-    )
+    );
+    Setback { reason, quarantined_after: Some(trials.failures), digest: Some(*digest) }
 }
 
 /// Loads a model, with a warm pipeline for each instance.

@@ -414,7 +414,7 @@ impl Deploy {
             version = info.version,
             digest = info.digest,
             engine = info.engine,
-            took_ms = brought.took.as_millis(),
+            took_ms = brought.took.as_millis() as u64,
             "model serves"
         );
         if is_restored {
@@ -458,12 +458,12 @@ impl Deploy {
         let delay = failures.backoff.next_delay();
         let model = self.observed.models.entry(manifest.name.clone()).or_default();
         let is_news = (failures.version, &failures.setback) != (manifest.version, &setback);
-        if is_news && setback.is_quarantined {
-            let digest = manifest.digest.map(|digest| digest.to_string());
+        if is_news && let Some(failures) = setback.quarantined_after {
             tracing::error!(
                 model = manifest.name,
                 version = manifest.version,
-                digest,
+                digest = setback.digest.map(|digest| digest.to_string()),
+                failures,
                 serving = model.serving.as_ref().map(|serving| serving.version),
                 reason = setback.reason,
                 "model is quarantined"
@@ -477,7 +477,7 @@ impl Deploy {
                 "model cannot be loaded, trying again later"
             );
         }
-        let retry_at = (!setback.is_quarantined).then(|| Instant::now() + delay);
+        let retry_at = setback.quarantined_after.is_none().then(|| Instant::now() + delay);
         (failures.version, failures.setback) = (manifest.version, setback);
         model.failed = Some((manifest, retry_at));
     }

@@ -52,7 +52,7 @@ impl Deploy {
         }
         if observed.failed.as_ref().is_some_and(|(failed, _)| failed == wanted) {
             let setback = self.failures.get(&wanted.name).map(|failures| &failures.setback);
-            let is_quarantined = setback.is_some_and(|setback| setback.is_quarantined);
+            let is_quarantined = setback.is_some_and(|setback| setback.quarantined_after.is_some());
             let state = if is_quarantined { ModelState::Quarantined } else { ModelState::Failed };
             return (state, setback.map(|setback| setback.reason.clone()));
         }

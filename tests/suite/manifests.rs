@@ -157,7 +157,7 @@ fn a_version_that_cannot_load_leaves_the_one_before_in_place() {
     // Back to a lower version only when asked.
     site.write("model.yaml", &parts(1, ""));
     let refusal = site.agent.wait_for_log("a lower version is refused; set rollback: true to go back");
-    assert_eq!((refusal["version"].as_u64(), refusal["serving"].as_u64()), (Some(1), Some(2)));
+    assert_eq!((refusal["version"].as_u64(), refusal["highest"].as_u64()), (Some(1), Some(2)));
     site.write("model.yaml", &parts(1, "  rollback: true\n"));
     until_true("the way back", || site.results("line-1").last().unwrap()["model"]["version"] == 1);
     assert!(site.agent.end().success());

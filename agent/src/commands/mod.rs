@@ -38,7 +38,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the agent.
-    Run(run::Arguments),
+    Run(Box<run::Arguments>),
     /// Show the whole main job on this machine alone: broker, model and frames included.
     Demo(demo::Arguments),
     /// Say whether a model can run here, how fast, and what it takes and gives.
@@ -87,7 +87,7 @@ pub fn main() -> ExitCode {
         }
     };
     let ended = logging(&cli).and_then(|()| match cli.command {
-        Command::Run(arguments) => run::run(arguments),
+        Command::Run(arguments) => run::run(*arguments),
         Command::Demo(arguments) => demo::run(arguments),
         Command::Check(arguments) => check::run(arguments),
         Command::Store(arguments) => store::run(arguments),

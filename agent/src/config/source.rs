@@ -209,7 +209,7 @@ impl ObjectAddress {
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             match pair.split_once('=') {
                 Some(("endpoint", value)) => {
-                    endpoint = Some(plain_url(value).map_err(|why| format!("endpoint {why}"))?)
+                    endpoint = Some(plain_url(value).map_err(|why| format!("endpoint {why}"))?);
                 }
                 Some(("region", value)) if is_plain(value) => region = Some(value.to_owned()),
                 _ => return Err(format!("`?{pair}` is not known; there are endpoint and region")),

@@ -207,7 +207,7 @@ impl Fetcher {
         let mut peers = self.settings.peers.clone();
         fastrand::shuffle(&mut peers);
         for peer in peers {
-            match self.from_peer(&peer, digest, &terms).await {
+            match self.peer_gives(&peer, digest, &terms).await {
                 Ok(bytes) => {
                     self.metrics.fetch_bytes.with_label_values(&["peer"]).inc_by(bytes);
                     return Ok(Fetched { digest: *digest, bytes, from: Some(peer) });
@@ -220,7 +220,7 @@ impl Fetcher {
         let shown = manifest.source.to_string();
         tokio::time::sleep(self.settings.jitter.mul_f64(fastrand::f64())).await;
         terms.throttle = &self.throttle;
-        match self.from_source(manifest, digest, &shown, &mut terms).await {
+        match self.source_gives(manifest, digest, &shown, &mut terms).await {
             Ok(bytes) => {
                 self.metrics.fetch_bytes.with_label_values(&["source"]).inc_by(bytes);
                 Ok(Fetched { digest: *digest, bytes, from: Some(shown) })
@@ -229,7 +229,7 @@ impl Fetcher {
         }
     }
 
-    async fn from_peer(&self, peer: &str, digest: &Digest, terms: &Terms<'_>) -> Result<u64, Failure> {
+    async fn peer_gives(&self, peer: &str, digest: &Digest, terms: &Terms<'_>) -> Result<u64, Failure> {
         let url = Url::parse(&format!("http://{peer}/v1/blobs/sha256/{}", digest.hex()))
             .map_err(|error| Failure::lasting(error.to_string()))?;
         let headers = match &self.settings.peer_token {
@@ -245,7 +245,7 @@ impl Fetcher {
         self.take_in(&Origin::Http { client, url, headers }, peer, digest, terms).await
     }
 
-    async fn from_source(
+    async fn source_gives(
         &self,
         manifest: &ModelManifest,
         digest: &Digest,

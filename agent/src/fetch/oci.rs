@@ -253,7 +253,7 @@ mod tests {
         assert!(model_layer(&[layer(None)]).is_ok());
         let found = [readme.clone(), model.clone()];
         assert_eq!(model_layer(&found).unwrap().annotations, model.annotations);
-        assert!(model_layer(&[readme.clone(), layer(None)]).err().unwrap().contains("none"));
+        assert!(model_layer(&[readme, layer(None)]).err().unwrap().contains("none"));
         assert!(model_layer(&[model, titled]).err().unwrap().contains("2 files"));
         assert!(model_layer(&[]).is_err());
     }

@@ -9,7 +9,7 @@ TOOLS := mosquitto_sub ffmpeg promtool docker-registry openssl
 VENV := .venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help compiler demo build test test-tools check deny generate bench figures fmt clean
+.PHONY: help compiler demo build test test-tools check deny generate bench experiments figures fmt clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ generate: ## Write the JSON Schemas that are made from the code
 
 bench: ## Stage times of the data plane (Criterion)
 	$(CARGO) bench --workspace --bench stages
+
+experiments: compiler test-tools ## The long forms of the suite's experiments on models: kills, damage, mutations, swaps
+	LINESIDE_EXPERIMENT_KILLS=100 LINESIDE_EXPERIMENT_INDEX_DAMAGE=100 LINESIDE_EXPERIMENT_MUTATIONS=200 LINESIDE_EXPERIMENT_SWAPS=200 \
+		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 vet:: store:: swaps::
 
 figures: test-tools ## Whole-process figures of the release binary: size, memory, start, frames per second (MODELS=...)
 	$(CARGO) build --release --workspace

@@ -5,10 +5,10 @@
 //! ```text
 //! 6  app, telemetry, commands           wiring
 //! 5  tasks                              the loops, one owner each
-//! 4  camera, mqtt, serve                one folder per outside world
-//! 3  spool, slot, frames                where the planes meet
+//! 4  camera, fetch, mqtt, serve, vet    one folder per outside world
+//! 3  spool, slot, frames, store         where the planes meet, and what is kept on disk
 //! 2  plan                               decisions: pure, no I/O, time as an argument
-//! 1  config, message, verdict           what is written down, and what is said
+//! 1  config, message, trust, verdict    what is written down, and what is said
 //! 0  base                               clock, shutdown, backoff, digest, metrics
 //! ```
 

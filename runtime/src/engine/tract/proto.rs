@@ -17,6 +17,9 @@ use crate::{Error, ErrorKind, Result};
 /// How far back from an output its activation is looked for, through operators that only reshape.
 const ACTIVATION_HOPS_MAX: usize = 8;
 
+/// Operators at most. The largest networks that make sense on a line have a few thousand.
+const OPERATORS_MAX: usize = 20_000;
+
 /// Parses the protobuf and refuses what can never be a model of ours.
 pub(super) fn parse(bytes: &[u8]) -> Result<ModelProto> {
     let bad = |why: &str| Error::new(ErrorKind::BadModel, format!("this is not an ONNX model: {why}"));
@@ -32,6 +35,9 @@ pub(super) fn parse(bytes: &[u8]) -> Result<ModelProto> {
     if graph.output.is_empty() {
         return Err(bad("its graph has no outputs"));
     }
+    if let Some(why) = excess(graph) {
+        return Err(bad(&why));
+    }
     if let Some(tensor) = external_tensor(graph) {
         return Err(Error::new(
             ErrorKind::BadModel,
@@ -42,6 +48,39 @@ pub(super) fn parse(bytes: &[u8]) -> Result<ModelProto> {
         ));
     }
     Ok(model)
+}
+
+/// What no sound model has, and what would make an engine take time or memory out of proportion to the file: too many
+/// operators, and weights that claim more elements than there are bytes for.
+fn excess(graph: &GraphProto) -> Option<String> {
+    let mut operators = 0;
+    let mut found = None;
+    each_graph(graph, &mut |graph| {
+        operators += graph.node.len();
+        let attributes = graph.node.iter().flat_map(|node| &node.attribute);
+        let constants = attributes.flat_map(|attribute| attribute.t.iter().chain(&attribute.tensors));
+        for tensor in graph.initializer.iter().chain(constants) {
+            let claimed =
+                tensor.dims.iter().try_fold(1u64, |product, size| product.checked_mul(u64::try_from(*size).ok()?));
+            // Four-bit types hold two elements in a byte.
+            let bytes = tensor.raw_data.len()
+                + tensor.string_data.len()
+                + 8 * (tensor.float_data.len()
+                    + tensor.int32_data.len()
+                    + tensor.int64_data.len()
+                    + tensor.double_data.len()
+                    + tensor.uint64_data.len());
+            let is_external = tensor.data_location == Some(tensor_proto::DataLocation::External as i32)
+                || !tensor.external_data.is_empty();
+            if !is_external && claimed.is_none_or(|claimed| claimed > 2 * bytes as u64) && found.is_none() {
+                found = Some(format!("the weights of `{}` claim more elements than there are bytes for", tensor.name));
+            }
+        }
+    });
+    match operators > OPERATORS_MAX {
+        true => Some(format!("its graph has {operators} operators; at most {OPERATORS_MAX} are taken")),
+        false => found,
+    }
 }
 
 /// The facts of a parsed model.

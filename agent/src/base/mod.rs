@@ -1,5 +1,6 @@
 //! What every floor above may use and what knows none of them.
 
+pub mod allocator;
 pub mod backoff;
 pub mod child;
 pub mod clock;

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::app::App;
 use crate::base::files::read_bounded;
-use crate::base::shutdown;
+use crate::base::{allocator, shutdown};
 use crate::config::Mistakes;
 use crate::config::agent::Layers;
 
@@ -111,6 +111,7 @@ struct ModelArguments {
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
+    allocator::share_one_heap();
     let mut layers = Layers::new();
     let mut mistakes = Mistakes::default();
     if let Some(path) = &arguments.config {

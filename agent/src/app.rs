@@ -186,6 +186,7 @@ fn open_store(config: &Config, metrics: &Metrics) -> anyhow::Result<Store> {
         }
     });
     let store = Store::open(&root, config.models.store_bytes_max, index).context("the store cannot be opened")?;
+    store.tidy().context("the store cannot be tidied")?;
     match (store.index_state(), reason) {
         (IndexState::Rebuilt, Some(reason)) => {
             metrics.store_index_rebuilt.inc();

@@ -101,11 +101,14 @@ pub fn import(
         bail!("{}: `{}` is no name of a model", path.display(), wrong.name.escape_debug());
     }
     total(list.versions.iter().map(|version| version.size).sum());
+    // What the bundle brings must not give way to the rest of it.
+    let protected: BTreeSet<Digest> =
+        protected.iter().copied().chain(list.versions.iter().map(|version| version.digest)).collect();
     for version in &list.versions {
         let source = folder.join("blobs/sha256").join(version.digest.hex());
         if store.blob(&version.digest).is_none() {
             let facts = fs::metadata(&source).with_context(|| source.display().to_string())?;
-            store.make_room(facts.len(), protected)?;
+            store.make_room(facts.len(), &protected)?;
             let mut partial = store.partial(&version.digest)?;
             partial.restart()?;
             copy(&source, |piece| Ok(partial.append(piece)?), &progress)

@@ -30,6 +30,7 @@ pub struct Folder {
 
 struct Known {
     signature: Signature,
+    is_refused: bool,
     objects: Vec<Object>,
 }
 
@@ -55,6 +56,11 @@ impl Folder {
     /// Everything the folder says, in the order of the files' names.
     pub fn objects(&self) -> impl Iterator<Item = (&Path, &Object)> {
         self.files.iter().flat_map(|(path, known)| known.objects.iter().map(move |object| (path.as_path(), object)))
+    }
+
+    /// Whether every file could be read, so that what they do not name is not wanted.
+    pub fn is_certain(&self) -> bool {
+        self.unreadable.is_none() && !self.files.values().any(|known| known.is_refused)
     }
 
     /// Looks at the folder and takes in what has changed.
@@ -94,12 +100,16 @@ impl Folder {
         match read {
             Ok(objects) => {
                 let count = objects.len();
-                self.files.insert(path.to_owned(), Known { signature, objects });
+                self.files.insert(path.to_owned(), Known { signature, is_refused: false, objects });
                 Finding::Accepted(path.to_owned(), count)
             }
             Err(reasons) => {
-                let known = self.files.entry(path.to_owned()).or_insert(Known { signature, objects: Vec::new() });
-                known.signature = signature;
+                let known = self.files.entry(path.to_owned()).or_insert(Known {
+                    signature,
+                    is_refused: true,
+                    objects: Vec::new(),
+                });
+                (known.signature, known.is_refused) = (signature, true);
                 Finding::Rejected(path.to_owned(), reasons)
             }
         }

@@ -97,7 +97,9 @@ fn drained(mut pipe: impl Read + Send + 'static, done: mpsc::Sender<()>) -> std:
 pub fn limit_myself(limits: &Limits) -> io::Result<()> {
     let both = |value| Rlimit { current: Some(value), maximum: Some(value) };
     rustix::process::setrlimit(Resource::As, both(limits.memory_bytes))?;
-    rustix::process::setrlimit(Resource::Cpu, both(limits.cpu_seconds))?;
+    // The first limit ends it with SIGXCPU, which tells why; the second is for a child that would not listen.
+    let cpu = Rlimit { current: Some(limits.cpu_seconds), maximum: Some(limits.cpu_seconds + 2) };
+    rustix::process::setrlimit(Resource::Cpu, cpu)?;
     rustix::process::setrlimit(Resource::Core, both(0))?;
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     // The rest is courtesy: a system that does not let it through costs nothing but politeness.

@@ -117,8 +117,10 @@ async fn ask(
     };
     let mut headers = HeaderMap::new();
     let first = match get(&base, &headers).await? {
-        Err(error) if error.is_connect() && policy.allow_http => {
+        // A login is never tried without encryption where encryption was meant.
+        Err(error) if error.is_connect() && policy.allow_http && login.is_none() => {
             base = parse("http")?;
+            policy.check(&base).map_err(Failure::lasting)?;
             get(&base, &headers).await?
         }
         answer => answer,
@@ -194,8 +196,8 @@ async fn token(
     let mut url = Url::parse(realm).map_err(|_| Failure::lasting("the registry names no place for its tokens"))?;
     policy.check(&url).map_err(|why| Failure::lasting(format!("the registry's tokens: {why}")))?;
     // A registry decides where its tokens are made; the login goes there encrypted or not at all.
-    if url.scheme() != "https" && url.host() != base.host() {
-        return Err(Failure::lasting("the registry sends logins to another host without encryption, which is refused"));
+    if url.scheme() != "https" && (base.scheme() == "https" || url.host() != base.host()) {
+        return Err(Failure::lasting("the registry's tokens are to be had without encryption, which is refused"));
     }
     url.query_pairs_mut().extend_pairs(query);
     let mut request = client.get(url);

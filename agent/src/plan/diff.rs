@@ -35,6 +35,8 @@ pub struct ObservedModel {
     pub refused: Option<ModelManifest>,
     /// The manifest that served last, where the store still has it.
     pub last_good: Option<ModelManifest>,
+    /// After a failed attempt to restore it: when the next one may be made.
+    pub restore_at: Option<Instant>,
     /// The highest version that ever served here.
     pub highest: Option<u64>,
 }
@@ -109,6 +111,7 @@ fn model_step(wanted: &ModelManifest, model: &ObservedModel, now: Instant) -> Op
     }
     let has_failed = model.failed.as_ref().is_some_and(|(failed, _)| failed == wanted);
     if model.serving.is_none()
+        && model.restore_at.is_none_or(|restore_at| now >= restore_at)
         && let Some(last_good) = model.last_good.as_ref().filter(|last_good| has_failed || *last_good != wanted)
     {
         return Some(Step::Restore(last_good.clone()));
@@ -232,6 +235,9 @@ mod tests {
         let mut gone = observed(&two, None);
         gone.models.get_mut("m").unwrap().last_good = None;
         assert!(matches!(steps(&one, &gone).as_slice(), [Step::Refuse { highest: 2, .. }]));
+        let mut later = observed(&two, None);
+        later.models.get_mut("m").unwrap().restore_at = Some(now + Duration::from_secs(9));
+        assert_eq!(steps(&three, &later), [Step::Load(manifest(&three))], "what cannot be restored now waits");
         // Quarantined: never tried again by itself.
         let mut failed = observed(&two, Some(&three));
         failed.models.get_mut("m").unwrap().last_good = None;

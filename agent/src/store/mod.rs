@@ -30,7 +30,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 pub use evict::Blob;
 use evict::{Marks, Plan};
@@ -47,6 +47,9 @@ const DISK_RESERVE_BYTES: u64 = 4 << 20;
 const RECORD_BYTES_MAX: u64 = 1 << 20;
 /// Digests whose failures are remembered; the oldest give way.
 const TRIALS_MAX: usize = 1000;
+
+/// A download that nobody went on with for so long is given up.
+const PARTIAL_AGE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// The result of everything in here.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -106,9 +109,7 @@ impl Store {
             let folder = root.join(inner);
             fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
         }
-        let store = Self { root: root.to_owned(), quota_bytes, index: Mutex::new(index) };
-        store.tidy()?;
-        Ok(store)
+        Ok(Self { root: root.to_owned(), quota_bytes, index: Mutex::new(index) })
     }
 
     /// The folder of the index below a store's.
@@ -183,14 +184,6 @@ impl Store {
     /// When the file cannot be opened.
     pub fn partial(&self, digest: &Digest) -> Result<Partial> {
         Partial::open(&self.root.join("partial").join(digest.hex()), digest, self.blob_path(digest))
-    }
-
-    /// Forgets a file on its way.
-    ///
-    /// # Errors
-    /// When it cannot be removed.
-    pub fn drop_partial(&self, digest: &Digest) -> Result<()> {
-        Partial::remove(&self.root.join("partial").join(digest.hex()))
     }
 
     /// All blobs, with the versions that need them.
@@ -388,8 +381,12 @@ impl Store {
         Ok(file)
     }
 
-    /// Removes what earlier runs left behind: half-written files, and records that nobody needs any more.
-    fn tidy(&self) -> Result<()> {
+    /// Removes what earlier runs left behind: half-written files, downloads that nobody went on with, and records that
+    /// nobody needs any more. Only the agent does this, and before it begins to write.
+    ///
+    /// # Errors
+    /// When a folder cannot be read or a file not removed.
+    pub fn tidy(&self) -> Result<()> {
         let _lock = self.lock()?;
         for inner in ["partial", "versions", "verdicts", "trials"] {
             let folder = self.root.join(inner);
@@ -397,6 +394,23 @@ impl Store {
                 if entry.path().extension().is_some_and(|suffix| suffix == "tmp") {
                     files::remove(&entry.path()).map_err(Error::io(&entry.path()))?;
                 }
+            }
+        }
+        let folder = self.root.join("partial");
+        for (digest, facts) in listed(&folder)? {
+            let age = facts.modified().ok().and_then(|modified| modified.elapsed().ok()).unwrap_or_default();
+            if age > PARTIAL_AGE_MAX {
+                Partial::remove(&folder.join(digest.hex()))?;
+            }
+        }
+        for (key, _) in listed(&self.root.join("verdicts"))? {
+            #[derive(serde::Deserialize)]
+            struct Subject {
+                digest: Digest,
+            }
+            let subject: Option<Subject> = self.recall(Kind::Verdicts, &key);
+            if subject.is_none_or(|subject| self.blob(&subject.digest).is_none()) {
+                self.forget(Kind::Verdicts, &key)?;
             }
         }
         let folder = self.root.join("trials");
@@ -408,18 +422,6 @@ impl Store {
             }
         }
         Ok(())
-    }
-
-    /// Removes records of blobs that are gone: those that `is_needed` denies.
-    pub fn prune(&self, kind: Kind, is_needed: impl Fn(&Digest) -> bool) {
-        let folder = self.root.join(kind.folder());
-        for (key, _) in listed(&folder).unwrap_or_default() {
-            if !is_needed(&key)
-                && let Err(error) = self.forget(kind, &key)
-            {
-                tracing::debug!(%error, "a record that nobody needs could not be removed");
-            }
-        }
     }
 }
 

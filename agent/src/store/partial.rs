@@ -48,6 +48,10 @@ impl Partial {
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
             .unwrap_or_default();
         let mut file = File::options().create(true).truncate(false).read(true).write(true).open(path).map_err(&at)?;
+        // The agent and the command line must not write to one file; the lock goes with the last handle.
+        if file.try_lock().is_err() {
+            return Err(at(std::io::Error::other("another process is taking it in")));
+        }
         let mut partial = Self {
             bytes: 0,
             hasher: Hasher::default(),

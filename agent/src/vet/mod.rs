@@ -192,6 +192,12 @@ impl Vetting {
         if cancelled() {
             return Err(Refusal::Unknown("vetting was stopped".to_owned()));
         }
+        // The child limits itself in other ways; this is the system, which was short of memory, or somebody else.
+        if ended.status.is_some_and(|status| status.signal() == Some(Signal::KILL.as_raw())) {
+            return Err(Refusal::Unknown(
+                "vetting was killed, perhaps because the node has too little memory".to_owned(),
+            ));
+        }
         Err(Refusal::Model(last_words(&ended, limits)))
     }
 }
@@ -205,8 +211,7 @@ fn last_words(ended: &Ended, limits: Limits) -> String {
     let Some(status) = ended.status else {
         return format!("vetting it takes more than {} s (--vet-seconds)", limits.seconds);
     };
-    let is = |signal: Signal| status.signal() == Some(signal.as_raw());
-    if is(Signal::XCPU) || is(Signal::KILL) {
+    if status.signal() == Some(Signal::XCPU.as_raw()) {
         return format!("vetting it takes more than {} s of processor time (--vet-seconds)", limits.seconds);
     }
     let words: Vec<&str> = ended.stderr.split_whitespace().collect();

@@ -227,14 +227,15 @@ fn settle(
         )
         .into());
     }
-    let vetting = Vetting::new(manifest, digest, way.limits).map_err(|refusal| refused(way, digest, None, refusal))?;
+    let vetting =
+        Vetting::new(manifest, digest, way.limits).map_err(|refusal| refused(way, errand, digest, None, refusal))?;
     let trials: Trials = way.store.recall(Kind::Trials, digest).unwrap_or_default();
     if trials.quarantined && trials.key.as_ref() == Some(vetting.key()) {
         return Err(given_up(&trials, digest));
     }
     if trials.unfinished_loads >= TRIALS_MAX && errand.has_alternative {
         let reason = format!("the agent ended {} times while it was loading it", trials.unfinished_loads);
-        return Err(refused(way, digest, Some(vetting.key()), Refusal::Model(reason)));
+        return Err(count(way, digest, Some(vetting.key()), reason, TRIALS_MAX));
     }
     let known: Option<Verdict> = way.store.recall(Kind::Verdicts, vetting.key()).filter(|verdict: &Verdict| {
         // After a load that never ended the verdict is doubted.
@@ -251,18 +252,26 @@ fn settle(
     if is_superseded() {
         return Ok(None);
     }
-    let loading = Trials { unfinished_loads: trials.unfinished_loads + 1, ..trials };
+    let loading = Trials { unfinished_loads: trials.unfinished_loads + 1, ..trials.clone() };
     way.store.remember(Kind::Trials, digest, &loading)?;
     if manifest.stop_first && errand.slot.serving().is_some() {
         tracing::info!(model = manifest.name, version = manifest.version, "the version before is stopped first");
         errand.slot.stop();
     }
     let loaded = load(manifest, digest, &bytes);
-    // Ended well or badly, but ended; a success also clears what went wrong before.
-    way.store.forget(Kind::Trials, digest)?;
     drop(bytes);
-    let ready = loaded?;
-    if is_superseded() && !manifest.stop_first {
+    let ready = match loaded {
+        Ok(ready) => ready,
+        Err(reason) => {
+            return Err(refused(way, errand, digest, Some(vetting.key()), Refusal::Model(reason)));
+        }
+    };
+    // A success clears what went wrong before with this manifest; what went wrong with another one is remembered.
+    match trials.key.is_none() || trials.key.as_ref() == Some(vetting.key()) {
+        true => way.store.forget(Kind::Trials, digest).map(drop)?,
+        false => way.store.remember(Kind::Trials, digest, &Trials { unfinished_loads: 0, ..trials })?,
+    }
+    if is_superseded() {
         return Ok(None);
     }
     let info = ready.info.clone();
@@ -289,7 +298,7 @@ fn vet(
     let figures = match vetting.run(bytes, || errand.superseded.is_cancelled()) {
         Ok(figures) => figures,
         Err(_) if errand.superseded.is_cancelled() => return Ok(None),
-        Err(refusal) => return Err(refused(way, digest, Some(vetting.key()), refusal)),
+        Err(refusal) => return Err(refused(way, errand, digest, Some(vetting.key()), refusal)),
     };
     tracing::info!(
         model = manifest.name,
@@ -311,8 +320,9 @@ fn vet(
     Ok(Some(figures))
 }
 
-/// Writes a failure down, and sees whether it was the last one.
-fn refused(way: &Way, digest: &Digest, key: Option<&Digest>, refusal: Refusal) -> Setback {
+/// Writes a failure down, and sees whether it was the last one. What has served before is not counted against: its
+/// failures come from the node, which may be short of memory or busy, and not from the model.
+fn refused(way: &Way, errand: &Errand, digest: &Digest, key: Option<&Digest>, refusal: Refusal) -> Setback {
     let reason = match refusal {
         Refusal::Unknown(reason) => return reason.into(),
         Refusal::Manifest(reason) => {
@@ -322,9 +332,16 @@ fn refused(way: &Way, digest: &Digest, key: Option<&Digest>, refusal: Refusal) -
         Refusal::Model(reason) => reason,
     };
     way.metrics.vet_failures.inc();
+    if errand.known_good.as_ref() == Some(digest) {
+        return reason.into();
+    }
     let before: Trials = way.store.recall(Kind::Trials, digest).unwrap_or_default();
     // Another manifest may fare better, so its failures are counted by themselves.
     let failures = if before.key.as_ref() == key { before.failures } else { 0 } + 1;
+    count(way, digest, key, reason, failures)
+}
+
+fn count(way: &Way, digest: &Digest, key: Option<&Digest>, reason: String, failures: u32) -> Setback {
     let trials = Trials {
         failures,
         reason: reason.clone(),

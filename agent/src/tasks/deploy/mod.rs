@@ -41,6 +41,8 @@ use bring::{Brought, Errand, Setback, Stage, Way, bring};
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A model that failed to load is tried again, first after this.
 const RETRY_FIRST: Duration = Duration::from_secs(4);
+/// What served last and could not be restored is tried again after this.
+const RESTORE_AGAIN: Duration = Duration::from_secs(30);
 /// The longest time between two tries.
 const RETRY_CAP: Duration = Duration::from_secs(120);
 const LOWER_VERSION: &str = "a lower version is refused; set rollback: true to go back";
@@ -212,8 +214,9 @@ impl Deploy {
         if !findings.is_empty() {
             self.desired = self.gather(&folder);
         }
+        let is_certain = folder.is_certain();
         self.folder = Some(folder);
-        self.remember_and_forget(&findings);
+        self.remember_and_forget(is_certain && !findings.is_empty());
         for (name, errand) in &self.errands {
             let model = self.observed.models.get(name);
             let wanted = self.desired.models.get(name);
@@ -267,7 +270,7 @@ impl Deploy {
     }
 
     /// Begins to observe models with what is remembered of them from earlier runs, and lets go of those that nobody wants.
-    fn remember_and_forget(&mut self, findings: &[Finding]) {
+    fn remember_and_forget(&mut self, is_certain: bool) {
         let wanted = &self.desired.models;
         let observed = &self.observed.models;
         let new: Vec<String> = wanted.keys().filter(|name| !observed.contains_key(*name)).cloned().collect();
@@ -279,9 +282,7 @@ impl Deploy {
         }
         self.observed.models.retain(|name, model| wanted.contains_key(name) || !model.is_idle());
         // A file that cannot be read says nothing of what was in it.
-        let is_certain =
-            !findings.iter().any(|finding| matches!(finding, Finding::Rejected(..) | Finding::Unreadable(_)));
-        if is_certain && !findings.is_empty() {
+        if is_certain {
             let is_gone = |name: &&String| !wanted.contains_key(*name) && !self.observed.models.contains_key(*name);
             let gone: Vec<String> = self.last_good.names().filter(is_gone).cloned().collect();
             gone.iter().for_each(|name| self.forget_good(name));
@@ -401,7 +402,7 @@ impl Deploy {
                     reason = setback.reason,
                     "what served last cannot be restored"
                 );
-                model.last_good = None;
+                model.restore_at = Some(Instant::now() + RESTORE_AGAIN);
             }
             Err(setback) => self.on_failed(manifest, setback),
         }

@@ -234,12 +234,15 @@ impl SigningKey {
     /// # Errors
     /// When a file is there already or cannot be written.
     pub fn generate(path: &Path) -> Result<Self, String> {
+        let mut public_path = path.as_os_str().to_owned();
+        public_path.push(".pub");
+        if Path::new(&public_path).exists() {
+            return Err(format!("{} is there already, and nothing is overwritten", Path::new(&public_path).display()));
+        }
         let mut seed = [0; 32];
         ring::rand::SystemRandom::new().fill(&mut seed).map_err(|_| "the system gives no random numbers".to_owned())?;
         let der = [&PKCS8_PREFIX[..], &seed].concat();
         let key = Ed25519KeyPair::from_pkcs8_maybe_unchecked(&der).map_err(|error| error.to_string())?;
-        let mut public_path = path.as_os_str().to_owned();
-        public_path.push(".pub");
         let public = [&SPKI_PREFIX[..], key.public_key().as_ref()].concat();
         create(path, 0o600, &pem("PRIVATE KEY", &der))?;
         create(Path::new(&public_path), 0o644, &pem("PUBLIC KEY", &public))?;
@@ -343,6 +346,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         key(folder.path(), "one");
         assert!(SigningKey::generate(&folder.path().join("one")).is_err(), "never overwritten");
+        std::fs::write(folder.path().join("two.pub"), "x").unwrap();
+        assert!(SigningKey::generate(&folder.path().join("two")).is_err() && !folder.path().join("two").exists());
+        std::fs::remove_file(folder.path().join("two.pub")).unwrap();
         assert!(SigningKey::read(&folder.path().join("one")).is_ok());
         assert!(SigningKey::read(&folder.path().join("one.pub")).err().unwrap().contains("private key"));
         assert!(Keyring::read(folder.path(), 2).unwrap_err().contains("holds 1 keys"));

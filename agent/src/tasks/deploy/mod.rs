@@ -396,13 +396,17 @@ impl Deploy {
             }
             Ok(Some(brought)) => self.on_served(manifest, is_restored, brought),
             Err(setback) if is_restored => {
+                let is_news = model.restore_at.is_none();
+                model.restore_at = Some(Instant::now() + RESTORE_AGAIN);
+                if !is_news {
+                    return;
+                }
                 tracing::error!(
                     model = manifest.name,
                     version = manifest.version,
                     reason = setback.reason,
-                    "what served last cannot be restored"
+                    "what served last cannot be restored, trying again later"
                 );
-                model.restore_at = Some(Instant::now() + RESTORE_AGAIN);
             }
             Err(setback) => self.on_failed(manifest, setback),
         }
@@ -440,6 +444,7 @@ impl Deploy {
         let model = self.observed.models.entry(manifest.name.clone()).or_default();
         model.highest = self.last_good.highest(&manifest.name);
         model.last_good = Some(manifest.clone());
+        model.restore_at = None;
         model.refused = None;
         if !is_restored {
             model.failed = None;

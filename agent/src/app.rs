@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::base::metrics::Metrics;
 use crate::base::{child, files};
 use crate::config::agent::Config;
-use crate::fetch::{self, Fetcher};
+use crate::fetch::Fetcher;
 use crate::message::Topics;
 use crate::plan::desired::Node;
 use crate::serve::health::Health;
@@ -125,18 +125,7 @@ impl App {
         let node = Node { name: config.node, labels: config.labels };
         let models = config.models;
         let limits = Limits { memory_bytes: models.vet_memory_bytes, seconds: models.vet_seconds };
-        let settings = fetch::Settings {
-            policy: fetch::Policy { hosts: models.source_hosts, allow_http: models.source_http },
-            roots: models.source_ca,
-            secrets: models.secrets_dir,
-            stall: models.source_stall,
-            bytes_per_second: models.source_bytes_per_second,
-            jitter: models.source_jitter,
-            bytes_max: models.model_bytes_max,
-            peers: models.peers,
-            peer_token: models.peer_token,
-        };
-        let fetcher = Fetcher::new(store.clone(), settings, metrics.clone());
+        let fetcher = Fetcher::new(store.clone(), models, metrics.clone());
         let (manifests, data_dir) = (config.manifests, config.data_dir);
         let deploy = Deploy::new(Parts {
             node,

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -61,7 +61,10 @@ pub fn export(
         let copied = File::create(&target)
             .map_err(anyhow::Error::from)
             .and_then(|mut file| {
-                let copied = copy(&source, |piece| Ok(file.write_all(piece)?), &progress)?;
+                let (copied, _) = Digest::of_pieces(files::open_regular(&source)?, |piece| {
+                    progress(piece.len() as u64);
+                    file.write_all(piece)
+                })?;
                 file.sync_all()?;
                 Ok(copied)
             })
@@ -111,8 +114,11 @@ pub fn import(
             store.make_room(facts.len(), &protected)?;
             let mut partial = store.partial(&version.digest)?;
             partial.restart()?;
-            copy(&source, |piece| Ok(partial.append(piece)?), &progress)
-                .with_context(|| source.display().to_string())?;
+            let copied = Digest::of_pieces(files::open_regular(&source)?, |piece| {
+                progress(piece.len() as u64);
+                partial.append(piece).map_err(anyhow::Error::from)
+            });
+            copied.with_context(|| source.display().to_string())?;
             partial.finish().with_context(|| format!("{} is damaged", source.display()))?;
         } else {
             progress(version.size);
@@ -120,25 +126,4 @@ pub fn import(
         store.record(version.clone())?;
     }
     Ok(list.versions)
-}
-
-/// Hands a file on in pieces and returns its digest.
-fn copy(
-    source: &Path,
-    mut take: impl FnMut(&[u8]) -> anyhow::Result<()>,
-    progress: &impl Fn(u64),
-) -> anyhow::Result<Digest> {
-    let mut file = files::open_regular(source)?;
-    let mut hasher = crate::base::digest::Hasher::default();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hasher.finish()),
-            read => {
-                hasher.update(&buffer[..read]);
-                take(&buffer[..read])?;
-                progress(read as u64);
-            }
-        }
-    }
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use crate::agent::{Agent, Start, lineside};
 use crate::broker::{Broker, Subscriber};
 use crate::onnx::mean_colour_classifier;
+use crate::wait::until_within;
 use crate::{example, http, model_manifest, stream_manifest};
 
 /// Long enough for what is tried several times with pauses in between.
@@ -158,15 +159,8 @@ impl Plant {
 ///
 /// # Panics
 /// When a generous bound is over; `what` says what was waited for.
-pub fn until_late<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let started = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(started.elapsed() < LATE, "waited {LATE:?} in vain for: {what}");
-        std::thread::park_timeout(Duration::from_millis(50));
-    }
+pub fn until_late<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    until_within(LATE, what, look)
 }
 
 /// `GET /v1/status`.

@@ -11,13 +11,21 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 ///
 /// # Panics
 /// When the bound is over; `what` says what was waited for.
-pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub fn until<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    until_within(BOUND, what, look)
+}
+
+/// The same with a bound of one's own.
+///
+/// # Panics
+/// As [`until`].
+pub fn until_within<T>(bound: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
         if let Some(found) = look() {
             return found;
         }
-        assert!(started.elapsed() < BOUND, "waited {BOUND:?} in vain for: {what}");
+        assert!(started.elapsed() < bound, "waited {bound:?} in vain for: {what}");
         std::thread::park_timeout(LOOK_EVERY);
     }
 }

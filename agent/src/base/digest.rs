@@ -41,7 +41,18 @@ impl Digest {
     ///
     /// # Errors
     /// Whatever the reader says.
-    pub fn of_reader(mut reader: impl Read) -> io::Result<(Self, u64)> {
+    pub fn of_reader(reader: impl Read) -> io::Result<(Self, u64)> {
+        Self::of_pieces(reader, |_| Ok(()))
+    }
+
+    /// The same, for whoever also wants the bytes: each piece is handed on.
+    ///
+    /// # Errors
+    /// Whatever the reader or the taker says.
+    pub fn of_pieces<E: From<io::Error>>(
+        mut reader: impl Read,
+        mut take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(Self, u64), E> {
         let mut hasher = Hasher::default();
         let mut buffer = vec![0; 256 << 10];
         let mut bytes = 0;
@@ -50,6 +61,7 @@ impl Digest {
                 0 => return Ok((hasher.finish(), bytes)),
                 read => {
                     hasher.update(&buffer[..read]);
+                    take(&buffer[..read])?;
                     bytes += read as u64;
                 }
             }

@@ -6,5 +6,6 @@ pub mod child;
 pub mod clock;
 pub mod digest;
 pub mod files;
+pub mod measure;
 pub mod metrics;
 pub mod shutdown;

@@ -17,6 +17,7 @@ use serde::Serialize;
 use super::Failure;
 use crate::base::digest::Digest;
 use crate::base::files::read_bounded;
+use crate::base::measure::{memory_bytes, p50_p99};
 use crate::message::PredictionInfo;
 
 const MODEL_BYTES_MAX: u64 = 2 << 30;
@@ -190,7 +191,7 @@ fn try_engine(
         reason,
         figures,
     };
-    let memory_before = resident_bytes();
+    let memory_before = memory_bytes("VmRSS");
     let started = Instant::now();
     let spec = ModelSpec { task: arguments.task, ..ModelSpec::default() };
     let loaded = Pipeline::load(engine, bytes, &spec).or_else(|error| {
@@ -205,7 +206,7 @@ fn try_engine(
         Err(error) => return (report(Some(error.to_string()), None), None),
     };
     let load_ms = milliseconds(started);
-    let memory_bytes = resident_bytes().saturating_sub(memory_before);
+    let memory_bytes = memory_bytes("VmRSS").saturating_sub(memory_before);
     match time(&mut pipeline, arguments.runs) {
         Ok((p50_ms, p99_ms)) => {
             let figures = Figures { load_ms, p50_ms, p99_ms, memory_bytes, timed_runs: arguments.runs };
@@ -223,9 +224,7 @@ fn time(pipeline: &mut Pipeline, runs: u32) -> lineside_runtime::Result<(f64, f6
     for _ in 0..runs {
         times.push(pipeline.run_frame(&grey)?.timings.infer.as_secs_f64() * 1e3);
     }
-    times.sort_by(f64::total_cmp);
-    let at = |fraction: f64| times[(((times.len() as f64) * fraction).ceil() as usize).clamp(1, times.len()) - 1];
-    Ok((at(0.5), at(0.99)))
+    Ok(p50_p99(&mut times))
 }
 
 fn look_at(path: &Path, pipeline: &mut Pipeline) -> anyhow::Result<ImageReport> {
@@ -348,14 +347,4 @@ fn answer(prediction: &PredictionInfo) -> Vec<String> {
 
 fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
-}
-
-/// Resident memory of this process, from `/proc`; 0 where there is none.
-fn resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))
-        .and_then(|value| value.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
 }

@@ -111,6 +111,12 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Prints a line on stdout. Whoever reads our output may leave at any time, as `head` does.
+fn write_out(text: &str) {
+    use std::io::Write as _;
+    drop(writeln!(std::io::stdout(), "{text}"));
+}
+
 fn logging(cli: &Cli) -> Result<(), Failure> {
     // The tools talk to people on stdout; their logs only matter when something is wrong.
     let otherwise = if matches!(cli.command, Command::Run(_)) { "info" } else { "warn" };

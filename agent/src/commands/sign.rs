@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, anyhow};
 use clap::Args;
 
-use super::Failure;
+use super::{Failure, write_out};
 use crate::base::clock;
 use crate::base::digest::Digest;
 use crate::base::files;
@@ -56,7 +56,7 @@ pub(super) struct SignArguments {
 pub(super) fn keygen(arguments: &KeygenArguments) -> Result<(), Failure> {
     let key = SigningKey::generate(&arguments.file).map_err(|why| Failure::Failed(anyhow!(why)))?;
     let public = format!("{}.pub", arguments.file.display());
-    println(&format!("{} and {public}, key {}", arguments.file.display(), key_id(&key.public())));
+    write_out(&format!("{} and {public}, key {}", arguments.file.display(), key_id(&key.public())));
     Ok(())
 }
 
@@ -83,8 +83,8 @@ pub(super) fn sign(arguments: &SignArguments) -> Result<(), Failure> {
     envelope.sign(&key).map_err(|why| Failure::Failed(anyhow!(why)))?;
     let text = serde_json::to_string(&envelope).map_err(anyhow::Error::from)?;
     match arguments.json {
-        true => println(&text),
-        false => println(&format!(
+        true => write_out(&text),
+        false => write_out(&format!(
             "# For the manifest of {} version {}; the address is yours to fill in.\nsource:\n  uri: https://...\n  \
              digest: {digest}\n  size: {size}\n  signature: {text}",
             arguments.name, arguments.version
@@ -108,10 +108,4 @@ fn existing(path: &Path, wanted: &Statement, says_expiry: bool) -> Result<Envelo
         true => Ok(envelope),
         false => Err(failed("it vouches for something else than this model, name, version and expiry".to_owned())),
     }
-}
-
-/// Whoever reads our output may leave at any time.
-fn println(text: &str) {
-    use std::io::Write as _;
-    drop(writeln!(std::io::stdout(), "{text}"));
 }

@@ -11,13 +11,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::json;
 
-use super::Failure;
+use super::{Failure, write_out};
 use crate::app::STORE_FOLDER;
 use crate::base::clock;
 use crate::base::digest::Digest;
 use crate::bundle;
 use crate::last_good::LastGood;
-use crate::store::{Blob, Index, Kind, Store, Trials};
+use crate::store::{Blob, Index, Kind, Store, Trials, Version, mib};
 use crate::trust::{Keyring, SigningKey};
 
 #[derive(Args)]
@@ -233,7 +233,7 @@ fn verify(store: &Store, json: bool) -> anyhow::Result<()> {
     let names: BTreeMap<Digest, Vec<String>> = store
         .blobs()?
         .into_iter()
-        .map(|blob| (blob.digest, blob.versions.iter().map(|v| format!("{}:{}", v.name, v.version)).collect()))
+        .map(|blob| (blob.digest, blob.versions.iter().map(Version::to_string).collect()))
         .collect();
     let found = store.verify(|bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
@@ -266,7 +266,7 @@ fn collect(store: &Store, protected: &BTreeSet<Digest>, room: u64, dry_run: bool
     let evicted = if dry_run { store.plan(room, protected)?.evicted } else { store.make_room(room, protected)? };
     let bytes: u64 = evicted.iter().map(|blob| blob.bytes).sum();
     let names = |blob: &Blob| {
-        let names: Vec<String> = blob.versions.iter().map(|v| format!("{}:{}", v.name, v.version)).collect();
+        let names: Vec<String> = blob.versions.iter().map(Version::to_string).collect();
         if names.is_empty() { "no version".to_owned() } else { names.join(" ") }
     };
     if json {
@@ -313,8 +313,8 @@ fn parse(text: &str, needs_version: bool) -> Result<(String, Option<u64>), Failu
     }
 }
 
-fn told(json: bool, verb: &str, versions: &[crate::store::Version], folder: &Path) {
-    let names: Vec<String> = versions.iter().map(|version| format!("{}:{}", version.name, version.version)).collect();
+fn told(json: bool, verb: &str, versions: &[Version], folder: &Path) {
+    let names: Vec<String> = versions.iter().map(Version::to_string).collect();
     say(
         json,
         &json!({verb: names, "folder": folder, "at": clock::rfc3339(SystemTime::now())}),
@@ -329,12 +329,6 @@ fn say(json: bool, report: &serde_json::Value, text: &str) {
     }
 }
 
-/// Whoever reads our output may leave at any time, as `head` does.
-fn write_out(text: &str) {
-    use std::io::Write as _;
-    drop(writeln!(std::io::stdout(), "{text}"));
-}
-
 /// A bar on stderr for people, and none for scripts.
 fn bar(doing: &'static str) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
@@ -342,8 +336,4 @@ fn bar(doing: &'static str) -> ProgressBar {
     }
     let style = ProgressStyle::with_template("{msg} {bar:40} {bytes}/{total_bytes} {eta}");
     ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(doing)
-}
-
-fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }

@@ -18,8 +18,8 @@ mod secrets;
 mod transfer;
 
 use std::collections::{BTreeSet, HashMap};
-use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::io::{self, Read as _};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -28,11 +28,12 @@ use reqwest::{Certificate, Url};
 pub use policy::Policy;
 pub use progress::{Progress, Snapshot};
 use secrets::Secret;
-use transfer::{Failure, Origin, Terms, Throttle, authorization};
+use transfer::{Failure, Origin, Terms, Throttle, authorization, basic};
 
 use crate::base::digest::Digest;
 use crate::base::files;
 use crate::base::metrics::Metrics;
+use crate::config::agent::Models;
 use crate::config::{ModelManifest, ModelSource};
 use crate::store::{Partial, Store};
 
@@ -41,33 +42,11 @@ const ROOTS_BYTES_MAX: u64 = 4 << 20;
 /// A peer that says nothing for this long is left for the next.
 const PEER_STALL: Duration = Duration::from_secs(5);
 
-/// How models are fetched, as configured.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// Where from.
-    pub policy: Policy,
-    /// A PEM file of further root certificates.
-    pub roots: Option<PathBuf>,
-    /// The folder of mounted secrets.
-    pub secrets: PathBuf,
-    /// A server that says nothing for this long is given up.
-    pub stall: Duration,
-    /// A bandwidth cap for all sources together; peers are not slowed down.
-    pub bytes_per_second: Option<u64>,
-    /// A fetch from a source begins within this time, at random, so that a site's agents do not all begin at once.
-    pub jitter: Duration,
-    /// Bytes of one model's file at most.
-    pub bytes_max: u64,
-    /// `host:port` of agents that are asked first.
-    pub peers: Vec<String>,
-    /// The secret shared by the site's agents.
-    pub peer_token: Option<PathBuf>,
-}
-
 /// Brings files into the store.
 pub struct Fetcher {
     store: Arc<Store>,
-    settings: Settings,
+    settings: Models,
+    policy: Policy,
     throttle: Throttle,
     metrics: Metrics,
     busy: Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
@@ -86,14 +65,16 @@ pub struct Fetched {
 
 impl Fetcher {
     /// Fetches into `store`.
-    pub fn new(store: Arc<Store>, settings: Settings, metrics: Metrics) -> Self {
-        let throttle = Throttle::new(settings.bytes_per_second);
-        Self { store, settings, throttle, metrics, busy: Mutex::default() }
+    pub fn new(store: Arc<Store>, settings: Models, metrics: Metrics) -> Self {
+        // Peers are not slowed down.
+        let throttle = Throttle::new(settings.source_bytes_per_second);
+        let policy = Policy { hosts: settings.source_hosts.clone(), allow_http: settings.source_http };
+        Self { store, settings, policy, throttle, metrics, busy: Mutex::default() }
     }
 
     /// Most bytes a model's file may have.
     pub fn bytes_max(&self) -> u64 {
-        self.settings.bytes_max
+        self.settings.model_bytes_max
     }
 
     /// Sees to it that a model's file is in the store. `protected` are the digests that must not give way to it.
@@ -142,7 +123,7 @@ impl Fetcher {
         let facts = file.metadata().map_err(|error| error.to_string())?;
         self.check_size(facts.len(), manifest.size)?;
         let (digest, bytes) =
-            Digest::of_reader(file.take(self.settings.bytes_max + 1)).map_err(|error| error.to_string())?;
+            Digest::of_reader(file.take(self.settings.model_bytes_max + 1)).map_err(|error| error.to_string())?;
         self.check_size(bytes, manifest.size)?;
         if let Some(wanted) = manifest.digest.filter(|wanted| *wanted != digest) {
             return Err(format!("it has the digest {digest}, but spec.source.digest asks for {wanted}"));
@@ -157,17 +138,12 @@ impl Fetcher {
             let mut partial = self.store.partial(&digest).map_err(|error| error.to_string())?;
             partial.restart().map_err(|error| error.to_string())?;
             progress.begin(&shown, 0, Some(bytes));
-            let mut file = files::open_regular(path).map_err(|error| error.to_string())?;
-            let mut buffer = vec![0; 1 << 20];
-            loop {
-                match file.read(&mut buffer).map_err(|error| error.to_string())? {
-                    0 => break,
-                    read => {
-                        partial.append(&buffer[..read]).map_err(|error| error.to_string())?;
-                        progress.add(read as u64);
-                    }
-                }
-            }
+            let file = files::open_regular(path).map_err(|error| error.to_string())?;
+            let copied = Digest::of_pieces(file, |piece| {
+                progress.add(piece.len() as u64);
+                partial.append(piece).map_err(io::Error::other)
+            });
+            copied.map_err(|error| error.to_string())?;
             partial.finish().map_err(|error| format!("it changed while it was read: {error}"))?;
         }
         Ok(Fetched { digest, bytes, from: Some(shown) })
@@ -176,9 +152,9 @@ impl Fetcher {
     fn check_size(&self, bytes: u64, wanted: Option<u64>) -> Result<(), String> {
         match wanted {
             Some(wanted) if wanted != bytes => Err(format!("it has {bytes} bytes, but source.size asks for {wanted}")),
-            _ if bytes > self.settings.bytes_max => Err(format!(
+            _ if bytes > self.settings.model_bytes_max => Err(format!(
                 "it has {bytes} bytes, and at most {} are taken; raise --model-mib-max",
-                self.settings.bytes_max
+                self.settings.model_bytes_max
             )),
             _ => Ok(()),
         }
@@ -198,7 +174,7 @@ impl Fetcher {
         }
         let make_room = |bytes: u64| self.make_room(bytes, protected);
         let mut terms = Terms {
-            bytes_max: self.settings.bytes_max,
+            bytes_max: self.settings.model_bytes_max,
             size: manifest.size,
             throttle: &Throttle::new(None),
             make_room: &make_room,
@@ -218,7 +194,7 @@ impl Fetcher {
             }
         }
         let shown = manifest.source.to_string();
-        tokio::time::sleep(self.settings.jitter.mul_f64(fastrand::f64())).await;
+        tokio::time::sleep(self.settings.source_jitter.mul_f64(fastrand::f64())).await;
         terms.throttle = &self.throttle;
         match self.source_gives(manifest, digest, &shown, &mut terms).await {
             Ok(bytes) => {
@@ -252,9 +228,11 @@ impl Fetcher {
         shown: &str,
         terms: &mut Terms<'_>,
     ) -> Result<u64, Failure> {
-        let Settings { policy, secrets, stall, .. } = &self.settings;
-        let secret = Secret::open(secrets, manifest.secret.as_deref()).map_err(Failure::lasting)?;
-        let client = policy.client(&self.roots().map_err(Failure::lasting)?, *stall).map_err(Failure::lasting)?;
+        let policy = &self.policy;
+        let Models { secrets_dir, source_stall, .. } = &self.settings;
+        let secret = Secret::open(secrets_dir, manifest.secret.as_deref()).map_err(Failure::lasting)?;
+        let client =
+            policy.client(&self.roots().map_err(Failure::lasting)?, *source_stall).map_err(Failure::lasting)?;
         let origin = match &manifest.source {
             ModelSource::Http(url) => {
                 policy.check(url).map_err(Failure::lasting)?;
@@ -301,7 +279,7 @@ impl Fetcher {
     }
 
     fn roots(&self) -> Result<Vec<Certificate>, String> {
-        let Some(path) = &self.settings.roots else { return Ok(Vec::new()) };
+        let Some(path) = &self.settings.source_ca else { return Ok(Vec::new()) };
         let wrong = |why: String| format!("--source-ca {}: {why}", path.display());
         let pem = files::read_bounded(path, ROOTS_BYTES_MAX).map_err(|error| wrong(error.to_string()))?;
         match Certificate::from_pem_bundle(&pem) {
@@ -322,15 +300,11 @@ fn finish(partial: Partial) -> Result<u64, crate::store::Error> {
 }
 
 fn web_login(secret: &Secret) -> Result<reqwest::header::HeaderMap, String> {
-    use base64::Engine as _;
     if let Some(token) = secret.get("token")? {
         return authorization(&format!("Bearer {token}"));
     }
     match secret.login(None)? {
-        Some((user, password)) => {
-            let login = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
-            authorization(&format!("Basic {login}"))
-        }
+        Some(login) => authorization(&basic(&login)),
         None if secret.is_named() => Err(secret.require("token").err().unwrap_or_default()),
         None => Ok(reqwest::header::HeaderMap::new()),
     }

@@ -9,8 +9,6 @@
 
 use std::collections::BTreeMap;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use futures_util::StreamExt as _;
 use reqwest::header::{ACCEPT, HeaderMap, WWW_AUTHENTICATE};
 use reqwest::{Client, Response, StatusCode, Url};
@@ -18,7 +16,7 @@ use serde::Deserialize;
 
 use super::policy::{Policy, describe};
 use super::secrets::Secret;
-use super::transfer::{Failure, Origin, authorization};
+use super::transfer::{Failure, Origin, authorization, basic};
 use crate::base::digest::Digest;
 use crate::config::OciAddress;
 
@@ -152,7 +150,7 @@ async fn authenticate(
     answer: &Response,
     login: Option<&(String, String)>,
 ) -> Result<HeaderMap, Failure> {
-    let basic = login.map(|(user, password)| format!("Basic {}", BASE64.encode(format!("{user}:{password}"))));
+    let login = login.map(basic);
     let wanted: Vec<String> = answer
         .headers()
         .get_all(WWW_AUTHENTICATE)
@@ -162,10 +160,10 @@ async fn authenticate(
     for text in &wanted {
         for challenge in http_auth::parse_challenges(text).unwrap_or_default() {
             if challenge.scheme.eq_ignore_ascii_case("basic") {
-                let basic = basic
+                let login = login
                     .as_ref()
                     .ok_or_else(|| Failure::lasting("the registry wants a login; name one in source.secretRef"))?;
-                return authorization(basic).map_err(Failure::lasting);
+                return authorization(login).map_err(Failure::lasting);
             }
             if challenge.scheme.eq_ignore_ascii_case("bearer") {
                 let value = |name: &str| {
@@ -178,7 +176,7 @@ async fn authenticate(
                 let realm = value("realm").unwrap_or_default();
                 let query: Vec<(&str, String)> =
                     ["service", "scope"].iter().filter_map(|name| Some((*name, value(name)?))).collect();
-                return token(client, policy, base, &realm, &query, basic.as_deref()).await;
+                return token(client, policy, base, &realm, &query, login.as_deref()).await;
             }
         }
     }

@@ -8,6 +8,8 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
@@ -316,6 +318,11 @@ impl Throttle {
         };
         tokio::time::sleep_until(until.into()).await;
     }
+}
+
+/// User and password as the header's value (RFC 7617).
+pub(super) fn basic((user, password): &(String, String)) -> String {
+    format!("Basic {}", BASE64.encode(format!("{user}:{password}")))
 }
 
 /// The header of a login (RFC 7617) or a token (RFC 6750), marked as secret.

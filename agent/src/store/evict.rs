@@ -100,8 +100,8 @@ pub(super) fn plan(
     Ok(Plan { evicted })
 }
 
-/// For people.
-fn mib(bytes: u64) -> String {
+/// A size for people.
+pub fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 

@@ -32,7 +32,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-pub use evict::Blob;
+pub use evict::{Blob, mib};
 use evict::{Marks, Plan};
 pub use index::{Index, IndexState, probe};
 pub use partial::Partial;

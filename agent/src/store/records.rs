@@ -1,5 +1,7 @@
 //! The small files of the store, as they stand on disk. Fields may be added; what an older agent wrote stays readable.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::base::digest::Digest;
@@ -26,6 +28,13 @@ pub struct Version {
     /// Who vouches for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signature: Option<Envelope>,
+}
+
+/// `name:version`, as the command line takes it.
+impl fmt::Display for Version {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}:{}", self.name, self.version)
+    }
 }
 
 /// What went wrong with a digest so far.

@@ -11,6 +11,7 @@ use lineside_runtime::{Error, ErrorKind};
 use super::golden::compare;
 use super::{Answer, Figures, Request};
 use crate::base::child::limit_myself;
+use crate::base::measure::{memory_bytes, p50_p99};
 use crate::message::PredictionInfo;
 
 /// Timed runs at most.
@@ -74,15 +75,8 @@ fn vet(request: &Request, model: &[u8]) -> Result<Figures, Error> {
     while times.len() < RUNS_MIN as usize || (times.len() < RUNS_MAX as usize && started.elapsed() < TIMED_FOR) {
         times.push(milliseconds(pipeline.run_frame(&frame)?.timings.infer));
     }
-    times.sort_by(f64::total_cmp);
-    let at = |fraction: f64| times[((times.len() as f64 * fraction).ceil() as usize).clamp(1, times.len()) - 1];
-    Ok(Figures {
-        p50_ms: at(0.5),
-        p99_ms: at(0.99),
-        load_ms,
-        peak_memory_bytes: peak_memory_bytes(),
-        runs: times.len() as u32,
-    })
+    let (p50_ms, p99_ms) = p50_p99(&mut times);
+    Ok(Figures { p50_ms, p99_ms, load_ms, peak_memory_bytes: memory_bytes("VmHWM"), runs: times.len() as u32 })
 }
 
 /// The tasks with a meaning refuse NaN by themselves; raw tensors are looked at here.
@@ -95,16 +89,6 @@ fn finite(prediction: &Prediction) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-/// Most memory this process had resident, from `/proc`; 0 where there is none.
-fn peak_memory_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .and_then(|value| value.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
 }
 
 fn milliseconds(duration: Duration) -> f64 {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -16,15 +17,18 @@ use crate::base::{child, files};
 use crate::config::agent::Config;
 use crate::fetch::Fetcher;
 use crate::message::Topics;
+use crate::outbox::Outbox;
 use crate::plan::desired::Node;
+use crate::roster::Roster;
 use crate::serve::health::Health;
-use crate::serve::http::{Served, Server};
+use crate::serve::http::{self, Served, Server};
 use crate::serve::status::Board;
-use crate::spool::{MemorySpool, Spool};
+use crate::spool::{self, Options, Spool, WhenFull};
 use crate::store::{Index, IndexState, Store};
 use crate::tasks::deploy::{Deploy, Parts};
 use crate::tasks::infer::Inspector;
-use crate::tasks::publish::Publisher;
+use crate::tasks::measure::measure;
+use crate::tasks::publish::{Publisher, SetLevel};
 use crate::trust::Keyring;
 use crate::vet::Limits;
 
@@ -33,6 +37,8 @@ const EPOCH_FILE: &str = "boot-epoch";
 
 /// The store's folder in the data folder.
 pub const STORE_FOLDER: &str = "store";
+/// Orders of operators that wait at most.
+const ORDERS_MAX: usize = 16;
 /// The hidden subcommand that looks at the store's index.
 pub const INDEX_SUBCOMMAND: &str = "index-child";
 /// How long the index may take to open.
@@ -42,8 +48,10 @@ const INDEX_DEADLINE: Duration = Duration::from_secs(3);
 pub struct App {
     http: SocketAddr,
     deploy: Part,
+    measure: Option<Part>,
     publish: Part,
     serve: Part,
+    spool: Arc<Spool>,
 }
 
 /// A task with a stop of its own.
@@ -75,7 +83,7 @@ impl App {
     ///
     /// # Errors
     /// When the data folder cannot be written or the HTTP address cannot be had.
-    pub async fn start(config: Config) -> anyhow::Result<Self> {
+    pub async fn start(config: Config, set_level: SetLevel) -> anyhow::Result<Self> {
         let epoch = next_epoch(&config)?;
         let metrics = Metrics::new().context("the metrics cannot be set up")?;
         let server = Server::bind(config.http).await?;
@@ -88,8 +96,13 @@ impl App {
         };
         let store = Arc::new(open_store(&config, &metrics)?);
         let http = server.address();
-        let spool: Arc<dyn Spool> = Arc::new(MemorySpool::new(config.spool_bytes_max));
+        let spool = open_spool(&config, &metrics)?;
         let topics = Topics::new(&config.prefix, &config.site, &config.node);
+        let when_full = if config.spool.drops_newest { WhenFull::DropNewest } else { WhenFull::DropOldest };
+        let (node, site) = (&config.node, &config.site);
+        let outbox = Arc::new(Outbox::new(node, site, epoch, topics.clone(), spool.clone(), when_full));
+        let roster = Roster::new(outbox.clone());
+        let (order, orders) = mpsc::channel(ORDERS_MAX);
         let health = Arc::new(Health::new(Instant::now()));
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
@@ -97,8 +110,9 @@ impl App {
             site = config.site,
             epoch,
             %http,
-            broker = %config.broker,
+            brokers = ?config.mqtt.brokers,
             manifests = %config.manifests.display(),
+            waiting = spool.stats().records,
             "lineside starts"
         );
         let board = Arc::new(Board::new(&config.node, &config.site, epoch));
@@ -111,17 +125,26 @@ impl App {
             peer_token: config.models.peer_token.clone(),
         };
         let serve = Part::start("serve", |stop| server.run(served, stop));
+        let measure = config.mqtt.metrics_every.map(|every| {
+            let (counted, looked_at, stored) = (metrics.clone(), spool.clone(), store.clone());
+            let refresh = move || http::refresh(&counted, &looked_at, &stored);
+            Part::start("measure", |stop| measure(metrics.clone(), outbox.clone(), every, refresh, stop))
+        });
         let publisher = Publisher {
-            broker: config.broker,
-            topics: topics.clone(),
+            mqtt: config.mqtt,
+            topics,
             node: config.node.clone(),
             site: config.site.clone(),
             epoch,
+            data_dir: config.data_dir.clone(),
             spool: spool.clone(),
+            roster: roster.follow(),
+            orders: order,
+            set_level,
             metrics: metrics.clone(),
         };
         let publish = Part::start("publish", |stop| publisher.run(stop));
-        let inspector = Inspector::new(&config.node, &config.site, epoch, topics, spool, metrics.clone());
+        let inspector = Inspector::new(outbox.clone(), metrics.clone());
         let node = Node { name: config.node, labels: config.labels };
         let models = config.models;
         let limits = Limits { memory_bytes: models.vet_memory_bytes, seconds: models.vet_seconds };
@@ -133,6 +156,10 @@ impl App {
             data_dir,
             inspector,
             metrics,
+            orders,
+            roster,
+            outbox,
+            spool: spool.clone(),
             health,
             board,
             store,
@@ -141,7 +168,7 @@ impl App {
             limits,
         });
         let deploy = Part::start("deploy", |stop| deploy.run(stop));
-        Ok(Self { http, deploy, publish, serve })
+        Ok(Self { http, deploy, measure, publish, serve, spool })
     }
 
     /// Where health and metrics are served.
@@ -152,10 +179,30 @@ impl App {
     /// Ends everything, in order.
     pub async fn end(self) {
         self.deploy.end().await;
+        if let Some(measure) = self.measure {
+            measure.end().await;
+        }
         self.publish.end().await;
         self.serve.end().await;
+        let spool = self.spool;
+        if let Err(error) = tokio::task::spawn_blocking(move || spool.close()).await {
+            tracing::error!(%error, "the spool could not be closed in order");
+        }
         tracing::info!("lineside ended");
     }
+}
+
+/// Opens the spool. What the last run left in it is sent first.
+fn open_spool(config: &Config, metrics: &Metrics) -> anyhow::Result<Arc<Spool>> {
+    let settings = config.spool;
+    let counters = (metrics.spool_dropped.clone(), metrics.spool_written_bytes.clone(), metrics.spool_syncs.clone());
+    let options = Options {
+        age_max_seconds: settings.age_max_seconds,
+        sync_interval: settings.sync_interval,
+        ..Options::new(settings.bytes_max, counters.0, counters.1, counters.2)
+    };
+    let folder = spool::folder(&config.data_dir);
+    Spool::open(&folder, options).with_context(|| format!("the spool in {} cannot be opened", folder.display()))
 }
 
 /// Opens the store with its index, which a child process looks at first: sled may never come back from a damaged file.

@@ -19,7 +19,7 @@ use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use prometheus::IntCounter;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 /// One frame as a camera gave it.
 #[derive(Debug, Clone)]
@@ -59,6 +59,8 @@ struct Place<S> {
     busy: bool,
     emptied: Arc<Notify>,
     skipped: IntCounter,
+    /// Somebody wants to see the next frame.
+    wish: Option<oneshot::Sender<CapturedFrame>>,
 }
 
 impl<S> Default for FrameQueue<S> {
@@ -79,7 +81,15 @@ impl<S> FrameQueue<S> {
         let mut state = self.state();
         let id = state.next_id;
         state.next_id += 1;
-        state.places.push(Place { id, stream, frame: None, busy: false, emptied: emptied.clone(), skipped });
+        state.places.push(Place {
+            id,
+            stream,
+            frame: None,
+            busy: false,
+            emptied: emptied.clone(),
+            skipped,
+            wish: None,
+        });
         drop(state);
         Mailbox { queue: self.clone(), id, emptied }
     }
@@ -132,13 +142,22 @@ impl<S> Mailbox<S> {
     /// Leaves a frame. One that still waits is dropped and counted.
     pub fn offer(&self, frame: CapturedFrame) {
         let mut state = self.queue.state();
-        if let Some(place) = state.places.iter_mut().find(|place| place.id == self.id)
-            && place.frame.replace(frame).is_some()
-        {
-            place.skipped.inc();
+        if let Some(place) = state.places.iter_mut().find(|place| place.id == self.id) {
+            if let Some(wish) = place.wish.take() {
+                // Whoever wanted it may have given up.
+                drop(wish.send(frame.clone()));
+            }
+            if place.frame.replace(frame).is_some() {
+                place.skipped.inc();
+            }
         }
         drop(state);
         self.queue.filled.notify_one();
+    }
+
+    /// A way to see frames that are left here.
+    pub fn onlooker(&self) -> Onlooker<S> {
+        Onlooker { queue: self.queue.clone(), id: self.id }
     }
 
     /// Waits until the place is empty and leaves a frame there.
@@ -166,6 +185,23 @@ impl<S> Mailbox<S> {
 impl<S> Drop for Mailbox<S> {
     fn drop(&mut self) {
         self.queue.state().places.retain(|place| place.id != self.id);
+    }
+}
+
+/// Sees frames of a stream besides the model.
+pub struct Onlooker<S> {
+    queue: Arc<FrameQueue<S>>,
+    id: u64,
+}
+
+impl<S> Onlooker<S> {
+    /// The next frame that comes. Only the last one who asked gets it.
+    pub fn next_frame(&self) -> oneshot::Receiver<CapturedFrame> {
+        let (wish, frame) = oneshot::channel();
+        if let Some(place) = self.queue.state().places.iter_mut().find(|place| place.id == self.id) {
+            place.wish = Some(wish);
+        }
+        frame
     }
 }
 

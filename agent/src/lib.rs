@@ -6,7 +6,8 @@
 //! 6  app, telemetry, commands           wiring
 //! 5  tasks                              the loops, one owner each
 //! 4  camera, fetch, mqtt, serve, vet    one folder per outside world
-//! 3  spool, slot, frames, store         where the planes meet, and what is kept on disk
+//! 3  spool, outbox, roster, slot,        where the planes meet, and what is kept on disk
+//!    frames, store
 //! 2  plan                               decisions: pure, no I/O, time as an argument
 //! 1  config, message, trust, verdict    what is written down, and what is said
 //! 0  base                               clock, shutdown, backoff, digest, metrics
@@ -24,7 +25,9 @@ pub mod last_good;
 pub mod manifests;
 pub mod message;
 pub mod mqtt;
+pub mod outbox;
 pub mod plan;
+pub mod roster;
 pub mod serve;
 pub mod slot;
 pub mod spool;

@@ -41,12 +41,26 @@ pub struct Metrics {
     pub spool_oldest_seconds: IntGauge,
     /// By reason.
     pub spool_dropped: IntCounterVec,
+    /// Bytes written to the spool's files.
+    pub spool_written_bytes: IntCounter,
+    /// Times a file of the spool was synced.
+    pub spool_syncs: IntCounter,
+    /// 1 while the disk refuses what the spool writes.
+    pub spool_in_trouble: IntGauge,
+    /// Results that were not worth saying, by stream.
+    pub results_suppressed: IntCounterVec,
     /// 1 while the broker is reached.
     pub mqtt_connected: IntGauge,
     /// Messages the broker has acknowledged.
     pub mqtt_published: IntCounter,
     /// Results the broker has acknowledged.
     pub mqtt_results: IntCounter,
+    /// Place in the list of the broker that is reached, from 0.
+    pub mqtt_broker_index: IntGauge,
+    /// When our certificate for the broker ends, in seconds since 1970; 0 without one.
+    pub mqtt_certificate_expiry: IntGauge,
+    /// Messages received, by kind (`command`, `trigger`) and outcome.
+    pub mqtt_received: IntCounterVec,
     /// Connections refused because there were too many.
     pub http_refused: IntCounter,
     /// Bytes the store takes.
@@ -111,9 +125,23 @@ impl Metrics {
             spool_bytes: gauge("spool_bytes", "Bytes waiting to be acknowledged by the broker.")?,
             spool_oldest_seconds: gauge("spool_oldest_seconds", "Age of the oldest record that waits.")?,
             spool_dropped: counters("spool_dropped_total", "Records given up, by reason.", &["reason"])?,
+            spool_written_bytes: counter("spool_written_bytes_total", "Bytes written to the spool's files.")?,
+            spool_syncs: counter("spool_syncs_total", "Times a file of the spool was synced.")?,
+            spool_in_trouble: gauge("spool_in_trouble", "Whether the disk refuses what the spool writes.")?,
+            results_suppressed: counters(
+                "results_suppressed_total",
+                "Results that report by exception did not find worth saying.",
+                &["stream"],
+            )?,
             mqtt_connected: gauge("mqtt_connected", "Whether the broker is reached.")?,
             mqtt_published: counter("mqtt_published_total", "Messages the broker has acknowledged.")?,
             mqtt_results: counter("mqtt_results_published_total", "Results the broker has acknowledged.")?,
+            mqtt_broker_index: gauge("mqtt_broker_index", "Place in the list of the broker that is reached, from 0.")?,
+            mqtt_certificate_expiry: gauge(
+                "mqtt_certificate_expiry_timestamp_seconds",
+                "When the certificate shown to the broker ends; 0 without one.",
+            )?,
+            mqtt_received: counters("mqtt_received_total", "Commands and triggers received.", &["kind", "outcome"])?,
             http_refused: counter("http_connections_refused_total", "Connections closed because there were too many.")?,
             store_bytes: gauge("store_bytes", "Bytes the store of models takes.")?,
             store_quota_bytes: gauge("store_quota_bytes", "Bytes the store of models may take.")?,
@@ -137,10 +165,15 @@ impl Metrics {
         for from in ["peer", "source"] {
             metrics.fetch_bytes.with_label_values(&[from]);
         }
-        for reason in ["full", "too_large"] {
+        for reason in ["damaged", "disk", "expired", "full", "too_large"] {
             metrics.spool_dropped.with_label_values(&[reason]);
         }
         Ok(metrics)
+    }
+
+    /// All of them, as the `prometheus` crate describes them.
+    pub fn gather(&self) -> Vec<prometheus::proto::MetricFamily> {
+        self.registry.gather()
     }
 
     /// All of them in the Prometheus text format, version 0.0.4.

@@ -8,4 +8,5 @@ pub mod digest;
 pub mod files;
 pub mod measure;
 pub mod metrics;
+pub mod secrets;
 pub mod shutdown;

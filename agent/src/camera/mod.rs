@@ -9,15 +9,17 @@ mod http;
 mod multipart;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use prometheus::{IntCounter, IntGauge};
+use prometheus::IntCounter;
 use tokio::time::MissedTickBehavior;
 
 use crate::base::backoff::Backoff;
 use crate::config::{StreamManifest, StreamSource};
 use crate::frames::{CapturedFrame, Mailbox};
+use crate::roster::Presence;
 
 /// Bytes of one encoded frame at most.
 const FRAME_BYTES_MAX: usize = 16 << 20;
@@ -32,8 +34,8 @@ const STEADY_AFTER: Duration = Duration::from_secs(5);
 /// What is counted of a stream's source.
 #[derive(Clone)]
 pub struct SourceMetrics {
-    /// 1 while frames can be had.
-    pub up: IntGauge,
+    /// Whether frames can be had.
+    pub presence: Arc<Presence>,
     /// Attempts to reach the camera again.
     pub reconnects: IntCounter,
     /// Frames that could not be used.
@@ -49,7 +51,7 @@ pub async fn play<S>(stream: &StreamManifest, mailbox: &Mailbox<S>, metrics: &So
         StreamSource::File(path) => file::play(path, interval, mailbox, health).await,
         StreamSource::Http(url) => http::play(url, interval, mailbox, health).await,
     }
-    metrics.up.set(0);
+    metrics.presence.down(None);
 }
 
 /// Says whether a stream is up, in the log once per change and in the metrics.
@@ -60,8 +62,7 @@ struct Health {
 
 impl Health {
     fn up(&self) {
-        if self.metrics.up.get() != 1 {
-            self.metrics.up.set(1);
+        if self.metrics.presence.up() {
             tracing::info!(stream = self.stream, "stream is up");
         }
     }
@@ -97,13 +98,13 @@ async fn persist<F: Future<Output = Result<(), Trouble>>>(health: &Health, mut a
         let begun = Instant::now();
         let Err(trouble) = attempt().await else { return };
         // A camera that gives a frame and goes away again has not earned a quick next try, nor another line in the log.
-        if health.metrics.up.get() == 1 && begun.elapsed() >= STEADY_AFTER {
+        if health.metrics.presence.is_up() && begun.elapsed() >= STEADY_AFTER {
             backoff.reset();
             told = None;
         }
-        health.metrics.up.set(0);
         let delay = backoff.next_delay();
         let (Trouble::Gone(reason) | Trouble::Wrong(reason)) = &trouble;
+        health.metrics.presence.down(Some(reason));
         if told.as_ref().is_none_or(|told| trouble.is_news_after(told)) {
             tracing::warn!(stream = health.stream, reason, "stream is down, trying again");
             told = Some(trouble);

@@ -5,6 +5,7 @@ mod demo;
 mod run;
 mod schema;
 mod sign;
+mod spool;
 mod store;
 
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::store::probe;
+use crate::telemetry::SetLevel;
 use crate::{app, telemetry, vet};
 
 /// Exit status for a command line or a configuration that is wrong (`EX_USAGE` of sysexits.h).
@@ -45,6 +47,8 @@ enum Command {
     Check(check::Arguments),
     /// Look at the models this node keeps, and put them in order.
     Store(store::Arguments),
+    /// Look at the results that wait for the broker, save them, or throw them away.
+    Spool(spool::Arguments),
     /// Vouch for a model version with a signature.
     Sign(sign::SignArguments),
     /// Make a key to sign with.
@@ -86,10 +90,11 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    let ended = logging(&cli).and_then(|()| match cli.command {
-        Command::Run(arguments) => run::run(*arguments),
-        Command::Demo(arguments) => demo::run(arguments),
+    let ended = logging(&cli).and_then(|set_level| match cli.command {
+        Command::Run(arguments) => run::run(*arguments, set_level),
+        Command::Demo(arguments) => demo::run(arguments, set_level),
         Command::Check(arguments) => check::run(arguments),
+        Command::Spool(arguments) => spool::run(arguments),
         Command::Store(arguments) => store::run(arguments),
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Keygen(arguments) => sign::keygen(&arguments),
@@ -117,13 +122,11 @@ fn write_out(text: &str) {
     drop(writeln!(std::io::stdout(), "{text}"));
 }
 
-fn logging(cli: &Cli) -> Result<(), Failure> {
+fn logging(cli: &Cli) -> Result<SetLevel, Failure> {
     // The tools talk to people on stdout; their logs only matter when something is wrong.
     let otherwise = if matches!(cli.command, Command::Run(_)) { "info" } else { "warn" };
-    // tract reports every rewrite it makes; only its errors concern an operator.
-    let filter = cli.log.clone().unwrap_or_else(|| otherwise.to_owned());
-    let quiet = format!("{filter},tract_core=error,tract_hir=error,tract_onnx=error,tract_linalg=error");
-    telemetry::start(&quiet).map_err(|mistake| Failure::Usage(vec![format!("--log: {mistake}")]))
+    telemetry::start(cli.log.as_deref().unwrap_or(otherwise))
+        .map_err(|mistake| Failure::Usage(vec![format!("--log: {mistake}")]))
 }
 
 /// The async runtime. Inference has threads of its own, so two are plenty for cameras, broker and probes.

@@ -12,6 +12,7 @@ use crate::base::files::read_bounded;
 use crate::base::{allocator, shutdown};
 use crate::config::Mistakes;
 use crate::config::agent::Layers;
+use crate::telemetry::SetLevel;
 
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
@@ -29,8 +30,9 @@ pub(super) struct Arguments {
     /// The folder of EdgeModel and CameraStream manifests; it is watched.
     #[arg(long, value_name = "DIR")]
     manifests: Option<String>,
-    /// The broker, such as mqtt://broker:1883 or mqtt://user:password@broker.
-    #[arg(long, value_name = "URL")]
+    /// The broker, such as mqtts://broker:8883 or mqtt://user:password@broker. Several with commas: the first that is
+    /// reached is used, and the earlier ones are gone back to.
+    #[arg(long, value_name = "URLS")]
     mqtt: Option<String>,
     /// The folder the agent keeps its own state in [default: /var/lib/lineside].
     #[arg(long, value_name = "DIR")]
@@ -53,11 +55,58 @@ pub(super) struct Arguments {
     /// Labels of this node, which manifests select by: key=value,key=value.
     #[arg(long, value_name = "LABELS")]
     labels: Option<String>,
-    /// MiB of results held in memory while the broker is away; the oldest give way [default: 64].
-    #[arg(long, value_name = "MIB")]
-    spool_memory_mib: Option<String>,
+    #[command(flatten, next_help_heading = "MQTT")]
+    mqtt_more: MqttArguments,
+    #[command(flatten, next_help_heading = "Spool")]
+    spool: SpoolArguments,
     #[command(flatten, next_help_heading = "Models")]
     models: ModelArguments,
+}
+
+#[derive(Args)]
+struct MqttArguments {
+    /// The folder of a mounted secret with what the broker asks for: username, password, ca.crt, tls.crt, tls.key, each
+    /// where it is needed. The files are read at every connection; when they change, the agent connects anew.
+    #[arg(long, value_name = "DIR")]
+    mqtt_secret: Option<String>,
+    /// Commands that are carried out when they come over MQTT: log-level, pause, reload, resume, snapshot, with commas
+    /// [default: none].
+    #[arg(long, value_name = "NAMES")]
+    mqtt_commands: Option<String>,
+    /// Results of the backlog sent per second at most; 0 is as fast as the broker takes them [default: 2000].
+    #[arg(long, value_name = "N")]
+    mqtt_drain: Option<String>,
+    /// Silence after which the broker is asked whether it is still there [default: 15].
+    #[arg(long, value_name = "SECONDS")]
+    mqtt_keep_alive_seconds: Option<String>,
+    /// How often the metrics are published; 0 is never [default: 60].
+    #[arg(long, value_name = "SECONDS")]
+    mqtt_metrics_seconds: Option<String>,
+    /// Speak Sparkplug B as an edge node of this group, instead of JSON.
+    #[arg(long, value_name = "GROUP")]
+    sparkplug_group: Option<String>,
+    /// The primary host of Sparkplug B; while it is offline, results wait.
+    #[arg(long, value_name = "HOST")]
+    sparkplug_host: Option<String>,
+    /// Announce the streams to Home Assistant, below this prefix; Home Assistant's own is homeassistant.
+    #[arg(long, value_name = "PREFIX")]
+    home_assistant: Option<String>,
+}
+
+#[derive(Args)]
+struct SpoolArguments {
+    /// What the results that wait for the broker may take on disk [default: 512].
+    #[arg(long, value_name = "MIB")]
+    spool_mib: Option<String>,
+    /// How long a result may wait, in hours the agent runs; 0 is for ever [default: 0].
+    #[arg(long, value_name = "HOURS")]
+    spool_max_hours: Option<String>,
+    /// A result that waits is safe from a power cut within this; longer spares the flash [default: 200].
+    #[arg(long, value_name = "MS")]
+    spool_sync_ms: Option<String>,
+    /// What gives way when there is no room: drop-oldest or drop-newest [default: drop-oldest].
+    #[arg(long, value_name = "POLICY")]
+    spool_when_full: Option<String>,
 }
 
 #[derive(Args)]
@@ -110,7 +159,7 @@ struct ModelArguments {
     vet_seconds: Option<String>,
 }
 
-pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failure> {
     allocator::share_one_heap();
     let mut layers = Layers::new();
     let mut mistakes = Mistakes::default();
@@ -134,7 +183,20 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     layers.flag("http", arguments.http);
     layers.flag("insecure-bind", arguments.insecure_bind.then(|| "true".to_owned()));
     layers.flag("labels", arguments.labels);
-    layers.flag("spool-memory-mib", arguments.spool_memory_mib);
+    let mqtt = arguments.mqtt_more;
+    layers.flag("mqtt-secret", mqtt.mqtt_secret);
+    layers.flag("mqtt-commands", mqtt.mqtt_commands);
+    layers.flag("mqtt-drain", mqtt.mqtt_drain);
+    layers.flag("mqtt-keep-alive-seconds", mqtt.mqtt_keep_alive_seconds);
+    layers.flag("mqtt-metrics-seconds", mqtt.mqtt_metrics_seconds);
+    layers.flag("sparkplug-group", mqtt.sparkplug_group);
+    layers.flag("sparkplug-host", mqtt.sparkplug_host);
+    layers.flag("home-assistant", mqtt.home_assistant);
+    let spool = arguments.spool;
+    layers.flag("spool-mib", spool.spool_mib);
+    layers.flag("spool-max-hours", spool.spool_max_hours);
+    layers.flag("spool-sync-ms", spool.spool_sync_ms);
+    layers.flag("spool-when-full", spool.spool_when_full);
     let models = arguments.models;
     layers.flag("source-hosts", models.source_hosts);
     layers.flag("source-http", models.source_http.then(|| "true".to_owned()));
@@ -157,7 +219,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     let ended = runtime.block_on(async {
         let stop = CancellationToken::new();
         shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
-        let app = App::start(config).await?;
+        let app = App::start(config, set_level).await?;
         stop.cancelled().await;
         app.end().await;
         Ok(())

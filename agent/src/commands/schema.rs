@@ -19,14 +19,26 @@ pub(super) struct Arguments {
 enum Name {
     /// One inspection's result.
     Result,
+    /// Something that happened.
+    Event,
+    /// How things stood.
+    Metrics,
     /// The agent's presence.
     Status,
+    /// What an operator asks for.
+    Command,
+    /// What came of it.
+    CommandState,
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     let file = match arguments.message {
         Name::Result => "result.schema.json",
+        Name::Event => "event.schema.json",
+        Name::Metrics => "metrics.schema.json",
         Name::Status => "status.schema.json",
+        Name::Command => "command.schema.json",
+        Name::CommandState => "command-state.schema.json",
     };
     for (_, schema) in message::schemas().into_iter().filter(|(name, _)| *name == file) {
         let text = serde_json::to_string_pretty(&schema).context("the schema cannot be written")?;

@@ -9,18 +9,19 @@
 //! reason no setting of ours is called `port` or begins with `service`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use reqwest::Url;
 use serde_json::Value;
 
+use super::mqtt::{self, Mqtt, Spooling};
 use super::{Mistakes, lenient};
 
 /// The settings: name as a flag without its dashes. Variable and file key follow from it.
-const SETTINGS: [&str; 25] = [
+const SETTINGS: [&str; 36] = [
     "node",
     "site",
     "prefix",
@@ -30,7 +31,18 @@ const SETTINGS: [&str; 25] = [
     "http",
     "insecure-bind",
     "labels",
-    "spool-memory-mib",
+    "mqtt-secret",
+    "mqtt-commands",
+    "mqtt-drain",
+    "mqtt-keep-alive-seconds",
+    "mqtt-metrics-seconds",
+    "sparkplug-group",
+    "sparkplug-host",
+    "home-assistant",
+    "spool-mib",
+    "spool-max-hours",
+    "spool-sync-ms",
+    "spool-when-full",
     "source-hosts",
     "source-http",
     "source-ca",
@@ -48,11 +60,7 @@ const SETTINGS: [&str; 25] = [
     "vet-seconds",
 ];
 
-const MQTT_PORT: u16 = 1883;
 const HTTP_DEFAULT: &str = "127.0.0.1:8080";
-const SPOOL_MEMORY_MIB_DEFAULT: &str = "64";
-const SPOOL_MEMORY_MIB_MAX: u64 = 4096;
-
 /// The agent's configuration, complete and validated.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -66,14 +74,14 @@ pub struct Config {
     pub manifests: PathBuf,
     /// The folder the agent keeps its own state in.
     pub data_dir: PathBuf,
-    /// The broker.
-    pub broker: Broker,
+    /// Brokers, and what is said to them.
+    pub mqtt: Mqtt,
     /// Where health and metrics are served.
     pub http: SocketAddr,
     /// Labels of the node, which manifests select by.
     pub labels: BTreeMap<String, String>,
-    /// Most bytes of results held while the broker is away.
-    pub spool_bytes_max: u64,
+    /// How results wait for a broker.
+    pub spool: Spooling,
     /// How models come to this node, and what they have to show.
     pub models: Models,
 }
@@ -131,33 +139,6 @@ impl Default for Models {
             peer_token: None,
             vet_memory_bytes: 2048 << 20,
             vet_seconds: 120,
-        }
-    }
-}
-
-/// An MQTT broker's address.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Broker {
-    /// Host name or address.
-    pub host: String,
-    /// TCP port.
-    pub port: u16,
-    /// User and password.
-    pub credentials: Option<(String, String)>,
-}
-
-/// Shown without the password.
-impl fmt::Debug for Broker {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{self}")
-    }
-}
-
-impl fmt::Display for Broker {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.host.contains(':') {
-            true => write!(formatter, "mqtt://[{}]:{}", self.host, self.port),
-            false => write!(formatter, "mqtt://{}:{}", self.host, self.port),
         }
     }
 }
@@ -221,7 +202,7 @@ impl Layers {
     }
 
     /// The value in force and the name it was given under.
-    fn get(&self, setting: &'static str) -> (Option<&str>, String) {
+    pub(super) fn get(&self, setting: &'static str) -> (Option<&str>, String) {
         if let Some(value) = self.flags.get(setting) {
             return (Some(value), format!("--{setting}"));
         }
@@ -255,13 +236,10 @@ impl Layers {
             Err(error) => Err(format!("{folder} cannot be read: {error}")),
         });
         let data_dir = text("data-dir", Some("/var/lib/lineside"), any);
-        let mqtt = text("mqtt", None, any);
         let http = text("http", Some(HTTP_DEFAULT), any);
         let insecure = text("insecure-bind", Some("false"), any);
         let labels = text("labels", Some(""), any);
-        let spool = text("spool-memory-mib", Some(SPOOL_MEMORY_MIB_DEFAULT), any);
 
-        let broker = mqtt.and_then(|url| mistakes.take(&self.get("mqtt").1, broker(&url)));
         let insecure = insecure.and_then(|text| {
             let flag = text.parse::<bool>().map_err(|_| format!("`{text}` is neither true nor false"));
             mistakes.take(&self.get("insecure-bind").1, flag)
@@ -271,11 +249,8 @@ impl Layers {
             mistakes.take(&self.get("http").1, address)
         });
         let labels = labels.and_then(|text| mistakes.take(&self.get("labels").1, labels_of(&text)));
-        let spool = spool.and_then(|text| {
-            let mib = text.parse::<u64>().ok().filter(|mib| (1..=SPOOL_MEMORY_MIB_MAX).contains(mib));
-            let mib = mib.ok_or_else(|| format!("`{text}` is no number within 1 and {SPOOL_MEMORY_MIB_MAX}"));
-            mistakes.take(&self.get("spool-memory-mib").1, mib)
-        });
+        let mqtt = mqtt::resolve(self, &mut mistakes);
+        let spool = mqtt::spooling(self, &mut mistakes);
         let models = self.models(&mut mistakes);
         let complete = || {
             Some(Config {
@@ -284,10 +259,10 @@ impl Layers {
                 prefix: prefix?,
                 manifests: manifests?.into(),
                 data_dir: data_dir?.into(),
-                broker: broker?,
+                mqtt: mqtt?,
                 http: http?,
                 labels: labels?,
-                spool_bytes_max: spool? << 20,
+                spool,
                 models,
             })
         };
@@ -299,20 +274,35 @@ impl Layers {
 }
 
 impl Layers {
+    /// A setting that is there and not empty.
+    pub(super) fn text(&self, setting: &'static str) -> Option<&str> {
+        self.get(setting).0.filter(|value| !value.is_empty())
+    }
+
+    /// The items of a setting that is a list.
+    pub(super) fn list(&self, setting: &'static str) -> impl Iterator<Item = String> {
+        self.text(setting).into_iter().flat_map(|value| value.split(',')).map(|item| item.trim().to_owned())
+    }
+
+    /// A number; what is wrong is noted and stands at its default.
+    pub(super) fn number(
+        &self,
+        setting: &'static str,
+        otherwise: u64,
+        range: RangeInclusive<u64>,
+        mistakes: &mut Mistakes,
+    ) -> u64 {
+        let Some(value) = self.text(setting) else { return otherwise };
+        let read = value.parse::<u64>().ok().filter(|number| range.contains(number));
+        let read = read.ok_or_else(|| format!("`{value}` is no number within {} and {}", range.start(), range.end()));
+        mistakes.take(&self.get(setting).1, read).unwrap_or(otherwise)
+    }
+
     /// The settings of models. What is wrong is noted and stands at its default.
     fn models(&self, mistakes: &mut Mistakes) -> Models {
         let defaults = Models::default();
-        let text = |setting: &'static str| self.get(setting).0.filter(|value| !value.is_empty());
-        let path = |setting: &'static str| text(setting).map(PathBuf::from);
-        let list = |setting: &'static str| {
-            text(setting).into_iter().flat_map(|value| value.split(',')).map(|item| item.trim().to_owned())
-        };
-        let mut number = |setting: &'static str, otherwise: u64, least: u64, most: u64| {
-            let Some(value) = text(setting) else { return otherwise };
-            let read = value.parse::<u64>().ok().filter(|number| (least..=most).contains(number));
-            let read = read.ok_or_else(|| format!("`{value}` is no number within {least} and {most}"));
-            mistakes.take(&self.get(setting).1, read).unwrap_or(otherwise)
-        };
+        let path = |setting: &'static str| self.text(setting).map(PathBuf::from);
+        let mut number = |setting, otherwise, least, most| self.number(setting, otherwise, least..=most, mistakes);
         const MIB_MAX: u64 = 1 << 24;
         const SECONDS_MAX: u64 = 24 * 3600;
         let mut models = Models {
@@ -332,11 +322,11 @@ impl Layers {
             secrets_dir: path("secrets-dir").unwrap_or(defaults.secrets_dir.clone()),
             trusted_keys: path("trusted-keys"),
             peer_token: path("peer-token-file"),
-            source_hosts: list("source-hosts").collect(),
-            peers: list("peers").collect(),
+            source_hosts: self.list("source-hosts").collect(),
+            peers: self.list("peers").collect(),
             ..defaults
         };
-        if let Some(flag) = text("source-http") {
+        if let Some(flag) = self.text("source-http") {
             let read = flag.parse::<bool>().map_err(|_| format!("`{flag}` is neither true nor false"));
             models.source_http = mistakes.take(&self.get("source-http").1, read).unwrap_or(false);
         }
@@ -395,7 +385,7 @@ fn plain(value: &Value) -> Option<String> {
 }
 
 /// Whether a text may be one level of an MQTT topic (MQTT 3.1.1, section 4.7).
-fn topic_segment(text: &str) -> Result<(), String> {
+pub(super) fn topic_segment(text: &str) -> Result<(), String> {
     let forbidden = |character: char| matches!(character, '+' | '#' | '/') || character.is_control();
     match text {
         "" => Err("must not be empty".to_owned()),
@@ -405,45 +395,6 @@ fn topic_segment(text: &str) -> Result<(), String> {
         }
         _ => Ok(()),
     }
-}
-
-fn broker(text: &str) -> Result<Broker, String> {
-    let url = Url::parse(text).map_err(|error| format!("this is no address like mqtt://broker:1883: {error}"))?;
-    match url.scheme() {
-        "mqtt" => {}
-        "mqtts" => return Err("TLS to the broker is not built into this version yet; use mqtt://".to_owned()),
-        other => return Err(format!("{other}: is not known; use mqtt://broker:1883")),
-    }
-    if !matches!(url.path(), "" | "/") || url.query().is_some() {
-        return Err("holds more than a host and a port".to_owned());
-    }
-    let host = url.host_str().filter(|host| !host.is_empty()).ok_or("has no host")?;
-    let decoded = |text: &str| percent_decoded(text).ok_or("has a user or password that is no UTF-8");
-    let credentials = match (url.username(), url.password()) {
-        ("", None) => None,
-        (user, password) => Some((decoded(user)?, decoded(password.unwrap_or_default())?)),
-    };
-    Ok(Broker {
-        host: host.trim_start_matches('[').trim_end_matches(']').to_owned(),
-        port: url.port().unwrap_or(MQTT_PORT),
-        credentials,
-    })
-}
-
-/// RFC 3986 percent-decoding; what is no escape stays as it is.
-fn percent_decoded(text: &str) -> Option<String> {
-    let bytes = text.as_bytes();
-    let mut decoded = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let escape = (bytes[at] == b'%')
-            .then(|| bytes.get(at + 1..at + 3))
-            .flatten()
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
-        decoded.push(escape.unwrap_or(bytes[at]));
-        at += if escape.is_some() { 3 } else { 1 };
-    }
-    String::from_utf8(decoded).ok()
 }
 
 /// `host:port`, where the host is an address; only the machine itself can reach it unless told otherwise.
@@ -488,8 +439,7 @@ mod tests {
 
     #[test]
     fn flags_override_the_environment_which_overrides_the_file() {
-        let file =
-            "manifests: /\nmqtt: mqtt://file\nsite: file\nnode: file\nlabels: {line: a, zone: b}\nspoolMemoryMiB: 7\n";
+        let file = "manifests: /\nmqtt: mqtt://file\nsite: file\nnode: file\nlabels: {line: a, zone: b}\nspoolMiB: 7\n";
         let environment = [
             ("LINESIDE_SITE", "environment"),
             ("LINESIDE_NODE", "environment"),
@@ -499,9 +449,9 @@ mod tests {
         ];
         let config = resolved(&[("node", "flag")], &environment, file).unwrap();
         assert_eq!((config.node.as_str(), config.site.as_str()), ("flag", "environment"));
-        assert_eq!((config.broker.host.as_str(), config.prefix.as_str()), ("file", "lineside"));
+        assert_eq!((config.mqtt.brokers[0].host.as_str(), config.prefix.as_str()), ("file", "lineside"));
         assert_eq!(config.labels.len(), 2);
-        assert_eq!(config.spool_bytes_max, 7 << 20);
+        assert_eq!(config.spool.bytes_max, 7 << 20);
         let defaults = resolved(&[("manifests", "/"), ("mqtt", "mqtt://b")], &[], "").unwrap();
         assert_eq!((defaults.node.as_str(), defaults.http.port()), ("edge-3", 8080));
     }
@@ -510,14 +460,14 @@ mod tests {
     fn one_start_reports_every_mistake_with_the_name_it_was_given_under() {
         let mistakes = resolved(
             &[("node", "a/b"), ("http", "nowhere")],
-            &[("LINESIDE_SPOOL_MEMORY_MIB", "0"), ("LINESIDE_MANIFESTS", "/no/such/folder")],
+            &[("LINESIDE_SPOOL_MIB", "0"), ("LINESIDE_MANIFESTS", "/no/such/folder")],
             "mqtt: http://x\nspeed: 3\nsite: [1]\nlabels: novalue\n",
         )
         .unwrap_err();
         for expected in [
             "--node: `a/b`",
             "--http: `nowhere`",
-            "LINESIDE_SPOOL_MEMORY_MIB: `0`",
+            "LINESIDE_SPOOL_MIB: `0`",
             "LINESIDE_MANIFESTS: /no/such/folder cannot be read",
             "lineside.yaml mqtt: http: is not known",
             "lineside.yaml speed: is not a known key",
@@ -546,20 +496,10 @@ mod tests {
     }
 
     #[test]
-    fn a_brokers_password_is_read_and_never_shown() {
-        let broker = broker("mqtt://line:s%40crt@[::1]:1884").unwrap();
-        assert_eq!(broker.credentials, Some(("line".to_owned(), "s@crt".to_owned())));
-        assert_eq!(format!("{broker} {broker:?}"), "mqtt://[::1]:1884 mqtt://[::1]:1884");
-        for wrong in ["", "broker", "mqtt://", "mqtt:///x", "mqtts://b", "mqtt://b/topic", "mqtt://b:99999"] {
-            assert!(super::broker(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
     fn a_setting_has_one_name_in_three_spellings() {
         assert_eq!(
-            (variable("spool-memory-mib"), file_key("spool-memory-mib")),
-            ("LINESIDE_SPOOL_MEMORY_MIB".to_owned(), "spoolMemoryMiB".to_owned())
+            (variable("spool-mib"), file_key("spool-mib")),
+            ("LINESIDE_SPOOL_MIB".to_owned(), "spoolMiB".to_owned())
         );
     }
 }

@@ -217,6 +217,15 @@ pub(super) struct RawStreamSpec {
     pub(super) roi: Option<Value>,
     pub(super) trigger: Option<Value>,
     pub(super) evidence: Option<Value>,
+    pub(super) report: Option<RawReport>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct RawReport {
+    pub(super) by_exception: Option<bool>,
+    pub(super) deadband: Option<f32>,
+    pub(super) heartbeat_seconds: Option<u64>,
 }
 
 #[derive(Deserialize, Default)]

@@ -8,12 +8,13 @@ pub mod agent;
 pub mod lenient;
 pub mod manifest;
 mod model;
+pub mod mqtt;
 mod source;
 mod stream;
 
 pub use model::{Golden, ModelManifest};
 pub use source::{ModelSource, ObjectAddress, OciAddress, Provider, StreamSource};
-pub use stream::StreamManifest;
+pub use stream::{Report, StreamManifest};
 
 /// Whether a name may stand in topics, paths and labels: `[a-z0-9]([a-z0-9-]{0,62})`.
 pub fn is_name(text: &str) -> bool {

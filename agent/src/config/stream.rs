@@ -5,12 +5,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::manifest::{RawStreamSpec, not_built};
+use super::manifest::{RawReport, RawStreamSpec, not_built};
 use super::{Mistakes, StreamSource, is_name};
 use crate::verdict::Rule;
 
 /// Frames per second at most; no camera here is faster.
 const FPS_MAX: f64 = 1000.0;
+const DEADBAND_DEFAULT: f32 = 0.05;
+/// Anomaly scores are in the model's own scale, so this only keeps out what is no number.
+const DEADBAND_MAX: f32 = 1e6;
+const HEARTBEAT_DEFAULT_SECONDS: u64 = 60;
+const HEARTBEAT_MAX_SECONDS: u64 = 24 * 3600;
 
 /// A stream to inspect, validated. Two of them are equal when nothing about the running stream would differ.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,10 +32,36 @@ pub struct StreamManifest {
     pub age_max: Option<Duration>,
     /// The rule that makes a verdict of a prediction.
     pub rule: Option<Arc<Rule>>,
+    /// Report by exception, where it is wanted; otherwise every result is said.
+    pub report: Option<Report>,
     /// The one node it runs on, where it is pinned.
     pub node_name: Option<String>,
     /// Labels a node must bear.
     pub node_selector: BTreeMap<String, String>,
+}
+
+/// What counts as news in report by exception.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Report {
+    /// A score that moved by more than this is news.
+    pub deadband: f32,
+    /// After this long without one, any result is said.
+    pub heartbeat: Duration,
+}
+
+impl Report {
+    fn resolve(place: &str, raw: &RawReport, mistakes: &mut Mistakes) -> Option<Self> {
+        let deadband = raw.deadband.unwrap_or(DEADBAND_DEFAULT);
+        if !(0.0..=DEADBAND_MAX).contains(&deadband) {
+            mistakes.add(format!("{place}.deadband"), format!("{deadband} is not within 0 and {DEADBAND_MAX}"));
+        }
+        let heartbeat = raw.heartbeat_seconds.unwrap_or(HEARTBEAT_DEFAULT_SECONDS);
+        if !(1..=HEARTBEAT_MAX_SECONDS).contains(&heartbeat) {
+            let what = format!("{heartbeat} is not within 1 and {HEARTBEAT_MAX_SECONDS}");
+            mistakes.add(format!("{place}.heartbeatSeconds"), what);
+        }
+        raw.by_exception.unwrap_or(false).then(|| Self { deadband, heartbeat: Duration::from_secs(heartbeat) })
+    }
 }
 
 impl StreamManifest {
@@ -62,6 +93,7 @@ impl StreamManifest {
         if raw.max_age_ms == Some(0) {
             mistakes.add(at("maxAgeMs"), "0 would drop every frame; leave it out to drop none");
         }
+        let report = raw.report.and_then(|report| Report::resolve(&at("report"), &report, mistakes));
         let rule = raw.verdict.and_then(|source| mistakes.take(&at("verdict"), Rule::compile(&source)));
         Some(Self {
             name,
@@ -70,6 +102,7 @@ impl StreamManifest {
             frame_interval: (fps > 0.0).then(|| Duration::from_secs_f64(1.0 / fps)),
             age_max: raw.max_age_ms.map(Duration::from_millis),
             rule: rule.map(Arc::new),
+            report,
             node_name: raw.node_name,
             node_selector: raw.node_selector.unwrap_or_default(),
         })

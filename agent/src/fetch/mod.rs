@@ -14,7 +14,7 @@ mod object;
 mod oci;
 mod policy;
 mod progress;
-mod secrets;
+
 mod transfer;
 
 use std::collections::{BTreeSet, HashMap};
@@ -25,9 +25,9 @@ use std::time::Duration;
 
 use reqwest::{Certificate, Url};
 
+use crate::base::secrets::Secret;
 pub use policy::Policy;
 pub use progress::{Progress, Snapshot};
-use secrets::Secret;
 use transfer::{Failure, Origin, Terms, Throttle, authorization, basic};
 
 use crate::base::digest::Digest;

@@ -11,8 +11,8 @@ use object_store::{ClientOptions, ObjectStore, RetryConfig};
 use reqwest::Client;
 
 use super::policy::{Policy, describe};
-use super::secrets::Secret;
 use super::transfer::Origin;
+use crate::base::secrets::Secret;
 use crate::config::{ObjectAddress, Provider};
 
 /// Hands out our own client, so that the policy on addresses holds here too.

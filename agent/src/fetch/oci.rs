@@ -15,9 +15,9 @@ use reqwest::{Client, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::policy::{Policy, describe};
-use super::secrets::Secret;
 use super::transfer::{Failure, Origin, authorization, basic};
 use crate::base::digest::Digest;
+use crate::base::secrets::Secret;
 use crate::config::OciAddress;
 
 /// Bytes of a manifest at most, as registries limit it.

@@ -2,6 +2,7 @@
 
 pub mod desired;
 pub mod diff;
+pub mod exception;
 
 /// Where a model version stands on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

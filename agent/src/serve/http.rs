@@ -48,7 +48,7 @@ pub struct Served {
     /// Everything that is counted.
     pub metrics: Metrics,
     /// Looked at when metrics are asked for.
-    pub spool: Arc<dyn Spool>,
+    pub spool: Arc<Spool>,
     /// How the node stands.
     pub board: Arc<Board>,
     /// Looked at when the status is asked for, and offered to peers.
@@ -184,17 +184,22 @@ async fn readyz(State(served): State<Served>) -> Response {
     (status, Json(readiness)).into_response()
 }
 
-async fn metrics(State(served): State<Served>) -> Response {
-    let stats = served.spool.stats();
-    let age = stats.oldest.and_then(|oldest| oldest.elapsed().ok()).unwrap_or_default();
-    served.metrics.spool_records.set(i64::try_from(stats.records).unwrap_or(i64::MAX));
-    served.metrics.spool_bytes.set(i64::try_from(stats.bytes).unwrap_or(i64::MAX));
-    served.metrics.spool_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
+/// Brings up to date what is only looked at when somebody asks for the metrics.
+pub fn refresh(metrics: &Metrics, spool: &Spool, store: &Store) {
+    let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    let stats = spool.stats();
+    metrics.spool_records.set(whole(stats.records));
+    metrics.spool_bytes.set(whole(stats.bytes));
+    metrics.spool_oldest_seconds.set(whole(stats.oldest.unwrap_or_default().as_secs()));
     // A store that cannot be read keeps its last figures here; the status says so.
-    if let Ok(usage) = tokio::task::block_in_place(|| served.store.usage()) {
-        served.metrics.store_bytes.set(i64::try_from(usage.bytes).unwrap_or(i64::MAX));
-        served.metrics.store_quota_bytes.set(i64::try_from(usage.quota_bytes).unwrap_or(i64::MAX));
+    if let Ok(usage) = tokio::task::block_in_place(|| store.usage()) {
+        metrics.store_bytes.set(whole(usage.bytes));
+        metrics.store_quota_bytes.set(whole(usage.quota_bytes));
     }
+}
+
+async fn metrics(State(served): State<Served>) -> Response {
+    refresh(&served.metrics, &served.spool, &served.store);
     match served.metrics.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(json!({"error": error.to_string()}))).into_response(),

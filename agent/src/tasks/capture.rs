@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -9,10 +10,13 @@ use super::infer::StreamContext;
 use crate::base::metrics::Metrics;
 use crate::camera::{self, SourceMetrics};
 use crate::config::StreamManifest;
+use crate::frames::{CapturedFrame, Onlooker};
+use crate::roster::Roster;
 use crate::slot::Slot;
 
 /// A stream that is being played.
 pub struct Capture {
+    onlooker: Onlooker<StreamContext>,
     stop: CancellationToken,
     task: JoinHandle<()>,
     name: String,
@@ -20,16 +24,21 @@ pub struct Capture {
 
 impl Capture {
     /// Starts playing a stream into the slot of its model.
-    pub fn start(manifest: StreamManifest, slot: &Slot<StreamContext>, metrics: &Metrics) -> Self {
+    pub fn start(
+        manifest: StreamManifest,
+        slot: &Slot<StreamContext>,
+        metrics: &Metrics,
+        roster: &Arc<Roster>,
+    ) -> Self {
         let name = manifest.name.clone();
         let source = SourceMetrics {
-            up: metrics.stream_up.with_label_values(&[&name]),
+            presence: roster.begin(&name, &manifest.model, metrics.stream_up.with_label_values(&[&name])),
             reconnects: metrics.stream_reconnects.with_label_values(&[&name]),
             failed: metrics.frames.with_label_values(&[&name, "failed"]),
         };
-        source.up.set(0);
         let context = Arc::new(StreamContext::new(&manifest, metrics));
         let mailbox = slot.queue().attach(context, metrics.frames.with_label_values(&[&name, "skipped"]));
+        let onlooker = mailbox.onlooker();
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
@@ -40,7 +49,12 @@ impl Capture {
                 () = stopped.cancelled() => {}
             }
         });
-        Self { stop, task, name }
+        Self { onlooker, stop, task, name }
+    }
+
+    /// The next frame that comes.
+    pub fn next_frame(&self) -> oneshot::Receiver<CapturedFrame> {
+        self.onlooker.next_frame()
     }
 
     /// Stops the stream. A frame that still waits is dropped.

@@ -7,14 +7,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use lineside_runtime::pipeline::{Inspection, Pipeline};
+use lineside_runtime::prediction::Prediction;
 use prometheus::IntCounter;
 
 use crate::base::clock;
 use crate::base::metrics::Metrics;
 use crate::config::StreamManifest;
 use crate::frames::Taken;
-use crate::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultMessage, Topics};
-use crate::spool::{Appended, RECORD_BYTES_MAX, Spool};
+use crate::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultBody};
+use crate::outbox::Outbox;
+use crate::plan::exception::Reporting;
+use crate::spool::{Appended, RECORD_BYTES_MAX};
 use crate::verdict::{Rule, Subject, Verdict};
 
 /// Good frames in a row after which a stream's last failure counts as over.
@@ -40,6 +43,8 @@ pub struct StreamContext {
     unjudged: IntCounter,
     complaint: Mutex<Complaint>,
     rule_fails: AtomicBool,
+    reporting: Option<Mutex<Reporting>>,
+    suppressed: IntCounter,
 }
 
 impl StreamContext {
@@ -59,6 +64,8 @@ impl StreamContext {
             unjudged: verdicts(Verdict::None),
             complaint: Mutex::default(),
             rule_fails: AtomicBool::new(false),
+            reporting: manifest.report.map(|report| Mutex::new(Reporting::new(report))),
+            suppressed: metrics.results_suppressed.with_label_values(&[&manifest.name]),
         }
     }
 
@@ -109,6 +116,17 @@ impl StreamContext {
         }
     }
 
+    /// Whether a result is said. What is not, is counted.
+    fn is_worth_saying(&self, prediction: &Prediction, verdict: Verdict, model: &ModelInfo) -> bool {
+        let Some(reporting) = &self.reporting else { return true };
+        let mut reporting = reporting.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_worth_it = reporting.is_worth_saying(prediction, verdict, model.version, Instant::now());
+        if !is_worth_it {
+            self.suppressed.inc();
+        }
+        is_worth_it
+    }
+
     fn count(&self, verdict: Verdict) {
         self.processed.inc();
         match verdict {
@@ -121,18 +139,14 @@ impl StreamContext {
 
 /// What all instances share.
 pub struct Inspector {
-    node: String,
-    site: String,
-    epoch: u64,
-    topics: Topics,
-    spool: Arc<dyn Spool>,
+    outbox: Arc<Outbox>,
     metrics: Metrics,
 }
 
 impl Inspector {
-    /// An inspector for this node in this boot epoch.
-    pub fn new(node: &str, site: &str, epoch: u64, topics: Topics, spool: Arc<dyn Spool>, metrics: Metrics) -> Self {
-        Self { node: node.to_owned(), site: site.to_owned(), epoch, topics, spool, metrics }
+    /// An inspector that says its results here.
+    pub fn new(outbox: Arc<Outbox>, metrics: Metrics) -> Self {
+        Self { outbox, metrics }
     }
 
     /// Looks at one frame.
@@ -176,38 +190,28 @@ impl Inspector {
         let task = pipeline.output().task.task();
         let verdict = stream.judge(task.name(), &inspection, frame.name.as_deref());
         let now = SystemTime::now();
-        let mut message = ResultMessage {
-            id: String::new(),
+        stream.count(verdict);
+        if !stream.is_worth_saying(&inspection.prediction, verdict, model) {
+            return;
+        }
+        let body = ResultBody {
             ts: clock::rfc3339(now),
-            site: &self.site,
-            node: &self.node,
+            site: self.outbox.site(),
+            node: self.outbox.node(),
             stream: &stream.name,
-            seq: 0,
             model,
             task,
             frame: FrameInfo::new(frame.name.clone(), &inspection, frame.captured_at),
             latency_ms: Latency::new(queued, timings, frame.arrived.elapsed()),
             prediction: PredictionInfo::from(inspection.prediction),
             verdict,
-            // What is made while the broker is away comes late; its consumers are told.
-            historical: self.metrics.mqtt_connected.get() == 0,
             clock_synced: clock::is_plausible(now),
+            historical: false,
         };
-        let appended = self.spool.append(self.topics.result(&stream.name), &mut |seq| {
-            message.seq = seq;
-            message.id = format!("{}:{}:{seq}", self.node, self.epoch);
-            // Only a map with keys that are no strings can fail to become JSON, and there is none in a result.
-            serde_json::to_vec(&message).unwrap_or_default()
-        });
-        let dropped = |reason: &str| self.metrics.spool_dropped.with_label_values(&[reason]);
-        match appended {
-            Appended::Kept { dropped: older } => dropped("full").inc_by(older as u64),
-            Appended::TooLarge => {
-                dropped("too_large").inc();
-                let reason = format!("the result is larger than {RECORD_BYTES_MAX} bytes and cannot be sent");
-                stream.complain(&reason, frame.name.as_deref(), model);
-            }
+        // What gave way for room was counted by the spool.
+        if self.outbox.result(&body) == Appended::TooLarge {
+            let reason = format!("the result is larger than {RECORD_BYTES_MAX} bytes and cannot be sent");
+            stream.complain(&reason, frame.name.as_deref(), model);
         }
-        stream.count(verdict);
     }
 }

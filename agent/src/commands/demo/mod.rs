@@ -9,6 +9,7 @@ mod bundle;
 use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
@@ -18,13 +19,17 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::app::App;
 use crate::base::shutdown;
-use crate::config::agent::{Broker, Config, Models};
+use crate::config::agent::{Config, Models};
+use crate::config::mqtt::{Broker, Mqtt, Spooling};
 use crate::message::Topics;
+use crate::mqtt::access::Access;
 use crate::mqtt::loopback::Loopback;
 use crate::mqtt::{self, Event};
+use crate::telemetry::SetLevel;
 
 const MODEL_NAME: &str = "surface-defects";
 const STREAM_NAME: &str = "line-1";
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 #[derive(Args)]
 pub(super) struct Arguments {
@@ -39,37 +44,37 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failure> {
     if !(0.0..=1000.0).contains(&arguments.fps) {
         return Err(Failure::Usage(vec![format!("--fps: {} is not within 0 and 1000", arguments.fps)]));
     }
     let runtime = super::runtime()?;
-    let ended = runtime.block_on(show(&arguments));
+    let ended = runtime.block_on(show(&arguments, set_level));
     runtime.shutdown_background();
     ended.map_err(Failure::Failed)
 }
 
-async fn show(arguments: &Arguments) -> anyhow::Result<()> {
+async fn show(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> {
     let folder = tempfile::Builder::new().prefix("lineside-demo-").tempdir().context("no temporary folder")?;
     lay_out(folder.path(), arguments.fps).context("the demonstration's files cannot be written")?;
     let stop = CancellationToken::new();
     shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
     let address = Loopback::start().await.context("no free port for the broker")?.address();
+    let broker = Broker { host: address.ip().to_string(), port: address.port(), tls: false, credentials: None };
     let config = Config {
         node: "demo-node".to_owned(),
         site: "demo".to_owned(),
         prefix: "lineside".to_owned(),
         manifests: folder.path().join("manifests"),
         data_dir: folder.path().join("data"),
-        broker: Broker { host: address.ip().to_string(), port: address.port(), credentials: None },
+        mqtt: Mqtt::to(broker.clone()),
         http: ([127, 0, 0, 1], 0).into(),
         labels: BTreeMap::new(),
-        spool_bytes_max: 64 << 20,
+        spool: Spooling::default(),
         models: Models::default(),
     };
     let topics = Topics::new(&config.prefix, &config.site, &config.node);
-    let broker = config.broker.clone();
-    let app = App::start(config).await?;
+    let app = App::start(config, set_level).await?;
     eprintln!("A node with one camera, one model and a broker runs on this machine now.");
     eprintln!();
     eprintln!("  results   mosquitto_sub -h {} -p {} -v -t '{}'", address.ip(), address.port(), topics.all());
@@ -110,7 +115,8 @@ fn lay_out(folder: &Path, fps: f64) -> std::io::Result<()> {
 
 /// Subscribes like any consumer and prints what comes.
 async fn tell(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow::Result<()> {
-    let (mut sender, mut receiver) = mqtt::connection::<()>(broker, "lineside-demo-terminal", None);
+    let (mut sender, mut receiver) =
+        mqtt::connection::<()>(broker, &Access::default(), "lineside-demo-terminal", KEEP_ALIVE, None);
     let mut table = Table::new();
     let mut stdout = std::io::stdout();
     loop {

@@ -5,6 +5,7 @@
 //! (`bring.rs`), at most one for each model, which comes back as a message; everything else goes on meanwhile.
 
 mod bring;
+mod obey;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::capture::Capture;
 use super::infer::{Inspector, StreamContext};
+use super::{Order, Task};
 use crate::base::backoff::Backoff;
 use crate::base::digest::Digest;
 use crate::base::metrics::Metrics;
@@ -26,12 +28,16 @@ use crate::config::ModelManifest;
 use crate::fetch::Fetcher;
 use crate::last_good::LastGood;
 use crate::manifests::{Finding, Folder};
+use crate::message::Event;
+use crate::outbox::Outbox;
 use crate::plan::ModelState;
 use crate::plan::desired::{Desired, Node};
 use crate::plan::diff::{Observed, ObservedModel, Step, diff};
+use crate::roster::Roster;
 use crate::serve::health::Health;
 use crate::serve::status::Board;
 use crate::slot::Slot;
+use crate::spool::Spool;
 use crate::store::Store;
 use crate::trust::Keyring;
 use crate::vet::Limits;
@@ -68,6 +74,16 @@ pub struct Deploy {
     doubled: BTreeSet<String>,
     /// The series set in `model_state`: model to version and state.
     reported: BTreeMap<String, (u64, ModelState)>,
+    /// What was said last of each model.
+    said: BTreeMap<String, Event>,
+    /// Streams that an operator has paused.
+    paused: BTreeSet<String>,
+    /// What the folder says has to be put together again.
+    is_stale: bool,
+    orders: mpsc::Receiver<Task>,
+    roster: Arc<Roster>,
+    outbox: Arc<Outbox>,
+    spool: Arc<Spool>,
     /// Errands under way, by model.
     errands: HashMap<String, UnderWay>,
     /// What serves, by model.
@@ -112,6 +128,14 @@ pub struct Parts {
     pub inspector: Inspector,
     /// Everything that is counted.
     pub metrics: Metrics,
+    /// What operators ask for.
+    pub orders: mpsc::Receiver<Task>,
+    /// The streams that are played, for others to see.
+    pub roster: Arc<Roster>,
+    /// Where events are said.
+    pub outbox: Arc<Outbox>,
+    /// What waits for the broker.
+    pub spool: Arc<Spool>,
     /// What the probes look at.
     pub health: Arc<Health>,
     /// What operators look at.
@@ -156,6 +180,13 @@ impl Deploy {
             failures: HashMap::new(),
             doubled: BTreeSet::new(),
             reported: BTreeMap::new(),
+            said: BTreeMap::new(),
+            paused: BTreeSet::new(),
+            is_stale: false,
+            orders: parts.orders,
+            roster: parts.roster,
+            outbox: parts.outbox,
+            spool: parts.spool,
             errands: HashMap::new(),
             serving: HashMap::new(),
             expired: BTreeSet::new(),
@@ -174,6 +205,7 @@ impl Deploy {
                 _ = ticks.tick() => self.look(),
                 looked = under_way(&mut self.looking) => self.on_looked(looked),
                 Some(loaded) = self.loads.recv() => self.on_loaded(loaded),
+                Some(task) = self.orders.recv() => self.on_order(task),
             }
             self.reconcile().await;
             self.report();
@@ -211,7 +243,7 @@ impl Deploy {
         for finding in &findings {
             self.tell(finding);
         }
-        if !findings.is_empty() {
+        if !findings.is_empty() || std::mem::take(&mut self.is_stale) {
             self.desired = self.gather(&folder);
         }
         let is_certain = folder.is_certain();
@@ -266,6 +298,7 @@ impl Deploy {
             }
         }
         self.doubled = doubled;
+        desired.streams.retain(|name, _| !self.paused.contains(name));
         desired
     }
 
@@ -309,7 +342,8 @@ impl Deploy {
                 Step::Start(manifest) => {
                     let slot = self.slot(&manifest.model);
                     self.observed.streams.insert(manifest.name.clone(), manifest.clone());
-                    self.captures.insert(manifest.name.clone(), Capture::start(manifest, &slot, &self.metrics));
+                    self.captures
+                        .insert(manifest.name.clone(), Capture::start(manifest, &slot, &self.metrics, &self.roster));
                 }
                 Step::Stop(name) => {
                     self.observed.streams.remove(&name);

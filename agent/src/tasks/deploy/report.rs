@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime};
 use super::{Deploy, LOWER_VERSION};
 use crate::base::clock;
 use crate::config::ModelManifest;
+use crate::message::Event;
 use crate::plan::ModelState;
 use crate::serve::health::ModelHealth;
 use crate::serve::status::{Condition, ModelStatus, Serving};
@@ -17,14 +18,19 @@ impl Deploy {
         let mut statuses = Vec::new();
         let mut healths = BTreeMap::new();
         let mut states = BTreeMap::new();
-        for (name, wanted) in &self.desired.models {
+        // What is desired does not change meanwhile; it is taken out so that the rest may.
+        let models = std::mem::take(&mut self.desired.models);
+        for (name, wanted) in &models {
             let (state, reason) = self.state(wanted);
             let status = self.status(wanted, state, reason.clone());
             let serving = status.serving.as_ref().map(|serving| serving.version);
+            self.say(name, wanted, state, serving, &reason);
             statuses.push(status);
             healths.insert(name.clone(), ModelHealth { version: wanted.version, state: state.name(), serving, reason });
             states.insert(name.clone(), (wanted.version, state));
         }
+        self.desired.models = models;
+        self.said.retain(|name, _| states.contains_key(name));
         if self.reported != states {
             for (name, (version, state)) in &self.reported {
                 drop(self.metrics.model_state.remove_label_values(&[name, &version.to_string(), state.name()]));
@@ -119,6 +125,47 @@ impl Deploy {
             }
         }
         self.expired = expired;
+        conditions.extend(self.spool_conditions());
         conditions
+    }
+
+    /// What an operator should know of the results that wait.
+    fn spool_conditions(&self) -> Vec<Condition> {
+        let stats = self.spool.stats();
+        self.metrics.spool_in_trouble.set(i64::from(stats.trouble.is_some()));
+        let trouble = stats.trouble.map(|trouble| {
+            let message = format!("the disk does not take results ({trouble}); they wait in memory, which holds few");
+            Condition::degraded("SpoolDiskFailing", message)
+        });
+        let overflow = stats.is_overflowing.then(|| {
+            let message = format!(
+                "results gave way for room within the last minute: {} bytes wait and {} may; is a broker reached?",
+                stats.bytes, stats.bytes_max
+            );
+            Condition::degraded("SpoolFull", message)
+        });
+        trouble.into_iter().chain(overflow).collect()
+    }
+
+    /// Says where a model stands, when that is news.
+    fn say(
+        &mut self,
+        name: &str,
+        wanted: &ModelManifest,
+        state: ModelState,
+        serving: Option<u64>,
+        reason: &Option<String>,
+    ) {
+        let event = Event::ModelState {
+            model: name.to_owned(),
+            version: wanted.version,
+            state: state.name().into(),
+            serving,
+            reason: reason.clone(),
+        };
+        if self.said.get(name) != Some(&event) {
+            self.said.insert(name.to_owned(), event.clone());
+            self.outbox.event(event);
+        }
     }
 }

@@ -12,14 +12,17 @@ use crate::base::files::read_bounded;
 const VALUE_BYTES_MAX: u64 = 1 << 20;
 
 /// A folder with one file for each value: a mounted Secret, or none.
-pub(super) struct Secret {
+pub struct Secret {
     name: String,
     folder: Option<PathBuf>,
 }
 
 impl Secret {
     /// The secret that a manifest names.
-    pub(super) fn open(secrets: &Path, name: Option<&str>) -> Result<Self, String> {
+    ///
+    /// # Errors
+    /// When it is not mounted.
+    pub fn open(secrets: &Path, name: Option<&str>) -> Result<Self, String> {
         let Some(name) = name else { return Ok(Self { name: String::new(), folder: None }) };
         let folder = secrets.join(name);
         match folder.is_dir() {
@@ -31,8 +34,22 @@ impl Secret {
         }
     }
 
+    /// The secret in a folder of its own.
+    ///
+    /// # Errors
+    /// When the folder is not there.
+    pub fn at(folder: &Path) -> Result<Self, String> {
+        match folder.is_dir() {
+            true => Ok(Self { name: folder.display().to_string(), folder: Some(folder.to_owned()) }),
+            false => Err(format!("{} is no folder; mount the secret there", folder.display())),
+        }
+    }
+
     /// One value, without the line's end that editors add.
-    pub(super) fn get(&self, key: &str) -> Result<Option<String>, String> {
+    ///
+    /// # Errors
+    /// When it is there and cannot be read.
+    pub fn get(&self, key: &str) -> Result<Option<String>, String> {
         let Some(folder) = &self.folder else { return Ok(None) };
         let path = folder.join(key);
         match read_bounded(&path, VALUE_BYTES_MAX) {
@@ -46,18 +63,24 @@ impl Secret {
     }
 
     /// A value that has to be there.
-    pub(super) fn require(&self, key: &str) -> Result<String, String> {
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn require(&self, key: &str) -> Result<String, String> {
         self.get(key)?.ok_or_else(|| format!("the secret {} has no {key}", self.name))
     }
 
     /// Whether the manifest names one.
-    pub(super) fn is_named(&self) -> bool {
+    pub fn is_named(&self) -> bool {
         self.folder.is_some()
     }
 
     /// User and password, for a web server or for a registry. For a registry they may stand in a Docker configuration
     /// (`.dockerconfigjson`, as `kubectl create secret docker-registry` writes it).
-    pub(super) fn login(&self, registry: Option<&str>) -> Result<Option<(String, String)>, String> {
+    ///
+    /// # Errors
+    /// When it is half there, or is no login.
+    pub fn login(&self, registry: Option<&str>) -> Result<Option<(String, String)>, String> {
         if let Some(user) = self.get("username")? {
             return Ok(Some((user, self.require("password")?)));
         }

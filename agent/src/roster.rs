@@ -1,0 +1,102 @@
+//! The streams this node plays and whether they are up, for those who tell others of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use prometheus::IntGauge;
+use tokio::sync::watch;
+
+use crate::message::Event;
+use crate::outbox::Outbox;
+
+/// A stream that is played.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// The model that looks at its frames.
+    pub model: String,
+    /// Whether frames can be had.
+    pub up: bool,
+}
+
+/// Streams by name.
+pub type Streams = BTreeMap<String, Member>;
+
+/// The streams of this node.
+pub struct Roster {
+    streams: watch::Sender<Streams>,
+    outbox: Arc<Outbox>,
+}
+
+impl Roster {
+    /// A roster with nobody on it. Changes are said as events.
+    pub fn new(outbox: Arc<Outbox>) -> Arc<Self> {
+        Arc::new(Self { streams: watch::Sender::new(Streams::new()), outbox })
+    }
+
+    /// Follows the streams.
+    pub fn follow(&self) -> watch::Receiver<Streams> {
+        self.streams.subscribe()
+    }
+
+    /// A stream is played from now on, until its presence is dropped.
+    pub fn begin(self: &Arc<Self>, stream: &str, model: &str, gauge: IntGauge) -> Arc<Presence> {
+        gauge.set(0);
+        self.streams.send_modify(|streams| {
+            streams.insert(stream.to_owned(), Member { model: model.to_owned(), up: false });
+        });
+        Arc::new(Presence { roster: self.clone(), stream: stream.to_owned(), gauge })
+    }
+}
+
+/// Whether one stream is up.
+pub struct Presence {
+    roster: Arc<Roster>,
+    stream: String,
+    gauge: IntGauge,
+}
+
+impl Presence {
+    /// Whether frames can be had.
+    pub fn is_up(&self) -> bool {
+        self.gauge.get() == 1
+    }
+
+    /// Frames can be had. `true` when that is news.
+    pub fn up(&self) -> bool {
+        let is_news = self.change(true);
+        if is_news {
+            self.roster.outbox.event(Event::StreamUp { stream: self.stream.clone() });
+        }
+        is_news
+    }
+
+    /// No frames can be had.
+    pub fn down(&self, reason: Option<&str>) {
+        if self.change(false) {
+            let (stream, reason) = (self.stream.clone(), reason.map(str::to_owned));
+            self.roster.outbox.event(Event::StreamDown { stream, reason });
+        }
+    }
+
+    fn change(&self, up: bool) -> bool {
+        if self.is_up() == up {
+            return false;
+        }
+        self.gauge.set(i64::from(up));
+        self.roster.streams.send_modify(|streams| {
+            if let Some(member) = streams.get_mut(&self.stream) {
+                member.up = up;
+            }
+        });
+        true
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.down(None);
+        self.roster.streams.send_modify(|streams| {
+            streams.remove(&self.stream);
+        });
+    }
+}

@@ -25,13 +25,12 @@ fn fill(spool: &Spool) {
     let topic: Arc<str> = "lineside/v1/plant/edge-1/line-1/result".into();
     let payload = Bytes::from(vec![b'x'; PAYLOAD_BYTES]);
     for _ in 0..RECORDS {
-        let payload = payload.clone();
         let draft = Draft {
             kind: Kind::Result,
             topic: topic.clone(),
             ttl_seconds: 0,
-            when_full: WhenFull::DropOldest,
-            make: |_| payload,
+            when_full: WhenFull::Block,
+            make: |_| payload.clone(),
         };
         assert!(matches!(spool.append(draft), Appended::Kept(_)));
     }

@@ -9,11 +9,16 @@
 pub mod agent;
 pub mod broker;
 pub mod camera;
+pub mod certificates;
 pub mod hostile;
 pub mod http;
 pub mod onnx;
+pub mod paho;
 pub mod plant;
+pub mod relay;
+pub mod scripted_broker;
 pub mod source;
+pub mod sparkplug;
 pub mod wait;
 
 use std::path::{Path, PathBuf};

@@ -33,7 +33,7 @@ const CACHE_BYTES: u64 = 1 << 20;
 const RETRY_MS: u64 = 1000;
 /// What need not be done at once is done this often.
 const TIDY_MS: u64 = 10_000;
-/// An open segment of at least this size is let go when everything in it is done with.
+/// An open segment of at least this size is let go when everything in it is done with; a smaller one when room is short.
 const WORTH_REMOVING_BYTES: u64 = 64 << 10;
 /// A file that cannot be read is given up after so many tries.
 const READ_TRIES: u32 = 3;
@@ -45,9 +45,9 @@ pub(super) struct Keeper {
     disk: Arc<dyn Disk>,
     lanes: Vec<Files>,
     segment_bytes: u64,
+    bytes_max: u64,
     sync_ms: u64,
-    /// When the oldest unsynced record was written.
-    unsynced_since_ms: Option<u64>,
+    memory_bytes_max: u64,
     retry_at_ms: Option<u64>,
     tidy_at_ms: u64,
 }
@@ -201,8 +201,9 @@ impl Keeper {
             disk,
             lanes: Kind::ALL.into_iter().map(files).collect(),
             segment_bytes: options.segment_bytes,
+            bytes_max: options.bytes_max,
             sync_ms: u64::try_from(options.sync_interval.as_millis()).unwrap_or(u64::MAX),
-            unsynced_since_ms: None,
+            memory_bytes_max: options.memory_bytes_max,
             retry_at_ms: None,
             tidy_at_ms: 0,
         }
@@ -214,10 +215,16 @@ impl Keeper {
             self.keep(shared, now_ms, false);
         }
         self.read_ahead(shared);
-        let wake_ms =
-            [self.retry_at_ms, self.unsynced_since_ms.map(|since| since + self.sync_ms), Some(self.tidy_at_ms)];
-        let wake_ms = wake_ms.into_iter().flatten().min().unwrap_or(now_ms);
+        // A disk that refuses is left alone until it is tried again.
+        let wake_ms = self.retry_at_ms.unwrap_or_else(|| self.sync_at(shared).unwrap_or(u64::MAX).min(self.tidy_at_ms));
         Duration::from_millis(wake_ms.saturating_sub(now_ms).max(1))
+    }
+
+    /// When something has to be synced: a record that waits has done so for long enough.
+    fn sync_at(&self, shared: &Shared) -> Option<u64> {
+        let mut state = shared.state();
+        let oldest_ms = state.lanes.iter_mut().filter_map(|lane| lane.oldest_unsynced_ms(CACHE_BYTES)).min()?;
+        Some(oldest_ms.saturating_add(self.sync_ms))
     }
 
     /// Brings everything to the disk at the end: written, synced, closed.
@@ -242,9 +249,9 @@ impl Keeper {
     /// Writes, syncs, tidies. A disk that refuses is complained about once and tried again.
     fn keep(&mut self, shared: &Shared, now_ms: u64, is_end: bool) {
         let was_in_trouble = shared.state().trouble.is_some();
-        let is_due = was_in_trouble
-            || is_end
-            || self.unsynced_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= self.sync_ms);
+        let is_tight = shared.state().lanes.iter().map(Lane::unsynced_bytes).sum::<u64>() > self.memory_bytes_max / 4;
+        let is_due =
+            was_in_trouble || is_end || is_tight || self.sync_at(shared).is_some_and(|sync_ms| sync_ms <= now_ms);
         let is_tidy_time = is_end || now_ms >= self.tidy_at_ms;
         let mut trouble = None;
         for index in 0..self.lanes.len() {
@@ -255,12 +262,6 @@ impl Keeper {
         if is_tidy_time {
             self.tidy_at_ms = now_ms + TIDY_MS;
         }
-        let has_unsynced = shared.state().lanes.iter().any(Lane::has_unsynced);
-        self.unsynced_since_ms = match has_unsynced {
-            true if is_due => Some(now_ms),
-            true => self.unsynced_since_ms.or(Some(now_ms)),
-            false => None,
-        };
         match trouble {
             Some(error) => {
                 self.retry_at_ms = Some(now_ms + RETRY_MS);
@@ -289,6 +290,7 @@ impl Keeper {
         is_end: bool,
     ) -> io::Result<()> {
         let (disk, segment_bytes) = (self.disk.clone(), self.segment_bytes);
+        let is_crowded = shared.state().bytes() > self.bytes_max / 2;
         let files = &mut self.lanes[index];
         let kind = files.kind;
         if is_tidy_time {
@@ -300,7 +302,7 @@ impl Keeper {
             false => Ok(()),
         };
         let is_full = files.open.as_ref().is_some_and(|open| open.bytes >= segment_bytes);
-        let is_idle = is_tidy_time && files.is_idle(shared);
+        let is_idle = files.is_finished(shared) && (is_tidy_time && files.is_worth_removing() || is_crowded);
         let closed = match is_full || is_idle || is_end {
             true => files.close(&*disk, shared),
             false => Ok(()),
@@ -311,6 +313,9 @@ impl Keeper {
             state.lane(kind).discard_finished(open.as_deref());
             state.lane(kind).take_discarded()
         };
+        if !discarded.is_empty() {
+            shared.room.notify_all();
+        }
         // The cursor first: when a file is gone it should be known why.
         let remembered = files.remember(&*disk, shared, now_ms, is_tidy_time);
         let mut left = Vec::new();
@@ -435,6 +440,8 @@ impl Files {
             }
         }
         shared.state().lane(self.kind).synced_to(target, CACHE_BYTES);
+        // Memory is free again, so whoever waited for room may go on.
+        shared.room.notify_all();
         Ok(())
     }
 
@@ -449,13 +456,16 @@ impl Files {
         Ok(())
     }
 
-    /// Nothing in the open segment is needed any more, and it is large enough to be worth removing.
-    fn is_idle(&self, shared: &Shared) -> bool {
+    /// Whether nothing in the open segment is needed any more.
+    fn is_finished(&self, shared: &Shared) -> bool {
         let Some(open) = &self.open else { return false };
         let mut state = shared.state();
         let lane = state.lane(self.kind);
-        let is_finished = lane.close_of(&open.name).is_none_or(|(segment, _)| segment.waiting == 0);
-        is_finished && !lane.has_unwritten() && open.bytes >= WORTH_REMOVING_BYTES
+        !lane.has_unwritten() && lane.close_of(&open.name).is_none_or(|(segment, _)| segment.waiting == 0)
+    }
+
+    fn is_worth_removing(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.bytes >= WORTH_REMOVING_BYTES)
     }
 
     /// Closes the open segment: synced as far as it is needed, under the name that says what is in it.

@@ -437,9 +437,13 @@ impl Lane {
         self.written
     }
 
-    /// Whether records wait in memory that no sync has covered, done with or not.
-    pub(super) fn has_unsynced(&self) -> bool {
-        self.synced < self.written
+    /// When the oldest record was appended that is written, not synced, and not done with.
+    pub(super) fn oldest_unsynced_ms(&mut self, cache_bytes_max: u64) -> Option<u64> {
+        if let Some(end) = self.done.end_of(self.synced) {
+            self.synced_to((end + 1).min(self.written), cache_bytes_max);
+        }
+        let is_written = self.synced < self.written;
+        is_written.then(|| self.recent_record(self.synced).map_or(0, |record| record.born_ms))
     }
 
     /// Everything below this position is safe, or done with.

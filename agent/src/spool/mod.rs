@@ -28,8 +28,10 @@ mod frame;
 mod keeper;
 mod lane;
 #[cfg(test)]
-mod model;
+pub(crate) mod model;
 mod ranges;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::fs::File;
@@ -124,7 +126,8 @@ pub struct Draft<F> {
     pub ttl_seconds: u32,
     /// What becomes of it when there is no room.
     pub when_full: WhenFull,
-    /// Makes its payload. It is given the record's number, which starts at 1 in each lane when the agent starts.
+    /// Makes its payload. It is given the record's number, which starts at 1 in each lane when the agent starts; it may be
+    /// called again with another one, when it had to wait for room.
     pub make: F,
 }
 
@@ -352,50 +355,56 @@ impl Spool {
     }
 
     /// Appends a record made for the next number of its lane. It waits for nothing, but with [`WhenFull::Block`].
-    pub fn append(&self, draft: Draft<impl FnOnce(u64) -> Bytes>) -> Appended {
+    pub fn append(&self, mut draft: Draft<impl FnMut(u64) -> Bytes>) -> Appended {
         let shared = &*self.shared;
         let kind = draft.kind;
-        let mut state = shared.state();
-        // The payload is made for a number, so its size is known only then; what is already too much is found here.
-        while draft.when_full != WhenFull::DropOldest && state.bytes() >= self.options.bytes_max && !state.is_closing {
-            if draft.when_full == WhenFull::DropNewest {
-                state.last_overflow_ms = Some(shared.now_ms());
-                drop(state);
-                shared.count(Dropped { full: 1, ..Dropped::default() });
-                return Appended::Full;
-            }
-            state = shared.room.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        let number = state.numbers[kind as usize] + 1;
-        let bound = self.options.age_max_seconds;
-        let ttl_seconds = match (draft.ttl_seconds, bound) {
+        let ttl_seconds = match (draft.ttl_seconds, self.options.age_max_seconds) {
             (0, other) | (other, 0) => other,
             (wanted, bound) => wanted.min(bound),
         };
-        let record = Record {
-            place: Place { kind, position: state.lane(kind).next() },
-            topic: draft.topic,
-            payload: (draft.make)(number),
-            born_ms: shared.now_ms(),
-            ttl_seconds,
-        };
-        let size = frame::size(&record);
-        if size > RECORD_BYTES_MAX.min(self.options.bytes_max) || record.topic.len() > TOPIC_BYTES_MAX {
-            drop(state);
-            shared.dropped.with_label_values(&["too_large"]).inc();
-            return Appended::TooLarge;
+        let mut state = shared.state();
+        loop {
+            let number = state.numbers[kind as usize] + 1;
+            let record = Record {
+                place: Place { kind, position: state.lane(kind).next() },
+                topic: draft.topic.clone(),
+                payload: (draft.make)(number),
+                born_ms: shared.now_ms(),
+                ttl_seconds,
+            };
+            let size = frame::size(&record);
+            if size > RECORD_BYTES_MAX.min(self.options.bytes_max) || record.topic.len() > TOPIC_BYTES_MAX {
+                drop(state);
+                shared.dropped.with_label_values(&["too_large"]).inc();
+                return Appended::TooLarge;
+            }
+            if draft.when_full != WhenFull::DropOldest && !self.has_room(&state, size) && !state.is_closing {
+                if draft.when_full == WhenFull::DropNewest {
+                    state.last_overflow_ms = Some(shared.now_ms());
+                    drop(state);
+                    shared.count(Dropped { full: 1, ..Dropped::default() });
+                    return Appended::Full;
+                }
+                state = shared.room.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            state.numbers[kind as usize] = number;
+            state.lane(kind).append(record);
+            let mut dropped = Dropped::default();
+            self.make_room(&mut state, &mut dropped);
+            if dropped.total() > 0 {
+                state.last_overflow_ms = Some(shared.now_ms());
+            }
+            shared.poke(state);
+            shared.changed.notify_one();
+            shared.count(dropped);
+            return Appended::Kept(number);
         }
-        state.numbers[kind as usize] = number;
-        state.lane(kind).append(record);
-        let mut dropped = Dropped::default();
-        self.make_room(&mut state, &mut dropped);
-        if dropped.total() > 0 {
-            state.last_overflow_ms = Some(shared.now_ms());
-        }
-        shared.poke(state);
-        shared.changed.notify_one();
-        shared.count(dropped);
-        Appended::Kept(number)
+    }
+
+    fn has_room(&self, state: &State, bytes: u64) -> bool {
+        let unsynced: u64 = state.lanes.iter().map(Lane::unsynced_bytes).sum();
+        state.bytes() + bytes <= self.options.bytes_max && unsynced + bytes <= self.options.memory_bytes_max
     }
 
     /// Lets the oldest records go until the bounds hold.

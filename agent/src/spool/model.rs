@@ -13,12 +13,12 @@ use super::fake::{FakeDisk, Mood};
 use super::*;
 
 /// Seeds that once failed.
-const SEEDS: [u64; 2] = [8587, 56289];
+const SEEDS: [u64; 3] = [8587, 56289, 264833];
 const SEQUENCES: u64 = 10_000;
 const STEPS: u64 = 90;
 const ROOT: &str = "/spool";
 
-pub(super) fn options(bytes_max: u64) -> Options {
+pub(crate) fn options(bytes_max: u64) -> Options {
     let counter = |name: &str| IntCounter::new(name, name).unwrap();
     let dropped = IntCounterVec::new(prometheus::Opts::new("dropped", "dropped"), &["reason"]).unwrap();
     Options {
@@ -30,8 +30,8 @@ pub(super) fn options(bytes_max: u64) -> Options {
 }
 
 /// A spool driven by hand.
-pub(super) struct Driven {
-    pub(super) spool: Spool,
+pub(crate) struct Driven {
+    pub(crate) spool: Spool,
     keeper: Keeper,
     pub(super) disk: FakeDisk,
     time_ms: Arc<AtomicU64>,
@@ -39,7 +39,7 @@ pub(super) struct Driven {
 }
 
 impl Driven {
-    pub(super) fn new(options: Options) -> Self {
+    pub(crate) fn new(options: Options) -> Self {
         Self::on(FakeDisk::default(), options)
     }
 
@@ -55,28 +55,28 @@ impl Driven {
     }
 
     /// The process ends without a word, and another begins.
-    pub(super) fn reopen(self) -> Self {
+    pub(crate) fn reopen(self) -> Self {
         Self::on(self.disk, self.options)
     }
 
     /// The process ends in order, and another begins.
-    pub(super) fn restart(mut self) -> Self {
+    pub(crate) fn restart(mut self) -> Self {
         self.keeper.finish(&self.spool.shared, self.spool.shared.now_ms());
         self.disk.set_mood(Mood::default());
         self.reopen()
     }
 
-    pub(super) fn pass(&mut self, ms: u64) {
+    pub(crate) fn pass(&mut self, ms: u64) {
         self.time_ms.fetch_add(ms, Ordering::Relaxed);
         self.keeper.cycle(&self.spool.shared, self.spool.shared.now_ms());
     }
 
-    pub(super) fn append(&self, kind: Kind, payload: Bytes, ttl_seconds: u32) -> Appended {
+    pub(crate) fn append(&self, kind: Kind, payload: Bytes, ttl_seconds: u32) -> Appended {
         let when_full = WhenFull::DropOldest;
-        self.spool.append(Draft { kind, topic: "t".into(), ttl_seconds, when_full, make: |_| payload })
+        self.spool.append(Draft { kind, topic: "t".into(), ttl_seconds, when_full, make: |_| payload.clone() })
     }
 
-    pub(super) fn dropped(&self, reason: &str) -> u64 {
+    pub(crate) fn dropped(&self, reason: &str) -> u64 {
         self.options.dropped.with_label_values(&[reason]).get()
     }
 
@@ -85,7 +85,7 @@ impl Driven {
     }
 
     /// Everything that is left, acknowledged as it comes.
-    pub(super) fn drain(&mut self) -> Vec<Record> {
+    pub(crate) fn drain(&mut self) -> Vec<Record> {
         self.spool.connected();
         let mut taken = Vec::new();
         for _ in 0..3 {
@@ -285,7 +285,7 @@ fn sequence(seed: u64) {
             }
         }
         model.reconcile(&driven);
-        let bytes_max = driven.options.bytes_max + driven.options.segment_bytes + 900;
+        let bytes_max = driven.options.bytes_max + 2 * (driven.options.segment_bytes + 900);
         assert!(driven.spool.shared.state().bytes() <= bytes_max);
     }
     // In the end the disk is well again, and everything that waits is delivered or counted.

@@ -14,6 +14,8 @@
 //! while messages are on the way, or that does not answer a probe within half the keep-alive, is given up and made anew.
 
 mod commands;
+#[cfg(test)]
+mod day;
 mod doors;
 mod flow;
 mod talk;

@@ -156,6 +156,7 @@ pub struct Series {
     pub name: String,
     /// Its labels.
     #[serde(skip_serializing_if = "std::collections::BTreeMap::is_empty")]
+    #[schemars(default)]
     pub labels: std::collections::BTreeMap<String, String>,
     /// What it shows.
     #[serde(flatten)]

@@ -46,7 +46,15 @@ impl Plant {
 
     /// One with a broker, the bundled model `parts` and a stream `line-1` of the bundled frames at this rate.
     pub fn with_stream(fps: u32) -> Self {
-        let plant = Self::online();
+        Self { broker: Self::online().broker, ..Self::playing(fps) }
+    }
+
+    /// The same without a broker.
+    ///
+    /// # Panics
+    /// When the folder cannot be written.
+    pub fn playing(fps: u32) -> Self {
+        let plant = Self::offline();
         plant.put("parts.onnx", &fs::read(example("surface-defects.onnx")).expect("the example's model is committed"));
         plant.apply("model.yaml", &model_manifest("parts", 1, "file:../parts.onnx", ""));
         let frames = format!("dir://{}?loop=true", example("frames").display());
@@ -91,7 +99,11 @@ impl Plant {
     /// Starts an agent.
     pub fn start(&self, flags: &[&str]) -> Agent {
         let url = self.broker.as_ref().map(|(broker, _)| broker.url());
-        let mqtt = url.as_deref().unwrap_or(NO_BROKER);
+        self.start_at(url.as_deref().unwrap_or(NO_BROKER), flags)
+    }
+
+    /// Starts an agent with other brokers than the plant's.
+    pub fn start_at(&self, mqtt: &str, flags: &[&str]) -> Agent {
         Agent::start(&Start { manifests: &self.path("manifests"), data: &self.data(), mqtt, flags })
     }
 
@@ -99,6 +111,12 @@ impl Plant {
     pub fn store(&self, arguments: &[&str]) -> Output {
         let data = self.data();
         lineside(&[&["store"], arguments, &["--data-dir", utf8(&data)]].concat())
+    }
+
+    /// Runs `lineside spool` on the agent's folder.
+    pub fn spool(&self, arguments: &[&str]) -> Output {
+        let data = self.data();
+        lineside(&[&["spool"], arguments, &["--data-dir", utf8(&data)]].concat())
     }
 
     /// The same, for what must succeed; returns what it prints.

@@ -103,7 +103,7 @@ fn check_metrics(address: &str) {
 }
 
 /// Another project's validator agrees with the committed schema.
-fn check_schema(name: &str, messages: &[serde_json::Value]) {
+pub(crate) fn check_schema(name: &str, messages: &[serde_json::Value]) {
     assert!(!messages.is_empty());
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("messages.json");

@@ -11,14 +11,14 @@ const FLOORS: [&[&str]; 7] = [
     &["base"],
     &["config", "message", "trust", "verdict"],
     &["plan"],
-    &["frames", "last_good", "slot", "spool", "store"],
+    &["frames", "last_good", "outbox", "roster", "slot", "spool", "store"],
     &["bundle", "camera", "fetch", "manifests", "mqtt", "serve", "vet"],
     &["tasks"],
     &["app", "telemetry", "commands"],
 ];
 
 /// The only place that may name each crate: a file, or a folder with everything in it.
-const DOORS: [(&str, &str); 11] = [
+const DOORS: [(&str, &str); 15] = [
     ("tract_onnx", "runtime/src/engine/tract"),
     ("image", "runtime/src/decode.rs"),
     ("fast_image_resize", "runtime/src/preprocess.rs"),
@@ -27,7 +27,11 @@ const DOORS: [(&str, &str); 11] = [
     ("object_store", "agent/src/fetch"),
     ("http_auth", "agent/src/fetch/oci.rs"),
     ("ring", "agent/src/trust.rs"),
-    ("indicatif", "agent/src/commands/store.rs"),
+    ("indicatif", "agent/src/commands/progress.rs"),
+    ("crc32c", "agent/src/spool"),
+    ("prost", "agent/src/mqtt"),
+    ("rustls_native_certs", "agent/src/mqtt/access.rs"),
+    ("x509_cert", "agent/src/mqtt/access.rs"),
     ("cel", "agent/src/verdict.rs"),
     ("serde_saphyr", "agent/src/config/lenient.rs"),
 ];

@@ -2,6 +2,7 @@
 
 mod check;
 mod demo;
+mod progress;
 mod run;
 mod schema;
 mod sign;

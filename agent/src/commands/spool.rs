@@ -1,14 +1,14 @@
 //! `lineside spool`: the results that wait for the broker, looked at, saved or thrown away by hand.
 
 use std::fs::File;
-use std::io::{self, BufWriter, IsTerminal as _, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use super::progress::of_messages;
 use super::{Failure, write_out};
 use crate::spool::{self, Kind, Record, View};
 
@@ -151,14 +151,8 @@ fn export(view: &View, output: &PathBuf, json: bool) -> anyhow::Result<()> {
         }
     };
     let total = view.lanes().map(|lane| lane.records).sum();
-    let bar = match io::stderr().is_terminal() {
-        true => ProgressBar::new(total).with_style(
-            // A template that does not fit is a mistake of this program; the usual bar does as well.
-            ProgressStyle::with_template("exporting {bar:30} {pos}/{len} messages, {eta} left")
-                .unwrap_or_else(|_| ProgressStyle::default_bar()),
-        ),
-        false => ProgressBar::hidden(),
-    };
+    let bar = of_messages("exporting");
+    bar.set_length(total);
     let mut exported = 0u64;
     for record in view.records() {
         let record = record.context("the spool cannot be read")?;

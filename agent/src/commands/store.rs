@@ -1,16 +1,15 @@
 //! `lineside store`: the models this node keeps, looked at and put in order by hand. It works while the agent runs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::json;
 
+use super::progress::of_bytes as bar;
 use super::{Failure, write_out};
 use crate::app::STORE_FOLDER;
 use crate::base::clock;
@@ -327,13 +326,4 @@ fn say(json: bool, report: &serde_json::Value, text: &str) {
         true => write_out(&report.to_string()),
         false => write_out(text),
     }
-}
-
-/// A bar on stderr for people, and none for scripts.
-fn bar(doing: &'static str) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{msg} {bar:40} {bytes}/{total_bytes} {eta}");
-    ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(doing)
 }

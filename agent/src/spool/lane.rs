@@ -307,7 +307,7 @@ impl Lane {
     /// Everything in a segment that is neither done with nor on the way is given up; says how much that was.
     fn give_up(&mut self, segment: Segment) -> u64 {
         let range = segment.first..=segment.last;
-        let sending: Vec<u64> = self.sending.range(range.clone()).map(|(position, _)| *position).collect();
+        let sending: Vec<u64> = self.sending.range(range).map(|(position, _)| *position).collect();
         let mut from = segment.first;
         for position in &sending {
             if from < *position {

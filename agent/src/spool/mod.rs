@@ -55,7 +55,7 @@ pub use view::{Listed, View};
 pub const RECORD_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of records that only memory holds, while the disk refuses them.
 pub const MEMORY_BYTES_MAX: u64 = 8 << 20;
-/// Bytes of a segment, about.
+/// Bytes of a segment, about; fewer where the whole spool is small.
 const SEGMENT_BYTES: u64 = 1 << 20;
 /// Bytes of a topic at most; MQTT's own limit.
 const TOPIC_BYTES_MAX: usize = 65_535;
@@ -199,7 +199,8 @@ impl Options {
             bytes_max,
             age_max_seconds: 0,
             sync_interval: Duration::from_millis(200),
-            segment_bytes: SEGMENT_BYTES,
+            // A small spool has small segments, so that not everything goes at once when room is short.
+            segment_bytes: SEGMENT_BYTES.min(bytes_max / 8),
             memory_bytes_max: MEMORY_BYTES_MAX,
             dropped,
             written_bytes,

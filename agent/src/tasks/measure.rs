@@ -38,11 +38,15 @@ pub async fn measure(
     }
 }
 
+/// A metric's name and labels.
+type Key = (String, BTreeMap<String, String>);
+
 /// What was seen the last time.
 #[derive(Default)]
 struct Rollup {
-    counters: HashMap<(String, BTreeMap<String, String>), f64>,
-    distributions: HashMap<(String, BTreeMap<String, String>), (Vec<u64>, f64)>,
+    counters: HashMap<Key, f64>,
+    /// Cumulative bucket counts, and the sum of what was observed.
+    distributions: HashMap<Key, (Vec<u64>, f64)>,
 }
 
 impl Rollup {

@@ -105,7 +105,7 @@ fn day(seed: u64) {
     assert_eq!(kept, made);
     assert_eq!(received + dropped, made, "seed {seed}: {received} received, {dropped} dropped of {made}");
     assert!(worst_live_ms <= 5000 + 3000 + STEP_MS, "a live result was {worst_live_ms} ms old");
-    println!(
+    eprintln!(
         "seed {seed}: {made} made, {received} received, {dropped} dropped, {repeats} repeats, live at most {worst_live_ms} ms old"
     );
 }

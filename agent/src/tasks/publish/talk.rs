@@ -31,6 +31,8 @@ pub(super) struct Talk<'a> {
     sender: Sender<Token>,
     voice: Voice,
     flow: Flow,
+    /// Records are being sent.
+    is_heard: bool,
     began: Instant,
     last_progress: Instant,
     probed: Option<Instant>,
@@ -65,6 +67,7 @@ impl<'a> Talk<'a> {
             sender,
             voice,
             flow: Flow::new(publisher.mqtt.drain_per_second, Duration::ZERO),
+            is_heard: false,
             began: now,
             last_progress: now,
             probed: None,
@@ -85,7 +88,6 @@ impl<'a> Talk<'a> {
         stop: &CancellationToken,
     ) -> Ended {
         let publisher = self.publisher;
-        publisher.spool.connected();
         let streams = roster.borrow_and_update().clone();
         if !self.voice.begin(publisher, &mut self.sender, &streams) {
             return no_room();
@@ -144,7 +146,11 @@ impl<'a> Talk<'a> {
         }
         // One who only moves leaves what has not been sent for the next connection.
         let goes_on = self.leaving.as_ref().is_none_or(|leaving| leaving.is_farewell && !leaving.has_said);
-        while goes_on && self.voice.may_speak(&self.sender) {
+        if !self.is_heard && self.voice.is_heard() {
+            self.is_heard = true;
+            self.publisher.spool.connected();
+        }
+        while goes_on && self.is_heard && Voice::has_room(&self.sender) {
             let now = self.now();
             let Some((record, historical)) = self.flow.next(&self.publisher.spool, now) else { break };
             let place = record.place;

@@ -107,13 +107,17 @@ impl Voice {
         }
     }
 
-    /// Whether records may be said now.
-    pub(super) fn may_speak(&self, sender: &Sender<Token>) -> bool {
-        let is_born = match self {
+    /// Whether anybody listens: what is made before comes late.
+    pub(super) fn is_heard(&self) -> bool {
+        match self {
             Self::Json { .. } => true,
             Self::Sparkplug { session, .. } => session.is_born(),
-        };
-        is_born && sender.has_room(REQUESTS_PER_RECORD + 1)
+        }
+    }
+
+    /// Whether a record may be handed over now.
+    pub(super) fn has_room(sender: &Sender<Token>) -> bool {
+        sender.has_room(REQUESTS_PER_RECORD + 1)
     }
 
     /// Says a record. `false` when there was no room after all.

@@ -21,10 +21,10 @@ fn open(folder: &std::path::Path) -> Arc<Spool> {
     Spool::open(folder, Options::new(1 << 30, dropped, written, syncs)).expect("a temporary folder")
 }
 
-fn fill(spool: &Spool) {
+fn fill(spool: &Spool, records: u64) {
     let topic: Arc<str> = "lineside/v1/plant/edge-1/line-1/result".into();
     let payload = Bytes::from(vec![b'x'; PAYLOAD_BYTES]);
-    for _ in 0..RECORDS {
+    for _ in 0..records {
         let draft = Draft {
             kind: Kind::Result,
             topic: topic.clone(),
@@ -36,10 +36,10 @@ fn fill(spool: &Spool) {
     }
 }
 
-fn drain(spool: &Spool) -> u64 {
+fn drain(spool: &Spool, records: u64) -> u64 {
     spool.connected();
     let mut taken = 0;
-    while taken < RECORDS {
+    while taken < records {
         match spool.take_backlog() {
             Some(record) => {
                 spool.acknowledge(record.place);
@@ -61,7 +61,7 @@ fn spool(criterion: &mut Criterion) {
                 let folder = tempfile::tempdir().expect("a temporary folder");
                 let spool = open(folder.path());
                 let begun = Instant::now();
-                fill(&spool);
+                fill(&spool, RECORDS);
                 spool.close();
                 total + begun.elapsed()
             })
@@ -73,12 +73,12 @@ fn spool(criterion: &mut Criterion) {
             (0..rounds).fold(Duration::ZERO, |total, _| {
                 let folder = tempfile::tempdir().expect("a temporary folder");
                 let spool = open(folder.path());
-                fill(&spool);
+                fill(&spool, RECORDS);
                 spool.close();
                 drop(spool);
                 let begun = Instant::now();
                 let spool = open(folder.path());
-                assert_eq!(drain(&spool), RECORDS);
+                assert_eq!(drain(&spool, RECORDS), RECORDS);
                 total + begun.elapsed()
             })
         });
@@ -86,5 +86,43 @@ fn spool(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, spool);
+/// A million records while nobody takes them: memory, bytes on the disk, time to open and to hand all of them over.
+/// `LINESIDE_BENCH_MILLION=1` asks for it; it takes 800 MB of disk.
+fn million(_: &mut Criterion) {
+    const MILLION: u64 = 1_000_000;
+    if std::env::var_os("LINESIDE_BENCH_MILLION").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let spool = open(folder.path());
+    fill(&spool, 1000);
+    let before = resident_kib();
+    let begun = Instant::now();
+    fill(&spool, MILLION - 1000);
+    let filled = begun.elapsed();
+    let growth = resident_kib().saturating_sub(before);
+    let stats = spool.stats();
+    spool.close();
+    drop(spool);
+    let begun = Instant::now();
+    let spool = open(folder.path());
+    let opened = begun.elapsed();
+    assert_eq!(spool.stats().records, MILLION);
+    let begun = Instant::now();
+    assert_eq!(drain(&spool, MILLION), MILLION);
+    let drained = begun.elapsed();
+    eprintln!(
+        "a million records: written in {filled:?}, {} bytes each on the disk, {growth} KiB of memory more, opened in \
+         {opened:?}, handed over and acknowledged in {drained:?}",
+        stats.bytes / MILLION
+    );
+}
+
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux tells");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux tells");
+    line.trim().trim_end_matches(" kB").trim().parse().expect("a number")
+}
+
+criterion_group!(benches, spool, million);
 criterion_main!(benches);

@@ -47,7 +47,7 @@ check: compiler ## Format, lints with warnings denied, dependencies, generated f
 	$(CARGO) clippy --workspace --all-targets -- --deny warnings
 	@$(MAKE) --no-print-directory deny
 	@$(MAKE) --no-print-directory generate
-	@git diff --exit-code -- docs/schemas || { echo 'generated files were stale; commit what `make generate` wrote'; exit 1; }
+	@git diff --exit-code -- docs/schemas agent/src/mqtt/sparkplug_b.rs || { echo 'generated files were stale; commit what `make generate` wrote'; exit 1; }
 
 deny: ## Licences, bans and sources of dependencies; advisories where their database can be had
 	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install cargo-deny --locked --version 0.20.2
@@ -55,13 +55,18 @@ deny: ## Licences, bans and sources of dependencies; advisories where their data
 	@if $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny --all-features check advisories; \
 	else echo 'advisories were not checked: their database cannot be fetched from here'; fi
 
-generate: ## Write the JSON Schemas that are made from the code
-	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --lib -- the_committed_schemas
+generate: ## Write the JSON Schemas that are made from the code, and the code that is made from sparkplug_b.proto
+	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --lib -- the_committed_schemas the_generated_code
 
-bench: ## Stage times of the data plane (Criterion)
+bench: ## Stage times of the data plane, and the spool (Criterion)
 	$(CARGO) bench --workspace --bench stages
+	LINESIDE_BENCH_MILLION=1 $(CARGO) bench --profile dev -p lineside --bench spool
 
-experiments: compiler test-tools ## The long forms of the suite's experiments on models: kills, damage, mutations, swaps
+experiments: compiler test-tools ## The long forms of the experiments: kills, cuts, damage, mutations, swaps, a month of plant time
+	LINESIDE_SPOOL_SEQUENCES=100000 LINESIDE_SPOOL_DAMAGE=1000 LINESIDE_DAYS=30 \
+		$(CARGO) test --workspace --lib -- --nocapture spool:: publish::
+	LINESIDE_EXPERIMENT_AGENT_KILLS=200 LINESIDE_EXPERIMENT_BROKER_KILLS=50 LINESIDE_EXPERIMENT_CYCLES=20 \
+		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 spool::
 	LINESIDE_EXPERIMENT_KILLS=100 LINESIDE_EXPERIMENT_INDEX_DAMAGE=100 LINESIDE_EXPERIMENT_MUTATIONS=200 LINESIDE_EXPERIMENT_SWAPS=200 \
 		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 vet:: store:: swaps::
 

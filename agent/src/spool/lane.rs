@@ -291,17 +291,25 @@ impl Lane {
 
     /// Gives up the oldest segment for room. `false` when there is none.
     pub(super) fn drop_oldest(&mut self, dropped: &mut Dropped) -> bool {
-        let Some(segment) = self.segments.pop_front() else { return false };
+        // A record on the way would have nothing but memory left, and go with the process. So its segment stays, if another
+        // can go.
+        let index = self.segments.iter().position(|segment| !self.is_on_the_way(segment)).unwrap_or(0);
+        let Some(segment) = self.segments.remove(index) else { return false };
         dropped.full += self.give_up(segment);
         true
     }
 
     /// Gives up segments in which everything has expired.
     pub(super) fn drop_expired(&mut self, now_ms: u64, dropped: &mut Dropped) {
-        let is_over = |segment: &Segment| segment.expires_ms < now_ms;
-        let (over, kept) = std::mem::take(&mut self.segments).into_iter().partition(is_over);
+        let segments = std::mem::take(&mut self.segments);
+        let is_over = |segment: &Segment| segment.expires_ms < now_ms && !self.is_on_the_way(segment);
+        let (over, kept) = segments.into_iter().partition(is_over);
         self.segments = kept;
         dropped.expired += VecDeque::into_iter(over).map(|segment| self.give_up(segment)).sum::<u64>();
+    }
+
+    fn is_on_the_way(&self, segment: &Segment) -> bool {
+        self.sending.range(segment.first..=segment.last).next().is_some()
     }
 
     /// Everything in a segment that is neither done with nor on the way is given up; says how much that was.

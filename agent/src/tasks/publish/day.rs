@@ -112,6 +112,6 @@ fn day(seed: u64) {
 
 #[test]
 fn produced_is_received_and_counted_drops() {
-    let days = std::env::var("LINESIDE_DAYS").map_or(3, |text| text.parse().unwrap());
+    let days = std::env::var("LINESIDE_DAYS").map_or(4, |text| text.parse().unwrap());
     (1..=days).for_each(day);
 }

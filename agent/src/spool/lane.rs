@@ -10,8 +10,8 @@
 //!
 //! A record is *done with* when it was acknowledged, or was given up and counted. Until then it is in a segment, in
 //! `recent`, or in `sending`; what is not synced is always in `recent`. A segment goes when everything in it is done with.
-//! While a record is on the way to the broker it is held in `sending`, also when the segment it came from is given up for
-//! room meanwhile: so it is either delivered or counted as dropped, never both.
+//! While a record is on the way to the broker it is held in `sending`, and another segment than its own is given up for room,
+//! where there is one. Where there is none, memory alone holds it: so it is either delivered or counted as dropped, never both.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 

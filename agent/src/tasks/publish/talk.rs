@@ -222,7 +222,9 @@ impl<'a> Talk<'a> {
         }
         if self.look_at <= now {
             self.look_at = now + LOOK_EVERY;
-            if fingerprint(self.publisher.mqtt.secret.as_deref()) != self.print && self.leaving.is_none() {
+            let print = fingerprint(self.publisher.mqtt.secret.as_deref());
+            // A folder that has vanished is no reason to give up a connection that works.
+            if print.is_some() && print != self.print && self.leaving.is_none() {
                 tracing::info!("credentials for the broker have changed, connecting anew with them");
                 self.leave(false);
             }

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::metrics::Metrics;
 use crate::base::{child, files};
-use crate::config::agent::Config;
+use crate::cluster::Cluster;
+use crate::config::agent::{Config, WishSource};
 use crate::fetch::Fetcher;
 use crate::message::Topics;
 use crate::outbox::Outbox;
@@ -26,9 +27,11 @@ use crate::serve::status::Board;
 use crate::spool::{self, Options, Spool, WhenFull};
 use crate::store::{Index, IndexState, Store};
 use crate::tasks::deploy::{Deploy, Parts};
+use crate::tasks::follow::follow;
 use crate::tasks::infer::Inspector;
 use crate::tasks::measure::measure;
 use crate::tasks::publish::{Publisher, SetLevel};
+use crate::tasks::sync::ClusterSync;
 use crate::trust::Keyring;
 use crate::vet::Limits;
 
@@ -47,6 +50,7 @@ const INDEX_DEADLINE: Duration = Duration::from_secs(3);
 /// A running agent.
 pub struct App {
     http: SocketAddr,
+    follow: Part,
     deploy: Part,
     measure: Option<Part>,
     publish: Part,
@@ -111,11 +115,11 @@ impl App {
             epoch,
             %http,
             brokers = ?config.mqtt.brokers,
-            manifests = %config.manifests.display(),
+            wishes = ?config.wishes,
             waiting = spool.stats().records,
             "lineside starts"
         );
-        let board = Arc::new(Board::new(&config.node, &config.site, epoch));
+        let board = Arc::new(Board::new(&config.node, &config.site, epoch, store.clone()));
         let served = Served {
             health: health.clone(),
             metrics: metrics.clone(),
@@ -124,7 +128,8 @@ impl App {
             store: store.clone(),
             peer_token: config.models.peer_token.clone(),
         };
-        let serve = Part::start("serve", |stop| server.run(served, stop));
+        let refused = metrics.http_refused.clone();
+        let serve = Part::start("serve", |stop| server.run(http::router(served), refused, stop));
         let measure = config.mqtt.metrics_every.map(|every| {
             let (counted, looked_at, stored) = (metrics.clone(), spool.clone(), store.clone());
             let refresh = move || http::refresh(&counted, &looked_at, &stored);
@@ -149,11 +154,33 @@ impl App {
         let models = config.models;
         let limits = Limits { memory_bytes: models.vet_memory_bytes, seconds: models.vet_seconds };
         let fetcher = Fetcher::new(store.clone(), models, metrics.clone());
-        let (manifests, data_dir) = (config.manifests, config.data_dir);
+        let (say, wishes) = watch::channel(None);
+        let again = Arc::new(Notify::new());
+        let has_cluster = matches!(config.wishes, WishSource::Cluster(_));
+        let (look_again, counted) = (again.clone(), metrics.clone());
+        let follow = match config.wishes {
+            WishSource::Folder(folder) => {
+                Part::start("follow", |stop| async move { follow(&folder, say, look_again, counted, stop).await })
+            }
+            WishSource::Cluster(access) => {
+                let sync = ClusterSync {
+                    cluster: Arc::new(Cluster::new(access, "lineside-agent", &node.name).await?),
+                    node: node.clone(),
+                    data_dir: config.data_dir.clone(),
+                    wishes: say,
+                    again: look_again,
+                    board: board.clone(),
+                    metrics: counted,
+                };
+                Part::start("sync", |stop| sync.run(stop))
+            }
+        };
         let deploy = Deploy::new(Parts {
             node,
-            manifests,
-            data_dir,
+            wishes,
+            again,
+            has_cluster,
+            data_dir: config.data_dir,
             inspector,
             metrics,
             orders,
@@ -168,7 +195,7 @@ impl App {
             limits,
         });
         let deploy = Part::start("deploy", |stop| deploy.run(stop));
-        Ok(Self { http, deploy, measure, publish, serve, spool })
+        Ok(Self { http, follow, deploy, measure, publish, serve, spool })
     }
 
     /// Where health and metrics are served.
@@ -178,6 +205,7 @@ impl App {
 
     /// Ends everything, in order.
     pub async fn end(self) {
+        self.follow.end().await;
         self.deploy.end().await;
         if let Some(measure) = self.measure {
             measure.end().await;

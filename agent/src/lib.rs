@@ -9,7 +9,8 @@
 //! 3  spool, outbox, roster, slot,        where the planes meet, and what is kept on disk
 //!    frames, store
 //! 2  plan                               decisions: pure, no I/O, time as an argument
-//! 1  config, message, trust, verdict    what is written down, and what is said
+//! 1  config, message, status, trust,     what is written down, and what is said
+//!    verdict
 //! 0  base                               clock, shutdown, backoff, digest, metrics
 //! ```
 
@@ -17,6 +18,7 @@ pub mod app;
 pub mod base;
 pub mod bundle;
 pub mod camera;
+pub mod cluster;
 pub mod commands;
 pub mod config;
 pub mod fetch;
@@ -31,6 +33,7 @@ pub mod roster;
 pub mod serve;
 pub mod slot;
 pub mod spool;
+pub mod status;
 pub mod store;
 pub mod tasks;
 pub mod telemetry;

@@ -16,6 +16,8 @@ pub struct Member {
     pub model: String,
     /// Whether frames can be had.
     pub up: bool,
+    /// Why not, as far as that was said.
+    pub reason: Option<String>,
 }
 
 /// Streams by name.
@@ -42,7 +44,7 @@ impl Roster {
     pub fn begin(self: &Arc<Self>, stream: &str, model: &str, gauge: IntGauge) -> Arc<Presence> {
         gauge.set(0);
         self.streams.send_modify(|streams| {
-            streams.insert(stream.to_owned(), Member { model: model.to_owned(), up: false });
+            streams.insert(stream.to_owned(), Member { model: model.to_owned(), up: false, reason: None });
         });
         Arc::new(Presence { roster: self.clone(), stream: stream.to_owned(), gauge })
     }
@@ -63,7 +65,7 @@ impl Presence {
 
     /// Frames can be had. `true` when that is news.
     pub fn up(&self) -> bool {
-        let is_news = self.change(true);
+        let is_news = self.change(true, None);
         if is_news {
             self.roster.outbox.event(Event::StreamUp { stream: self.stream.clone() });
         }
@@ -72,23 +74,21 @@ impl Presence {
 
     /// No frames can be had.
     pub fn down(&self, reason: Option<&str>) {
-        if self.change(false) {
+        if self.change(false, reason) {
             let (stream, reason) = (self.stream.clone(), reason.map(str::to_owned));
             self.roster.outbox.event(Event::StreamDown { stream, reason });
         }
     }
 
-    fn change(&self, up: bool) -> bool {
-        if self.is_up() == up {
-            return false;
-        }
+    fn change(&self, up: bool, reason: Option<&str>) -> bool {
+        let is_news = self.is_up() != up;
         self.gauge.set(i64::from(up));
-        self.roster.streams.send_modify(|streams| {
-            if let Some(member) = streams.get_mut(&self.stream) {
-                member.up = up;
-            }
+        self.roster.streams.send_if_modified(|streams| {
+            let Some(member) = streams.get_mut(&self.stream) else { return false };
+            member.reason = reason.map(str::to_owned);
+            std::mem::replace(&mut member.up, up) != up
         });
-        true
+        is_news
     }
 }
 

@@ -68,12 +68,16 @@ pub struct InputSpec {
     /// Default: `gray` for a model with one channel, else `rgb`.
     pub color: Option<Color>,
     /// One value per channel, in pixel units (0 to 255). Default: 0.
+    #[schemars(length(min = 1, max = 4))]
     pub mean: Option<Vec<f32>>,
     /// One value per channel, in pixel units. Default: 255 for a float input, 1 for an integer one.
+    #[schemars(length(min = 1, max = 4))]
     pub std: Option<Vec<f32>>,
     /// Input width in pixels, for a model that leaves it open.
+    #[schemars(range(min = 1, max = 16_384))]
     pub width: Option<u32>,
     /// Input height in pixels, for a model that leaves it open.
+    #[schemars(range(min = 1, max = 16_384))]
     pub height: Option<u32>,
 }
 
@@ -100,12 +104,16 @@ pub struct OutputSpec {
     /// For detect. Default: told from the shape and the metadata where that is certain.
     pub decoder: Option<Decoder>,
     /// Names of the classes, in order. Default: the model's metadata, else `class_0` and so on.
+    #[schemars(length(max = 10_000), inner(length(max = 256)))]
     pub labels: Option<Vec<String>>,
     /// Lowest score reported, 0 to 1. Default: 0.25 for detect, 0 for the rest.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub threshold: Option<f32>,
     /// Two boxes of one class that overlap by more than this are one, 0 to 1. Default: 0.45.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub iou: Option<f32>,
     /// Most classes or boxes reported. Default: 5 for classify, 100 for detect.
+    #[schemars(range(min = 1, max = 100_000))]
     pub top_k: Option<u32>,
     /// For anomaly: send the map too. Default: false.
     pub map: Option<bool>,
@@ -146,12 +154,16 @@ pub struct RuntimeSpec {
     /// Default: `auto`.
     pub device: Option<DeviceChoice>,
     /// Threads within one inference. Default: 1. tract runs one; raise `instances` instead.
+    #[schemars(range(min = 1, max = 256))]
     pub threads: Option<u32>,
     /// Inferences side by side, each for another stream. Default: 1.
+    #[schemars(range(min = 1, max = 64))]
     pub instances: Option<u32>,
     /// Default: 1.
+    #[schemars(range(min = 1, max = 1024))]
     pub max_batch_size: Option<u32>,
     /// Default: 0.
+    #[schemars(range(min = 0, max = 10_000_000))]
     pub max_queue_delay_microseconds: Option<u32>,
     /// Free the version before ahead of loading this one, for a node without the memory for two. Frames of the time
     /// between are skipped. Default: false.

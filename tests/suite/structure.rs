@@ -9,7 +9,7 @@ use lineside_tests::root;
 /// The agent's modules by floor. A module may use its own floor and those below.
 const FLOORS: [&[&str]; 7] = [
     &["base"],
-    &["config", "message", "trust", "verdict"],
+    &["config", "message", "status", "trust", "verdict"],
     &["plan"],
     &["frames", "last_good", "outbox", "roster", "slot", "spool", "store"],
     &["bundle", "camera", "fetch", "manifests", "mqtt", "serve", "vet"],

@@ -77,6 +77,12 @@ pub struct Metrics {
     pub fetch_failures: IntCounter,
     /// Models that were vetted and failed.
     pub vet_failures: IntCounter,
+    /// 1 while the cluster is heard.
+    pub sync_connected: IntGauge,
+    /// Seconds since the cluster answered last.
+    pub sync_age: IntGauge,
+    /// Times the cluster could not be listened to.
+    pub sync_failures: IntCounter,
     /// By model and version: when its signature ends, in seconds since 1970.
     pub signature_expiry: IntGaugeVec,
 }
@@ -150,6 +156,9 @@ impl Metrics {
             fetch_bytes: counters("fetch_bytes_total", "Bytes of model files fetched.", &["from"])?,
             fetch_failures: counter("fetch_failures_total", "Fetches of model files that failed.")?,
             vet_failures: counter("vet_failures_total", "Models that were vetted and failed.")?,
+            sync_connected: gauge("sync_connected", "Whether the cluster is heard.")?,
+            sync_age: gauge("sync_age_seconds", "Time since the cluster answered last.")?,
+            sync_failures: counter("sync_failures_total", "Times the cluster could not be listened to.")?,
             signature_expiry: gauges(
                 "model_signature_expiry_timestamp_seconds",
                 "When the signature of a serving model ends.",
@@ -174,6 +183,64 @@ impl Metrics {
     /// All of them, as the `prometheus` crate describes them.
     pub fn gather(&self) -> Vec<prometheus::proto::MetricFamily> {
         self.registry.gather()
+    }
+
+    /// All of them in the Prometheus text format, version 0.0.4.
+    ///
+    /// # Errors
+    /// When the encoder refuses, which it does not for metrics registered here.
+    pub fn encode(&self) -> Result<String, prometheus::Error> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+/// What the controller counts.
+#[derive(Clone)]
+pub struct ControllerMetrics {
+    registry: Registry,
+    /// 1 while this controller leads.
+    pub leads: IntGauge,
+    /// Nodes by state (`reporting`, `silent`).
+    pub nodes: IntGaugeVec,
+    /// Statuses written.
+    pub writes: IntCounter,
+    /// Rounds in which something could not be written.
+    pub failures: IntCounter,
+    /// Connections refused because there were too many.
+    pub http_refused: IntCounter,
+}
+
+impl ControllerMetrics {
+    /// Metrics that start at zero.
+    ///
+    /// # Errors
+    /// When two of them bear one name, which is a mistake in this file.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let options = |name: &str, help: &str| Opts::new(name, help).namespace(NAMESPACE);
+        let counter = |name: &str, help: &str| registered(&registry, IntCounter::with_opts(options(name, help))?);
+        let build = registered(
+            &registry,
+            IntGaugeVec::new(options("build_info", "Always 1; the labels say what runs."), &["version"])?,
+        )?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Ok(Self {
+            leads: registered(
+                &registry,
+                IntGauge::with_opts(options("controller_leads", "Whether this controller leads."))?,
+            )?,
+            nodes: registered(
+                &registry,
+                IntGaugeVec::new(
+                    options("controller_nodes", "EdgeNodes, by whether their agents report."),
+                    &["state"],
+                )?,
+            )?,
+            writes: counter("controller_status_writes_total", "Statuses written.")?,
+            failures: counter("controller_failures_total", "Rounds in which something could not be written.")?,
+            http_refused: counter("http_connections_refused_total", "Connections closed because there were too many.")?,
+            registry: registry.clone(),
+        })
     }
 
     /// All of them in the Prometheus text format, version 0.0.4.

@@ -1,6 +1,8 @@
 //! The command line: one file per command.
 
 mod check;
+mod controller;
+mod crd;
 mod demo;
 mod progress;
 mod run;
@@ -44,6 +46,10 @@ enum Command {
     Run(Box<run::Arguments>),
     /// Show the whole main job on this machine alone: broker, model and frames included.
     Demo(demo::Arguments),
+    /// Add up how all nodes stand, for the whole cluster.
+    Controller(controller::Arguments),
+    /// Print the definitions of our kinds for a cluster.
+    Crd(crd::Arguments),
     /// Say whether a model can run here, how fast, and what it takes and gives.
     Check(check::Arguments),
     /// Look at the models this node keeps, and put them in order.
@@ -94,6 +100,8 @@ pub fn main() -> ExitCode {
     let ended = logging(&cli).and_then(|set_level| match cli.command {
         Command::Run(arguments) => run::run(*arguments, set_level),
         Command::Demo(arguments) => demo::run(arguments, set_level),
+        Command::Controller(arguments) => controller::run(arguments),
+        Command::Crd(arguments) => crd::run(&arguments),
         Command::Check(arguments) => check::run(arguments),
         Command::Spool(arguments) => spool::run(arguments),
         Command::Store(arguments) => store::run(arguments),
@@ -125,7 +133,7 @@ fn write_out(text: &str) {
 
 fn logging(cli: &Cli) -> Result<SetLevel, Failure> {
     // The tools talk to people on stdout; their logs only matter when something is wrong.
-    let otherwise = if matches!(cli.command, Command::Run(_)) { "info" } else { "warn" };
+    let otherwise = if matches!(cli.command, Command::Run(_) | Command::Controller(_)) { "info" } else { "warn" };
     telemetry::start(cli.log.as_deref().unwrap_or(otherwise))
         .map_err(|mistake| Failure::Usage(vec![format!("--log: {mistake}")]))
 }

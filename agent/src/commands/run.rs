@@ -30,6 +30,19 @@ pub(super) struct Arguments {
     /// The folder of EdgeModel and CameraStream manifests; it is watched.
     #[arg(long, value_name = "DIR")]
     manifests: Option<String>,
+    /// Follow the EdgeModels and CameraStreams of the cluster that this pod runs in, instead of --manifests.
+    #[arg(long)]
+    in_cluster: bool,
+    /// Follow those of the cluster that this kubeconfig names, instead of --manifests.
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<String>,
+    /// Contexts of the kubeconfig, as ways to the same objects, with commas: the first that answers is used, and the
+    /// first is gone back to [default: its current one].
+    #[arg(long, value_name = "NAMES")]
+    kube_contexts: Option<String>,
+    /// The namespace of our objects [default: the pod's or context's own, else lineside].
+    #[arg(long, value_name = "NAME")]
+    kube_namespace: Option<String>,
     /// The broker, such as mqtts://broker:8883 or mqtt://user:password@broker. Several with commas: the first that is
     /// reached is used, and the earlier ones are gone back to.
     #[arg(long, value_name = "URLS")]
@@ -175,6 +188,10 @@ pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failu
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))),
     );
     layers.flag("manifests", arguments.manifests);
+    layers.flag("in-cluster", arguments.in_cluster.then(|| "true".to_owned()));
+    layers.flag("kubeconfig", arguments.kubeconfig);
+    layers.flag("kube-contexts", arguments.kube_contexts);
+    layers.flag("kube-namespace", arguments.kube_namespace);
     layers.flag("mqtt", arguments.mqtt);
     layers.flag("data-dir", arguments.data_dir);
     layers.flag("node", arguments.node);

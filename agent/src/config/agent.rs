@@ -17,15 +17,20 @@ use std::time::Duration;
 use reqwest::Url;
 use serde_json::Value;
 
+use super::cluster::Access;
 use super::mqtt::{self, Mqtt, Spooling};
-use super::{Mistakes, lenient};
+use super::{Mistakes, is_name, lenient};
 
 /// The settings: name as a flag without its dashes. Variable and file key follow from it.
-const SETTINGS: [&str; 36] = [
+const SETTINGS: [&str; 40] = [
     "node",
     "site",
     "prefix",
     "manifests",
+    "in-cluster",
+    "kubeconfig",
+    "kube-contexts",
+    "kube-namespace",
     "data-dir",
     "mqtt",
     "http",
@@ -70,8 +75,8 @@ pub struct Config {
     pub site: String,
     /// What every topic begins with.
     pub prefix: String,
-    /// The folder of manifests.
-    pub manifests: PathBuf,
+    /// Where it stands what is to run.
+    pub wishes: WishSource,
     /// The folder the agent keeps its own state in.
     pub data_dir: PathBuf,
     /// Brokers, and what is said to them.
@@ -84,6 +89,15 @@ pub struct Config {
     pub spool: Spooling,
     /// How models come to this node, and what they have to show.
     pub models: Models,
+}
+
+/// Where it stands what a node is to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WishSource {
+    /// In a folder of manifests.
+    Folder(PathBuf),
+    /// In a cluster.
+    Cluster(Access),
 }
 
 /// How models come to a node, and what they have to show.
@@ -230,11 +244,6 @@ impl Layers {
         let node = text("node", Some(&host_name.to_lowercase()), topic_segment);
         let site = text("site", Some("default"), topic_segment);
         let prefix = text("prefix", Some("lineside"), |prefix| prefix.split('/').try_for_each(topic_segment));
-        let manifests = text("manifests", None, |folder| match std::fs::metadata(folder) {
-            Ok(found) if found.is_dir() => Ok(()),
-            Ok(_) => Err(format!("{folder} is no folder")),
-            Err(error) => Err(format!("{folder} cannot be read: {error}")),
-        });
         let data_dir = text("data-dir", Some("/var/lib/lineside"), any);
         let http = text("http", Some(HTTP_DEFAULT), any);
         let insecure = text("insecure-bind", Some("false"), any);
@@ -249,6 +258,7 @@ impl Layers {
             mistakes.take(&self.get("http").1, address)
         });
         let labels = labels.and_then(|text| mistakes.take(&self.get("labels").1, labels_of(&text)));
+        let wishes = self.wish_source(&mut mistakes);
         let mqtt = mqtt::resolve(self, &mut mistakes);
         let spool = mqtt::spooling(self, &mut mistakes);
         let models = self.models(&mut mistakes);
@@ -257,7 +267,7 @@ impl Layers {
                 node: node?,
                 site: site?,
                 prefix: prefix?,
-                manifests: manifests?.into(),
+                wishes: wishes?,
                 data_dir: data_dir?.into(),
                 mqtt: mqtt?,
                 http: http?,
@@ -296,6 +306,66 @@ impl Layers {
         let read = value.parse::<u64>().ok().filter(|number| range.contains(number));
         let read = read.ok_or_else(|| format!("`{value}` is no number within {} and {}", range.start(), range.end()));
         mistakes.take(&self.get(setting).1, read).unwrap_or(otherwise)
+    }
+
+    /// Where it stands what is to run: in exactly one place.
+    fn wish_source(&self, mistakes: &mut Mistakes) -> Option<WishSource> {
+        let in_cluster = match self.text("in-cluster") {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(other) => {
+                mistakes.add(self.get("in-cluster").1, format!("`{other}` is neither true nor false"));
+                return None;
+            }
+        };
+        let access = Access {
+            kubeconfig: self.text("kubeconfig").map(PathBuf::from),
+            contexts: self.list("kube-contexts").collect(),
+            namespace: self.text("kube-namespace").map(str::to_owned),
+        };
+        if let Some(namespace) = access.namespace.as_ref().filter(|name| !is_name(name)) {
+            mistakes.add(self.get("kube-namespace").1, format!("`{namespace}` is no name of a namespace"));
+        }
+        if !access.contexts.is_empty() && access.kubeconfig.is_none() {
+            mistakes.add(self.get("kube-contexts").1, "--kubeconfig is needed too: contexts stand in it");
+        }
+        match (self.text("manifests"), in_cluster, &access.kubeconfig) {
+            (Some(folder), false, None) => {
+                let folder = PathBuf::from(folder);
+                let place = self.get("manifests").1;
+                let found =
+                    std::fs::metadata(&folder).map_err(|error| format!("{} cannot be read: {error}", folder.display()));
+                match mistakes.take(&place, found)? {
+                    found if found.is_dir() => Some(WishSource::Folder(folder)),
+                    _ => {
+                        mistakes.add(place, format!("{} is no folder", folder.display()));
+                        None
+                    }
+                }
+            }
+            (None, true, None) => Some(WishSource::Cluster(access)),
+            (None, false, Some(file)) => {
+                let place = self.get("kubeconfig").1;
+                let found =
+                    std::fs::metadata(file).map_err(|error| format!("{} cannot be read: {error}", file.display()));
+                mistakes.take(&place, found)?;
+                Some(WishSource::Cluster(access))
+            }
+            (None, false, None) => {
+                mistakes.add(
+                    self.get("manifests").1,
+                    "is missing: name a folder of manifests, or say --in-cluster or --kubeconfig FILE to follow a cluster",
+                );
+                None
+            }
+            _ => {
+                mistakes.add(
+                    self.get("manifests").1,
+                    "--manifests, --in-cluster and --kubeconfig exclude each other: what is to run stands in one place",
+                );
+                None
+            }
+        }
     }
 
     /// The settings of models. What is wrong is noted and stands at its default.
@@ -477,7 +547,13 @@ mod tests {
             assert!(mistakes.iter().any(|mistake| mistake.starts_with(expected)), "{expected}\n{mistakes:#?}");
         }
         let missing = resolved(&[], &[], "").unwrap_err();
-        assert_eq!(missing, ["--manifests: is missing", "--mqtt: is missing"]);
+        assert_eq!(
+            missing,
+            [
+                "--manifests: is missing: name a folder of manifests, or say --in-cluster or --kubeconfig FILE to follow a cluster",
+                "--mqtt: is missing"
+            ]
+        );
     }
 
     #[test]

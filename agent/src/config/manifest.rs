@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lineside_runtime::spec::{InputSpec, OutputSpec, RuntimeSpec, Task};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -66,6 +67,14 @@ impl Typed {
             _ => Err(mistakes.into_list()),
         }
     }
+}
+
+/// Reads an object as a cluster gives it. Its files are named by whole paths.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn read_object(document: Value) -> Result<Object, Vec<String>> {
+    Typed::new(document, Path::new("/")).read()
 }
 
 /// Reads a file of manifests. Relative `file:` and `dir:` addresses are taken from `folder`.
@@ -162,77 +171,227 @@ impl<S> RawObject<S> {
     }
 }
 
-/// `EdgeModel.spec` as typed.
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", default)]
-pub(super) struct RawModelSpec {
-    pub(super) version: Option<u64>,
-    pub(super) source: Option<RawModelSource>,
-    pub(super) task: Option<Task>,
-    pub(super) input: Option<InputSpec>,
-    pub(super) output: Option<OutputSpec>,
-    pub(super) runtime: Option<RuntimeSpec>,
-    pub(super) rollback: Option<bool>,
-    pub(super) node_selector: Option<BTreeMap<String, String>>,
-    pub(super) golden: Option<Vec<RawGolden>>,
-    pub(super) rollout: Option<Value>,
+/// A field of the contract that this version does not act on yet: any value is taken into the schema, and refused.
+fn later_object(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }
 
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", default)]
-pub(super) struct RawModelSource {
-    pub(super) uri: Option<String>,
-    pub(super) digest: Option<String>,
-    pub(super) size: Option<u64>,
-    pub(super) secret_ref: Option<RawSecretRef>,
-    pub(super) signature: Option<Value>,
+fn later_steps(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "array", "maxItems": 16,
+        "items": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}
+    })
 }
 
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", default)]
-pub(super) struct RawSecretRef {
-    pub(super) name: Option<String>,
+fn later_points(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "array", "maxItems": 64,
+        "items": {"type": "array", "maxItems": 2, "items": {"type": "number"}}
+    })
 }
 
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", default)]
-pub(super) struct RawGolden {
-    pub(super) input: Option<String>,
-    pub(super) output: Option<String>,
-    pub(super) tolerance: Option<f32>,
+/// Labels a node must bear, with Kubernetes' own bounds.
+fn selector(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "object", "maxProperties": 16, "additionalProperties": {"type": "string", "maxLength": 63}})
 }
 
-/// `CameraStream.spec` as typed.
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", default)]
-pub(super) struct RawStreamSpec {
-    pub(super) source: Option<RawStreamSource>,
-    pub(super) node_name: Option<String>,
-    pub(super) node_selector: Option<BTreeMap<String, String>>,
-    pub(super) model: Option<String>,
-    pub(super) fps: Option<f64>,
-    pub(super) max_age_ms: Option<u64>,
-    pub(super) verdict: Option<String>,
-    pub(super) pipeline: Option<Value>,
-    pub(super) roi: Option<Value>,
-    pub(super) trigger: Option<Value>,
-    pub(super) evidence: Option<Value>,
-    pub(super) report: Option<RawReport>,
+/// A DSSE envelope; its inside is checked by the agent.
+fn envelope(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }
 
-#[derive(Deserialize, Default)]
+/// What a model is and how it runs.
+#[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct RawReport {
-    pub(super) by_exception: Option<bool>,
-    pub(super) deadband: Option<f32>,
-    pub(super) heartbeat_seconds: Option<u64>,
+#[schemars(extend("required" = ["version", "source"], "x-kubernetes-validations" = [
+    {
+        "rule": "self.version >= oldSelf.version || (has(self.rollback) && self.rollback)",
+        "message": "spec.version may not go down; set spec.rollback: true to go back to an earlier version"
+    },
+    {
+        "rule": "self.version != oldSelf.version || !has(self.source.digest) || !has(oldSelf.source.digest) || \
+                 self.source.digest == oldSelf.source.digest",
+        "message": "the digest of a version does not change; raise spec.version with it"
+    },
+    {"rule": "!has(self.rollout)", "message": "spec.rollout is not built into this version yet; remove it"}
+]))]
+pub struct RawModelSpec {
+    /// The version, which grows. A node refuses one that is lower than what it has served, unless rollback is true.
+    #[schemars(range(min = 0, max = 9_007_199_254_740_991_u64))]
+    pub version: Option<u64>,
+    /// Where the model's file comes from.
+    pub source: Option<RawModelSource>,
+    /// What the model's answer means. Default: the model's metadata, or classify where its only output is [batch, classes].
+    pub task: Option<Task>,
+    /// From picture to tensor.
+    pub input: Option<InputSpec>,
+    /// From tensor to prediction.
+    pub output: Option<OutputSpec>,
+    /// Engine, device, threads.
+    pub runtime: Option<RuntimeSpec>,
+    /// Whether this version may replace a higher one.
+    #[schemars(extend("default" = false))]
+    pub rollback: Option<bool>,
+    /// Labels a node must bear to be given the model; without any, every node is.
+    #[schemars(schema_with = "selector")]
+    pub node_selector: Option<BTreeMap<String, String>>,
+    /// Pictures with the answers that the model has to reproduce on the node before it serves.
+    #[schemars(length(max = 64))]
+    pub golden: Option<Vec<RawGolden>>,
+    /// Not built yet.
+    #[schemars(schema_with = "later_object")]
+    pub rollout: Option<Value>,
 }
 
-#[derive(Deserialize, Default)]
+/// Where a model's file comes from.
+#[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct RawStreamSource {
-    pub(super) uri: Option<String>,
-    pub(super) secret_ref: Option<Value>,
+#[schemars(extend("required" = ["uri"], "x-kubernetes-validations" = [
+    {
+        "rule": "has(self.digest) || self.uri.startsWith('file:')",
+        "message": "digest is missing; `sha256sum model.onnx` tells it, write it as sha256:..."
+    },
+    {
+        "rule": "!self.uri.startsWith('file:') || self.uri.startsWith('file:///')",
+        "message": "a file is named by its whole path on the node, as file:///models/model.onnx"
+    },
+    {
+        "rule": "self.uri.matches('^((https?|s3|gs|az|oci)://.|file:)')",
+        "message": "is no address of a model; there are https, http, s3, gs, az, oci and file"
+    }
+]))]
+pub struct RawModelSource {
+    /// https://, s3://, gs://, az://, oci:// or file:///; http:// only where the agent allows it.
+    #[schemars(length(min = 1, max = 2048))]
+    pub uri: Option<String>,
+    /// sha256 of the file, as sha256: and 64 hexadecimal digits. Required except for file:.
+    #[schemars(length(max = 71), regex(pattern = "^sha256:[0-9a-f]{64}$"))]
+    pub digest: Option<String>,
+    /// Bytes of the file.
+    #[schemars(range(min = 1, max = 9_007_199_254_740_991_u64))]
+    pub size: Option<u64>,
+    /// The Secret with the credentials, which has to be mounted into the agent's pod: the agent may not read Secrets.
+    pub secret_ref: Option<RawSecretRef>,
+    /// What `lineside sign` printed for this version.
+    #[schemars(schema_with = "envelope")]
+    pub signature: Option<Value>,
+}
+
+/// A Secret, by name.
+#[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+#[schemars(extend("required" = ["name"]))]
+pub struct RawSecretRef {
+    /// Its name.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: Option<String>,
+}
+
+/// A picture with the answer that a model has to give.
+#[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+#[schemars(extend("required" = ["input", "output"]))]
+pub struct RawGolden {
+    /// The picture's path.
+    #[schemars(length(min = 1, max = 2048))]
+    pub input: Option<String>,
+    /// The path of the answer: JSON with the fields that a result has for the task.
+    #[schemars(length(min = 1, max = 2048))]
+    pub output: Option<String>,
+    /// How far a score may be off, 0 to 1. Default: 0.01.
+    #[schemars(range(min = 0.0, max = 1.0), extend("default" = 0.01))]
+    pub tolerance: Option<f32>,
+}
+
+/// A camera, the model that looks at its frames, and the rule that judges them.
+#[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+#[schemars(extend("required" = ["source", "model"], "x-kubernetes-validations" = [
+    {
+        "rule": "!(has(self.nodeName) && has(self.nodeSelector))",
+        "message": "spec.nodeName and spec.nodeSelector exclude each other"
+    },
+    {
+        "rule": "has(self.nodeName) || has(self.nodeSelector)",
+        "message": "say where the camera is: spec.nodeName, or spec.nodeSelector"
+    },
+    {"rule": "!has(self.pipeline)", "message": "spec.pipeline is not built into this version yet; name one model in spec.model"},
+    {"rule": "!has(self.roi)", "message": "spec.roi is not built into this version yet; remove it"},
+    {"rule": "!has(self.trigger)", "message": "spec.trigger is not built into this version yet; remove it"},
+    {"rule": "!has(self.evidence)", "message": "spec.evidence is not built into this version yet; remove it"}
+]))]
+pub struct RawStreamSpec {
+    /// Where the frames come from.
+    pub source: Option<RawStreamSource>,
+    /// The node that plays the stream.
+    #[schemars(length(min = 1, max = 253))]
+    pub node_name: Option<String>,
+    /// Labels of the nodes that play it.
+    #[schemars(schema_with = "selector")]
+    pub node_selector: Option<BTreeMap<String, String>>,
+    /// The EdgeModel that looks at the frames.
+    #[schemars(length(max = 63), regex(pattern = "^[a-z0-9]([a-z0-9-]{0,62})$"))]
+    pub model: Option<String>,
+    /// Frames per second; 0 takes them as they come. Default: 0.
+    #[schemars(range(min = 0.0, max = 1000.0), extend("default" = 0))]
+    pub fps: Option<f64>,
+    /// Older frames are dropped, and counted. Default: none is.
+    #[schemars(range(min = 1, max = 86_400_000))]
+    pub max_age_ms: Option<u64>,
+    /// A CEL expression over the prediction that gives "pass", "reject" or "none".
+    #[schemars(length(max = 4096))]
+    pub verdict: Option<String>,
+    /// Not built yet.
+    #[schemars(schema_with = "later_steps")]
+    pub pipeline: Option<Value>,
+    /// Not built yet.
+    #[schemars(schema_with = "later_points")]
+    pub roi: Option<Value>,
+    /// Not built yet.
+    #[schemars(schema_with = "later_object")]
+    pub trigger: Option<Value>,
+    /// Not built yet.
+    #[schemars(schema_with = "later_object")]
+    pub evidence: Option<Value>,
+    /// Report by exception.
+    pub report: Option<RawReport>,
+}
+
+/// Report by exception: only what is news is published.
+#[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RawReport {
+    /// Whether only news is published. Default: false.
+    pub by_exception: Option<bool>,
+    /// A score that moved by more than this is news. Default: 0.05.
+    #[schemars(range(min = 0.0, max = 1e6))]
+    pub deadband: Option<f32>,
+    /// After so many seconds without one, any result is published. Default: 60.
+    #[schemars(range(min = 1, max = 86_400))]
+    pub heartbeat_seconds: Option<u64>,
+}
+
+/// Where a stream's frames come from.
+#[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+#[schemars(extend("required" = ["uri"], "x-kubernetes-validations" = [
+    {
+        "rule": "!(self.uri.startsWith('file:') || self.uri.startsWith('dir:')) || self.uri.matches('^(file|dir):///')",
+        "message": "a file or folder is named by its whole path on the node, as dir:///frames"
+    },
+    {
+        "rule": "self.uri.matches('^(https?://.|file:|dir:)')",
+        "message": "there are http, https, dir and file; rtsp, v4l2 and push are not built into this version yet"
+    },
+    {"rule": "!has(self.secretRef)", "message": "secretRef is not built into this version yet; remove it"}
+]))]
+pub struct RawStreamSource {
+    /// http:// or https:// of a camera that gives a snapshot or MJPEG; dir:/// or file:/// of the node.
+    #[schemars(length(min = 1, max = 2048))]
+    pub uri: Option<String>,
+    /// Not built yet.
+    #[schemars(schema_with = "later_object")]
+    pub secret_ref: Option<Value>,
 }
 
 /// Notes a field of the contract that this version does not act on. To pass over it in silence would be worse.

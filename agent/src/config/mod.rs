@@ -5,6 +5,7 @@
 //! is reported in one go, each with the place it stands in.
 
 pub mod agent;
+pub mod cluster;
 pub mod lenient;
 pub mod manifest;
 mod model;

@@ -27,7 +27,7 @@ use reqwest::{Certificate, Url};
 
 use crate::base::secrets::Secret;
 pub use policy::Policy;
-pub use progress::{Progress, Snapshot};
+pub use progress::Progress;
 use transfer::{Failure, Origin, Terms, Throttle, authorization, basic};
 
 use crate::base::digest::Digest;

@@ -370,7 +370,10 @@ mod tests {
     use crate::spool::Place;
 
     fn streams(names: &[(&str, bool)]) -> Streams {
-        names.iter().map(|(name, up)| ((*name).to_owned(), Member { model: "m".to_owned(), up: *up })).collect()
+        names
+            .iter()
+            .map(|(name, up)| ((*name).to_owned(), Member { model: "m".to_owned(), up: *up, reason: None }))
+            .collect()
     }
 
     fn sent(messages: &[Message]) -> Vec<(String, u64)> {

@@ -1,8 +1,11 @@
 //! Decisions. Everything in here is a pure function of what it is given: no async, no I/O, and time is an argument.
 
+pub mod asked;
 pub mod desired;
 pub mod diff;
 pub mod exception;
+pub mod notices;
+pub mod rollout;
 
 /// Where a model version stands on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

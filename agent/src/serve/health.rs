@@ -56,8 +56,10 @@ impl Health {
     }
 
     /// The core loop has come round and this is how the models stand.
-    pub fn beat(&self, now: Instant, models: BTreeMap<String, ModelHealth>) {
-        *self.state() = State { last_beat: now, is_settled: true, models };
+    ///
+    /// `is_settled` says that it is known what is asked for; without that, no agent is ready.
+    pub fn beat(&self, now: Instant, is_settled: bool, models: BTreeMap<String, ModelHealth>) {
+        *self.state() = State { last_beat: now, is_settled, models };
     }
 
     /// Whether the core loop beats.
@@ -86,11 +88,13 @@ mod tests {
         let now = Instant::now();
         let health = Health::new(now);
         assert!(!health.readiness().ready, "the manifests were not read yet");
-        health.beat(now, BTreeMap::new());
+        health.beat(now, false, BTreeMap::new());
+        assert!(!health.readiness().ready, "nobody has said what is to run");
+        health.beat(now, true, BTreeMap::new());
         assert!(health.readiness().ready);
-        health.beat(now, model(None));
+        health.beat(now, true, model(None));
         assert!(!health.readiness().ready);
-        health.beat(now, model(Some(1)));
+        health.beat(now, true, model(Some(1)));
         assert!(health.readiness().ready);
     }
 
@@ -100,7 +104,7 @@ mod tests {
         let health = Health::new(now);
         assert!(health.is_alive(now + Duration::from_secs(29)));
         assert!(!health.is_alive(now + Duration::from_secs(31)));
-        health.beat(now + Duration::from_secs(31), BTreeMap::new());
+        health.beat(now + Duration::from_secs(31), true, BTreeMap::new());
         assert!(health.is_alive(now + Duration::from_secs(60)));
     }
 }

@@ -15,6 +15,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use prometheus::IntCounter;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -22,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::health::Health;
-use super::status::{Board, Condition, StoreStatus};
+use super::status::Board;
 use crate::base::metrics::Metrics;
 use crate::spool::Spool;
 use crate::store::Store;
@@ -83,10 +84,9 @@ impl Server {
         self.address
     }
 
-    /// Serves until it is stopped, then lets the requests that are under way finish.
-    pub async fn run(self, served: Served, stop: CancellationToken) {
-        let refused = served.metrics.http_refused.clone();
-        let service = TowerToHyperService::new(router(served));
+    /// Serves until it is stopped, and counts connections that there was no room for; then lets the requests that are under way finish.
+    pub async fn run(self, router: Router, refused: IntCounter, stop: CancellationToken) {
+        let service = TowerToHyperService::new(router);
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let connections = TaskTracker::new();
         loop {
@@ -135,7 +135,8 @@ impl Server {
     }
 }
 
-fn router(served: Served) -> Router {
+/// What the agent answers.
+pub fn router(served: Served) -> Router {
     let mut router = Router::new()
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
@@ -148,20 +149,7 @@ fn router(served: Served) -> Router {
 }
 
 async fn status(State(served): State<Served>) -> Response {
-    let mut status = served.board.get();
-    match tokio::task::block_in_place(|| served.store.usage()) {
-        Ok(usage) => {
-            status.store = StoreStatus {
-                bytes: usage.bytes,
-                quota_bytes: usage.quota_bytes,
-                blobs: usage.blobs,
-                versions: usage.versions,
-                index: served.store.index_state().name(),
-            };
-        }
-        Err(error) => status.conditions.push(Condition::degraded("StoreUnreadable", error.to_string())),
-    }
-    Json(status).into_response()
+    Json(tokio::task::block_in_place(|| served.board.get())).into_response()
 }
 
 async fn blob(State(served): State<Served>, UrlPath(hex): UrlPath<String>, headers: HeaderMap) -> Response {

@@ -1,144 +1,93 @@
-//! How the node stands, in full: `GET /v1/status`. It is what an operator looks at, and what a cluster will be told.
+//! The board with the node's status: written by the core loop, read by whoever asks (`GET /v1/status`, the cluster).
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
-use serde::Serialize;
+use tokio::sync::watch;
 
-use crate::fetch::Snapshot;
+use crate::base::clock;
+use crate::status::{
+    AgentStatus, Condition, EngineStatus, ModelStatus, NodeStatus, SpoolStatus, StoreStatus, StreamStatus, date,
+    degrade,
+};
+use crate::store::Store;
 
-/// The node's status.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct NodeStatus {
-    /// The node's name.
-    pub node: String,
-    /// The site's name.
-    pub site: String,
-    /// The agent's version.
-    pub version: &'static str,
-    /// How many times the agent has been started on this node.
-    pub epoch: u64,
-    /// The models that are asked for, by name.
+/// What the core loop knows.
+#[derive(Debug, Default)]
+pub struct Standing {
+    /// The labels that selectors are matched with.
+    pub labels: BTreeMap<String, String>,
+    /// The models that are asked for.
     pub models: Vec<ModelStatus>,
-    /// The store.
-    pub store: StoreStatus,
-    /// What an operator should know, in the manner of Kubernetes' conditions.
+    /// The streams that are asked for.
+    pub streams: Vec<StreamStatus>,
+    /// What waits for the broker.
+    pub spool: SpoolStatus,
+    /// What an operator should know.
     pub conditions: Vec<Condition>,
 }
 
-/// A model that is asked for.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ModelStatus {
-    /// Its name.
-    pub name: String,
-    /// The version that is asked for.
-    pub version: u64,
-    /// The digest of that version, once it is known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub digest: Option<String>,
-    /// Where that version stands.
-    pub state: &'static str,
-    /// What serves, which may be an earlier version.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub serving: Option<Serving>,
-    /// Median time of one inference when the serving version was vetted, in milliseconds.
-    #[serde(rename = "p50Ms", skip_serializing_if = "Option::is_none")]
-    pub p50_ms: Option<f64>,
-    /// The 99th percentile of it.
-    #[serde(rename = "p99Ms", skip_serializing_if = "Option::is_none")]
-    pub p99_ms: Option<f64>,
-    /// Most memory it took when it was vetted.
-    #[serde(rename = "peakMemoryMiB", skip_serializing_if = "Option::is_none")]
-    pub peak_memory_mib: Option<f64>,
-    /// Why it is not ready.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    /// How far its download is.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub progress: Option<Snapshot>,
-    /// When the signature of the serving version ends, RFC 3339.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub signature_expires: Option<String>,
-}
-
-/// A version that serves.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Serving {
-    /// Its version.
-    pub version: u64,
-    /// Its file.
-    pub digest: String,
-    /// What executes it.
-    pub engine: String,
-    /// Where.
-    pub device: String,
-}
-
-/// The store.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct StoreStatus {
-    /// Bytes it takes.
-    pub bytes: u64,
-    /// Bytes it may take.
-    pub quota_bytes: u64,
-    /// Files of models.
-    pub blobs: usize,
-    /// Model versions.
-    pub versions: usize,
-    /// `ok`, `rebuilt` or `off`.
-    pub index: &'static str,
-}
-
-/// Something an operator should know.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Condition {
-    /// What it is about.
-    #[serde(rename = "type")]
-    pub kind: &'static str,
-    /// `True`, `False` or `Unknown`.
-    pub status: &'static str,
-    /// In one word.
-    pub reason: &'static str,
-    /// For people.
-    pub message: String,
-}
-
-impl Condition {
-    /// Something works less well than it should.
-    pub fn degraded(reason: &'static str, message: String) -> Self {
-        Self { kind: "Degraded", status: "True", reason, message }
-    }
-}
-
-/// Written by the core loop, read by whoever asks.
-#[derive(Default)]
+/// The node's status, for those who show it.
 pub struct Board {
     status: Mutex<NodeStatus>,
+    store: Arc<Store>,
+    changed: watch::Sender<()>,
 }
 
 impl Board {
     /// A board that says who this is and nothing else yet.
-    pub fn new(node: &str, site: &str, epoch: u64) -> Self {
-        let status = NodeStatus {
+    pub fn new(node: &str, site: &str, epoch: u64, store: Arc<Store>) -> Self {
+        let agent = AgentStatus {
             node: node.to_owned(),
             site: site.to_owned(),
-            version: env!("CARGO_PKG_VERSION"),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
             epoch,
-            ..NodeStatus::default()
+            started_at: clock::rfc3339(SystemTime::now()),
+            ..AgentStatus::default()
         };
-        Self { status: Mutex::new(status) }
+        let engines = vec![EngineStatus { name: "tract".to_owned(), devices: vec!["cpu".to_owned()] }];
+        let status = NodeStatus { agent, engines, ..NodeStatus::default() };
+        Self { status: Mutex::new(status), store, changed: watch::Sender::new(()) }
     }
 
-    /// How the models stand, and what an operator should know.
-    pub fn set(&self, models: Vec<ModelStatus>, conditions: Vec<Condition>) {
+    /// How things stand now.
+    pub fn set(&self, standing: Standing) {
         let mut status = self.status();
-        (status.models, status.conditions) = (models, conditions);
+        let Standing { labels, models, streams, spool, mut conditions } = standing;
+        date(&mut conditions, &status.conditions, &clock::rfc3339(SystemTime::now()));
+        let is_news = (&status.agent.labels, &status.models, &status.streams, &status.conditions)
+            != (&labels, &models, &streams, &conditions);
+        status.agent.labels = labels;
+        (status.models, status.streams, status.spool, status.conditions) = (models, streams, spool, conditions);
+        drop(status);
+        if is_news {
+            self.changed.send_replace(());
+        }
     }
 
-    /// As it stands, but for the store, which whoever asks looks at.
+    /// Tells when models, streams or conditions stand otherwise than before.
+    pub fn follow(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// As it stands. The store is looked at now, so the caller has to be allowed to block.
     pub fn get(&self) -> NodeStatus {
-        self.status().clone()
+        let mut status = self.status().clone();
+        match self.store.usage() {
+            Ok(usage) => {
+                let whole = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+                status.store = StoreStatus {
+                    bytes: usage.bytes,
+                    quota_bytes: usage.quota_bytes,
+                    blobs: whole(usage.blobs),
+                    versions: whole(usage.versions),
+                    index: self.store.index_state().name().to_owned(),
+                };
+            }
+            Err(error) => degrade(&mut status.conditions, "StoreUnreadable", &error.to_string()),
+        }
+        status
     }
 
     fn status(&self) -> MutexGuard<'_, NodeStatus> {

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::app::App;
 use crate::base::shutdown;
-use crate::config::agent::{Config, Models};
+use crate::config::agent::{Config, Models, WishSource};
 use crate::config::mqtt::{Broker, Mqtt, Spooling};
 use crate::message::Topics;
 use crate::mqtt::access::Access;
@@ -65,7 +65,7 @@ async fn show(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> 
         node: "demo-node".to_owned(),
         site: "demo".to_owned(),
         prefix: "lineside".to_owned(),
-        manifests: folder.path().join("manifests"),
+        wishes: WishSource::Folder(folder.path().join("manifests")),
         data_dir: folder.path().join("data"),
         mqtt: Mqtt::to(broker.clone()),
         http: ([127, 0, 0, 1], 0).into(),

@@ -1,7 +1,7 @@
 //! The node's reconcile loop: manifests in, models and streams running.
 //!
-//! One task owns all of it. Twice a second it looks at the manifests, asks [`plan::diff`](crate::plan::diff) for the steps
-//! and carries them out. Bringing a model to its slot takes from milliseconds to hours, so it is an errand of its own
+//! One task owns all of it. It is told what is asked for, by the folder of manifests or by the cluster, asks
+//! [`plan::diff`](crate::plan::diff) for the steps, and carries them out. Bringing a model to its slot takes from milliseconds to hours, so it is an errand of its own
 //! (`bring.rs`), at most one for each model, which comes back as a message; everything else goes on meanwhile.
 
 mod bring;
@@ -9,12 +9,11 @@ mod obey;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::{JoinError, JoinHandle};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -27,13 +26,12 @@ use crate::base::metrics::Metrics;
 use crate::config::ModelManifest;
 use crate::fetch::Fetcher;
 use crate::last_good::LastGood;
-use crate::manifests::{Finding, Folder};
 use crate::message::Event;
 use crate::outbox::Outbox;
 use crate::plan::ModelState;
-use crate::plan::desired::{Desired, Node};
+use crate::plan::desired::{Desired, Node, Wish, Wishes};
 use crate::plan::diff::{Observed, ObservedModel, Step, diff};
-use crate::roster::Roster;
+use crate::roster::{Roster, Streams};
 use crate::serve::health::Health;
 use crate::serve::status::Board;
 use crate::slot::Slot;
@@ -43,8 +41,8 @@ use crate::trust::Keyring;
 use crate::vet::Limits;
 use bring::{Brought, Errand, Setback, Stage, Way, bring};
 
-/// How often the manifests are looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often the loop comes round where nothing happens.
+const BEAT_EVERY: Duration = Duration::from_millis(500);
 /// A model that failed to load is tried again, first after this.
 const RETRY_FIRST: Duration = Duration::from_secs(4);
 /// What served last and could not be restored is tried again after this.
@@ -56,9 +54,16 @@ const LOWER_VERSION: &str = "a lower version is refused; set rollback: true to g
 /// The task and what it owns.
 pub struct Deploy {
     node: Node,
-    /// Here between two looks; with the look while one is under way.
-    folder: Option<Folder>,
-    looking: Option<JoinHandle<(Folder, Vec<Finding>)>>,
+    /// Labels of the agent's own configuration.
+    labels: BTreeMap<String, String>,
+    wishes: watch::Receiver<Option<Arc<Wishes>>>,
+    /// Asks whoever says what is asked for to look again.
+    again: Arc<Notify>,
+    has_cluster: bool,
+    /// What was asked for last.
+    asked: Option<Arc<Wishes>>,
+    /// The generations of what is desired, by kind and name.
+    generations: BTreeMap<(&'static str, String), i64>,
     way: Arc<Way>,
     metrics: Metrics,
     health: Arc<Health>,
@@ -78,9 +83,9 @@ pub struct Deploy {
     said: BTreeMap<String, Event>,
     /// Streams that an operator has paused.
     paused: BTreeSet<String>,
-    /// What the folder says has to be put together again.
-    is_stale: bool,
     orders: mpsc::Receiver<Task>,
+    /// The streams that are played, and whether they are up.
+    members: watch::Receiver<Streams>,
     roster: Arc<Roster>,
     outbox: Arc<Outbox>,
     spool: Arc<Spool>,
@@ -120,8 +125,12 @@ struct Loaded {
 pub struct Parts {
     /// This node.
     pub node: Node,
-    /// The folder of manifests.
-    pub manifests: PathBuf,
+    /// What is asked for; `None` until somebody has said anything.
+    pub wishes: watch::Receiver<Option<Arc<Wishes>>>,
+    /// Asks whoever says what is asked for to look again.
+    pub again: Arc<Notify>,
+    /// Whether that is a cluster.
+    pub has_cluster: bool,
     /// The agent's own folder.
     pub data_dir: PathBuf,
     /// Looks at frames.
@@ -165,9 +174,13 @@ impl Deploy {
             one_at_a_time: Arc::new(Semaphore::new(1)),
         };
         Self {
+            labels: parts.node.labels.clone(),
             node: parts.node,
-            folder: Some(Folder::new(&parts.manifests)),
-            looking: None,
+            wishes: parts.wishes,
+            again: parts.again,
+            has_cluster: parts.has_cluster,
+            asked: None,
+            generations: BTreeMap::new(),
             way: Arc::new(way),
             metrics: parts.metrics,
             health: parts.health,
@@ -182,8 +195,8 @@ impl Deploy {
             reported: BTreeMap::new(),
             said: BTreeMap::new(),
             paused: BTreeSet::new(),
-            is_stale: false,
             orders: parts.orders,
+            members: parts.roster.follow(),
             roster: parts.roster,
             outbox: parts.outbox,
             spool: parts.spool,
@@ -197,13 +210,13 @@ impl Deploy {
 
     /// Runs until stopped; then the streams end, and the models finish the frames they hold.
     pub async fn run(mut self, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(LOOK_EVERY);
+        let mut ticks = tokio::time::interval(BEAT_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
-                _ = ticks.tick() => self.look(),
-                looked = under_way(&mut self.looking) => self.on_looked(looked),
+                _ = ticks.tick() => self.align(false),
+                Ok(()) = self.wishes.changed() => self.on_wishes(),
                 Some(loaded) = self.loads.recv() => self.on_loaded(loaded),
                 Some(task) = self.orders.recv() => self.on_order(task),
             }
@@ -223,32 +236,42 @@ impl Deploy {
         }
     }
 
-    /// Looks at the manifests off this task: the folder may lie on a network that hangs.
-    fn look(&mut self) {
-        if let Some(mut folder) = self.folder.take() {
-            self.looking = Some(tokio::task::spawn_blocking(move || {
-                let findings = folder.look();
-                (folder, findings)
-            }));
-        }
+    /// Takes in what is asked for now.
+    fn on_wishes(&mut self) {
+        let Some(wishes) = self.wishes.borrow_and_update().clone() else { return };
+        self.gather(wishes);
+        self.align(true);
     }
 
-    fn on_looked(&mut self, looked: Result<(Folder, Vec<Finding>), JoinError>) {
-        let (folder, findings) = match looked {
-            Ok(looked) => looked,
-            Err(error) => {
-                return tracing::error!(%error, "looking at the manifests panicked; they are not followed any more");
+    /// What is asked for of this node. Of two objects with one name, the one that stands first counts.
+    fn gather(&mut self, wishes: Arc<Wishes>) {
+        self.node.labels.clone_from(&wishes.labels);
+        self.node.labels.extend(self.labels.clone());
+        let mut desired = Desired::default();
+        let mut generations = BTreeMap::new();
+        let mut doubled = BTreeSet::new();
+        for Wish { object, place, generation } in &wishes.objects {
+            let (kind, name) = object.key();
+            if !desired.add(object.clone(), &self.node) {
+                let what = format!("{kind} {name} in {place}");
+                if !self.doubled.contains(&what) {
+                    tracing::error!(kind, name, file = place, "stands in an earlier file too; this one is passed over");
+                }
+                doubled.insert(what);
+                continue;
             }
-        };
-        for finding in &findings {
-            self.tell(finding);
+            if let Some(generation) = generation {
+                generations.insert((kind, name.to_owned()), *generation);
+            }
         }
-        if !findings.is_empty() || std::mem::take(&mut self.is_stale) {
-            self.desired = self.gather(&folder);
-        }
-        let is_certain = folder.is_certain();
-        self.folder = Some(folder);
-        self.remember_and_forget(is_certain && !findings.is_empty());
+        self.doubled = doubled;
+        desired.streams.retain(|name, _| !self.paused.contains(name));
+        (self.desired, self.generations, self.asked) = (desired, generations, Some(wishes));
+    }
+
+    /// Brings what is observed in line with what is asked for. What a fresh and certain word does not name is forgotten.
+    fn align(&mut self, is_fresh: bool) {
+        self.remember_and_forget(is_fresh && self.asked.as_ref().is_some_and(|wishes| wishes.is_certain));
         for (name, errand) in &self.errands {
             let model = self.observed.models.get(name);
             let wanted = self.desired.models.get(name);
@@ -258,48 +281,6 @@ impl Deploy {
                 errand.superseded.cancel();
             }
         }
-    }
-
-    fn tell(&self, finding: &Finding) {
-        let rejected = |path: &PathBuf| self.metrics.manifest_rejected.with_label_values(&[&file_name(path)]);
-        match finding {
-            Finding::Accepted(path, objects) => {
-                rejected(path).set(0);
-                tracing::info!(file = %path.display(), objects, "manifest read");
-            }
-            Finding::Rejected(path, reasons) => {
-                rejected(path).set(1);
-                for reason in reasons {
-                    tracing::error!(file = %path.display(), reason, "manifest refused, its last good content stays in force");
-                }
-            }
-            Finding::Removed(path) => {
-                drop(self.metrics.manifest_rejected.remove_label_values(&[&file_name(path)]));
-                tracing::info!(file = %path.display(), "manifest removed");
-            }
-            Finding::Unreadable(reason) => {
-                tracing::error!(reason, "the manifests cannot be read, everything stays as it is");
-            }
-        }
-    }
-
-    /// What the files say together. Of two objects with one name, the one in the first file counts.
-    fn gather(&mut self, folder: &Folder) -> Desired {
-        let mut desired = Desired::default();
-        let mut doubled = BTreeSet::new();
-        for (path, object) in folder.objects() {
-            if !desired.add(object.clone(), &self.node) {
-                let (kind, name) = object.key();
-                let what = format!("{kind} {name} in {}", path.display());
-                if !self.doubled.contains(&what) {
-                    tracing::error!(kind, name, file = %path.display(), "stands in an earlier file too; this one is passed over");
-                }
-                doubled.insert(what);
-            }
-        }
-        self.doubled = doubled;
-        desired.streams.retain(|name, _| !self.paused.contains(name));
-        desired
     }
 
     /// Begins to observe models with what is remembered of them from earlier runs, and lets go of those that nobody wants.
@@ -537,22 +518,4 @@ impl Deploy {
             tracing::info!(model = name, "model unloaded");
         }
     }
-}
-
-/// The end of a look that is under way; never, where none is.
-async fn under_way(
-    looking: &mut Option<JoinHandle<(Folder, Vec<Finding>)>>,
-) -> Result<(Folder, Vec<Finding>), JoinError> {
-    match looking {
-        Some(look) => {
-            let looked = look.await;
-            *looking = None;
-            looked
-        }
-        None => std::future::pending().await,
-    }
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }

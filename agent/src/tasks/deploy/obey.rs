@@ -51,10 +51,9 @@ impl Deploy {
         drop(reply.send(outcome));
     }
 
-    /// Everything is looked at again at once: the manifests at the next tick anyway, models that failed now.
+    /// Everything is looked at again at once: what is asked for, and models that failed.
     fn reload(&mut self) {
-        self.is_stale = true;
-        self.look();
+        self.again.notify_one();
         let now = Instant::now();
         for model in self.observed.models.values_mut() {
             if let Some((_, Some(retry_at))) = &mut model.failed {
@@ -75,7 +74,9 @@ impl Deploy {
 
     fn resume(&mut self, stream: &str) -> Result<CommandOutcome, String> {
         if self.paused.remove(stream) {
-            self.is_stale = true;
+            if let Some(wishes) = self.asked.clone() {
+                self.gather(wishes);
+            }
         } else if !self.desired.streams.contains_key(stream) {
             return Err(self.no_such_stream(stream));
         }

@@ -8,8 +8,12 @@ use crate::base::clock;
 use crate::config::ModelManifest;
 use crate::message::Event;
 use crate::plan::ModelState;
+use crate::plan::desired::Refused;
 use crate::serve::health::ModelHealth;
-use crate::serve::status::{Condition, ModelStatus, Serving};
+use crate::serve::status::Standing;
+use crate::status::{
+    Condition, DEGRADED, ITEMS_MAX, ModelStatus, READY, Serving, SpoolStatus, StreamStatus, degrade, shortened,
+};
 use crate::trust::has_expired;
 
 impl Deploy {
@@ -40,9 +44,73 @@ impl Deploy {
             }
             self.reported = states;
         }
-        let conditions = self.conditions();
-        self.board.set(statuses, conditions);
-        self.health.beat(Instant::now(), healths);
+        let refused = self.refused();
+        for refused in refused.iter().filter(|refused| refused.kind == "EdgeModel") {
+            tell_refused(&mut statuses, refused);
+        }
+        let streams = self.streams(&refused);
+        let stats = self.spool.stats();
+        let spool = SpoolStatus {
+            records: stats.records,
+            bytes: stats.bytes,
+            bytes_max: stats.bytes_max,
+            oldest_seconds: stats.oldest.unwrap_or_default().as_secs(),
+        };
+        let conditions = self.conditions(&mut statuses, &streams);
+        let labels = self.node.labels.clone();
+        self.board.set(Standing { labels, models: statuses, streams, spool, conditions });
+        self.health.beat(Instant::now(), self.asked.is_some(), healths);
+    }
+
+    /// What is meant for this node and cannot be followed.
+    fn refused(&self) -> Vec<Refused> {
+        let refused = self.asked.iter().flat_map(|wishes| &wishes.refused);
+        refused.filter(|refused| refused.concerns(&self.node)).cloned().collect()
+    }
+
+    /// How the streams stand that are asked for.
+    fn streams(&self, refused: &[Refused]) -> Vec<StreamStatus> {
+        let members = self.members.borrow();
+        let generation = |name: &str| self.generations.get(&("CameraStream", name.to_owned())).copied();
+        let paused = self.paused.iter().map(|name| StreamStatus {
+            name: name.clone(),
+            observed_generation: generation(name),
+            reason: Some("an operator has paused it".to_owned()),
+            ..StreamStatus::default()
+        });
+        let desired = self.desired.streams.values().map(|stream| {
+            let member = members.get(&stream.name);
+            let up = member.is_some_and(|member| member.up);
+            let reason = match member {
+                _ if !self.desired.models.contains_key(&stream.model) => {
+                    Some(format!("the model {} is not asked for on this node", stream.model))
+                }
+                Some(member) if !up => member.reason.clone(),
+                _ => None,
+            };
+            StreamStatus {
+                name: stream.name.clone(),
+                model: stream.model.clone(),
+                observed_generation: generation(&stream.name),
+                up,
+                reason: reason.as_deref().map(shortened),
+            }
+        });
+        let mut streams: Vec<StreamStatus> = desired.chain(paused).collect();
+        for refused in refused.iter().filter(|refused| refused.kind == "CameraStream") {
+            let reason = Some(shortened(&format!("refused: {}", refused.reasons.join("; "))));
+            match streams.iter_mut().find(|stream| stream.name == refused.name) {
+                Some(stream) => (stream.reason, stream.observed_generation) = (reason, refused.generation),
+                None => streams.push(StreamStatus {
+                    name: refused.name.clone(),
+                    observed_generation: refused.generation,
+                    reason,
+                    ..StreamStatus::default()
+                }),
+            }
+        }
+        streams.sort_by(|one, other| one.name.cmp(&other.name));
+        streams
     }
 
     /// Where the version that is asked for stands, and why it is not ready.
@@ -79,7 +147,8 @@ impl Deploy {
                 (None, Some(brought)) if state == ModelState::Ready => Some(brought.digest.to_string()),
                 (digest, _) => digest.map(|digest| digest.to_string()),
             },
-            state: state.name(),
+            state: state.name().to_owned(),
+            observed_generation: self.generations.get(&("EdgeModel", wanted.name.clone())).copied(),
             serving: brought.map(|brought| Serving {
                 version: brought.info.version,
                 digest: brought.info.digest.clone(),
@@ -89,15 +158,19 @@ impl Deploy {
             p50_ms: figures.map(|figures| figures.p50_ms),
             p99_ms: figures.map(|figures| figures.p99_ms),
             peak_memory_mib: figures.map(|figures| (figures.peak_memory_bytes as f64 / 1048.576).round() / 1e3),
-            reason,
+            reason: reason.as_deref().map(shortened),
             progress: errand.map(|errand| errand.stage.progress.snapshot()),
             signature_expires: brought.and_then(|brought| brought.expires).map(clock::rfc3339),
         }
     }
 
     /// What an operator should know. An expired signature is said, and stops nothing.
-    fn conditions(&mut self) -> Vec<Condition> {
-        let mut conditions = Vec::new();
+    fn conditions(&mut self, models: &mut Vec<ModelStatus>, streams: &[StreamStatus]) -> Vec<Condition> {
+        let mut conditions = vec![self.ready(models), self.broker()];
+        if self.has_cluster {
+            conditions.push(self.cluster());
+        }
+        let mut troubles: Vec<(&str, String)> = Vec::new();
         self.metrics.signature_expiry.reset();
         let mut expired = BTreeSet::new();
         for (name, brought) in &self.serving {
@@ -118,31 +191,90 @@ impl Deploy {
                     );
                 }
                 expired.insert(name.clone());
-                conditions.push(Condition::degraded(
-                    "SignatureExpired",
-                    format!("the signature of {name} version {version} ended at {expires}; sign it again"),
-                ));
+                let message = format!("the signature of {name} version {version} ended at {expires}; sign it again");
+                troubles.push(("SignatureExpired", message));
             }
         }
         self.expired = expired;
-        conditions.extend(self.spool_conditions());
+        troubles.extend(self.spool_troubles());
+        for model in models.iter().filter(|model| matches!(model.state.as_str(), "Failed" | "Quarantined")) {
+            let reason = if model.state == "Failed" { "ModelFailed" } else { "ModelQuarantined" };
+            let why = model.reason.as_deref().unwrap_or_default();
+            troubles.push((reason, format!("{} version {}: {why}", model.name, model.version)));
+        }
+        for stream in streams.iter().filter(|stream| !stream.up) {
+            let why = stream.reason.as_deref().unwrap_or("no frames come");
+            troubles.push(("StreamDown", format!("{}: {why}", stream.name)));
+        }
+        if models.len() > ITEMS_MAX || streams.len() > ITEMS_MAX {
+            troubles.push(("TooMany", format!("only {ITEMS_MAX} models and streams of a node are shown")));
+            models.truncate(ITEMS_MAX);
+        }
+        conditions.push(Condition::new(DEGRADED, false, "AsExpected", ""));
+        for (reason, message) in troubles {
+            degrade(&mut conditions, reason, &message);
+        }
+        if let Some(degraded) = conditions.last_mut() {
+            degraded.message = shortened(&degraded.message);
+        }
         conditions
     }
 
+    /// Whether every model that is asked for has a version that serves.
+    fn ready(&self, models: &[ModelStatus]) -> Condition {
+        let missing: Vec<&str> =
+            models.iter().filter(|model| model.serving.is_none()).map(|model| model.name.as_str()).collect();
+        match (&self.asked, missing.as_slice()) {
+            (None, _) => Condition::new(READY, false, "NothingAsked", "nobody has said yet what is to run here"),
+            (Some(_), []) => Condition::new(READY, true, "ModelsServe", format!("{} models serve", models.len())),
+            (Some(_), missing) => {
+                let message = format!("no version serves of {}", missing.join(", "));
+                Condition::new(READY, false, "ModelsMissing", shortened(&message))
+            }
+        }
+    }
+
+    /// Whether results reach a broker.
+    fn broker(&self) -> Condition {
+        match self.metrics.mqtt_connected.get() {
+            1 => Condition::new("BrokerReached", true, "Connected", ""),
+            _ => Condition::new(
+                "BrokerReached",
+                false,
+                "NotConnected",
+                "results wait on disk; see the agent's log for why",
+            ),
+        }
+    }
+
+    /// Whether the cluster is heard. In the cluster itself this says True, since else nobody can write it there; it matters
+    /// to whoever looks at the node.
+    fn cluster(&self) -> Condition {
+        match self.metrics.sync_connected.get() {
+            1 => Condition::new("ClusterReached", true, "Connected", ""),
+            _ => Condition::new(
+                "ClusterReached",
+                false,
+                "NotConnected",
+                "what the cluster asked for last stays in force",
+            ),
+        }
+    }
+
     /// What an operator should know of the results that wait.
-    fn spool_conditions(&self) -> Vec<Condition> {
+    fn spool_troubles(&self) -> Vec<(&'static str, String)> {
         let stats = self.spool.stats();
         self.metrics.spool_in_trouble.set(i64::from(stats.trouble.is_some()));
         let trouble = stats.trouble.map(|trouble| {
             let message = format!("the disk does not take results ({trouble}); they wait in memory, which holds few");
-            Condition::degraded("SpoolDiskFailing", message)
+            ("SpoolDiskFailing", message)
         });
         let overflow = stats.is_overflowing.then(|| {
             let message = format!(
-                "results gave way for room within the last minute: {} bytes wait and {} may; is a broker reached?",
-                stats.bytes, stats.bytes_max
+                "results gave way for room within the last minute: {} bytes may wait; is a broker reached?",
+                stats.bytes_max
             );
-            Condition::degraded("SpoolFull", message)
+            ("SpoolFull", message)
         });
         trouble.into_iter().chain(overflow).collect()
     }
@@ -168,4 +300,20 @@ impl Deploy {
             self.outbox.event(event);
         }
     }
+}
+
+/// A refused object overrides what is said of the content that is still followed.
+fn tell_refused(models: &mut Vec<ModelStatus>, refused: &Refused) {
+    let index = match models.iter().position(|model| model.name == refused.name) {
+        Some(index) => index,
+        None => {
+            models.push(ModelStatus { name: refused.name.clone(), ..ModelStatus::default() });
+            models.len() - 1
+        }
+    };
+    let model = &mut models[index];
+    model.state = ModelState::Failed.name().to_owned();
+    model.version = refused.version.unwrap_or(model.version);
+    model.observed_generation = refused.generation;
+    model.reason = Some(shortened(&format!("refused: {}", refused.reasons.join("; "))));
 }

@@ -1,0 +1,539 @@
+//! A Kubernetes cluster, as the agent and the controller need it. This folder is the only place that names `kube`.
+//!
+//! Objects are read as they come and handed on as JSON, so that one that this version does not understand is one refused
+//! object and not the end of a list. Every call has a deadline. Nothing here tries again: whoever calls decides when, and
+//! may have the connection made anew first ([`Cluster::renew`]), since a connection through a network that was gone for a
+//! while can stay silent for a long time after it is back.
+//!
+//! Access is by the pod's own service account or by a kubeconfig. A kubeconfig may name several contexts, which are ways
+//! to the same objects: they are tried in order, and the first is gone back to when it can be had again.
+
+mod kinds;
+mod lease;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures_util::{Stream, StreamExt as _};
+use k8s_openapi::api::core::v1::{Node, ObjectReference};
+use kube::api::{
+    ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions, WatchEvent, WatchParams,
+};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Api, Client, Config, ResourceExt as _};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::config::cluster::Access;
+use crate::status::NodeStatus;
+pub use kinds::definitions;
+pub use lease::{Lease, Term};
+
+/// Every call but a watch has to be answered within this.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// A list may take longer.
+const LIST_DEADLINE: Duration = Duration::from_secs(30);
+/// Objects of one page of a list.
+const PAGE: u32 = 500;
+/// The server ends a watch after this, which is no trouble.
+const WATCH_SECONDS: u32 = 60;
+/// A watch that is silent for longer is broken: the server should have ended it.
+const SILENCE_MAX: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
+/// Connections are made anew this far apart at least.
+const RENEW_EVERY: Duration = Duration::from_secs(3);
+/// A context that has failed for this long makes room for the next.
+const CONTEXT_PATIENCE: Duration = Duration::from_secs(20);
+/// The namespace where none is named.
+const NAMESPACE: &str = "lineside";
+/// Where a pod finds the namespace it is in.
+const POD_NAMESPACE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/namespace";
+
+/// A kind of object that is followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// `EdgeModel`.
+    EdgeModel,
+    /// `CameraStream`.
+    CameraStream,
+    /// `EdgeNode`.
+    EdgeNode,
+}
+
+impl Kind {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::EdgeModel => "EdgeModel",
+            Self::CameraStream => "CameraStream",
+            Self::EdgeNode => "EdgeNode",
+        }
+    }
+
+    fn resource(self) -> ApiResource {
+        match self {
+            Self::EdgeModel => ApiResource::erase::<kinds::EdgeModel>(&()),
+            Self::CameraStream => ApiResource::erase::<kinds::CameraStream>(&()),
+            Self::EdgeNode => ApiResource::erase::<kinds::EdgeNode>(&()),
+        }
+    }
+}
+
+/// An object as the cluster holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Item {
+    /// Its name.
+    pub name: String,
+    /// Which of all objects that ever bore its name it is.
+    pub uid: String,
+    /// How often its spec was changed.
+    pub generation: Option<i64>,
+    /// `apiVersion`, `kind`, `metadata.name` and `spec`, as a file of manifests has them.
+    pub document: Value,
+    /// Its status, as written by whoever writes it.
+    pub status: Value,
+}
+
+impl Item {
+    fn new(kind: Kind, object: DynamicObject) -> Self {
+        let mut data = object.data;
+        let (spec, status) = (data["spec"].take(), data["status"].take());
+        let name = object.metadata.name.unwrap_or_default();
+        Self {
+            document: json!({
+                "apiVersion": format!("{}/{}", kinds::GROUP, kinds::VERSION),
+                "kind": kind.name(),
+                "metadata": {"name": name},
+                "spec": spec,
+            }),
+            uid: object.metadata.uid.unwrap_or_default(),
+            generation: object.metadata.generation,
+            name,
+            status,
+        }
+    }
+}
+
+/// Something that a watch has to say.
+#[derive(Debug)]
+pub enum Change {
+    /// An object is new or not as it was.
+    Put(Item),
+    /// An object is gone.
+    Removed(String),
+    /// Nothing, but time has gone on.
+    Nothing,
+}
+
+/// The changes of a kind, each with the version of the whole from which to go on after it.
+pub type Changes = Pin<Box<dyn Stream<Item = Result<(Change, Option<String>), Trouble>> + Send>>;
+
+/// Why the cluster did not do what it was asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Trouble {
+    /// What to do about it.
+    pub kind: TroubleKind,
+    /// For people.
+    pub message: String,
+}
+
+/// What to do about a [`Trouble`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TroubleKind {
+    /// The version to go on from is too old: list again.
+    Expired,
+    /// There is no such object, or no such kind.
+    NotFound,
+    /// Somebody else was faster.
+    Conflict,
+    /// It is not allowed, or not valid: somebody has to change something first.
+    Refused,
+    /// The server is there and has no time: try again, and not before this.
+    Busy(Duration),
+    /// There was no answer, or none that can be read: try again.
+    Unreachable,
+}
+
+impl std::fmt::Display for Trouble {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Trouble {}
+
+impl Trouble {
+    fn unreachable(message: impl Into<String>) -> Self {
+        Self { kind: TroubleKind::Unreachable, message: message.into() }
+    }
+
+    fn new(error: kube::Error) -> Self {
+        let kube::Error::Api(status) = error else {
+            // The causes say what happened: `ServiceError: client error (Connect)` alone says little.
+            let mut message = error.to_string();
+            let mut cause = std::error::Error::source(&error);
+            while let Some(inner) = cause {
+                let text = inner.to_string();
+                if !message.contains(&text) {
+                    message = format!("{message}: {text}");
+                }
+                cause = inner.source();
+            }
+            return Self::unreachable(message);
+        };
+        let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
+        let kind = match status.code {
+            410 => TroubleKind::Expired,
+            404 => TroubleKind::NotFound,
+            409 => TroubleKind::Conflict,
+            429 | 500..=599 => TroubleKind::Busy(Duration::from_secs(u64::from(seconds))),
+            _ => TroubleKind::Refused,
+        };
+        let message = match status.message.as_str() {
+            "" => format!("the API server answers {} {}", status.code, status.reason),
+            message => format!("{message} ({})", status.code),
+        };
+        Self { kind, message }
+    }
+}
+
+/// What the cluster knows of a node.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct NodeFacts {
+    /// Which of all nodes that ever bore its name it is.
+    pub uid: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Something that is said about an object with a Kubernetes Event.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Saying {
+    /// Whether somebody should look.
+    pub is_warning: bool,
+    /// In one word.
+    pub reason: &'static str,
+    /// For people.
+    pub note: String,
+    /// The kind of the object it is about.
+    pub kind: Kind,
+    /// Its name.
+    pub name: String,
+    /// Its uid.
+    pub uid: Option<String>,
+}
+
+/// A way into a cluster.
+pub struct Cluster {
+    access: Access,
+    namespace: String,
+    /// Who speaks, for field managers and events.
+    reporter: Reporter,
+    client: Mutex<Client>,
+    recorder: Mutex<Recorder>,
+    renewal: tokio::sync::Mutex<Renewal>,
+    context: AtomicUsize,
+    era: AtomicU64,
+    /// Milliseconds after `begun` at which the server answered last.
+    answered: AtomicU64,
+    begun: Instant,
+}
+
+struct Renewal {
+    last: Instant,
+    in_context_since: Instant,
+}
+
+impl Cluster {
+    /// Prepares the way; nothing is sent yet. `speaker` is who speaks, such as `lineside-agent`; `instance` says which of
+    /// them.
+    ///
+    /// # Errors
+    /// When there is no service account, or the kubeconfig cannot be read or lacks a context.
+    pub async fn new(access: Access, speaker: &str, instance: &str) -> Result<Self, Trouble> {
+        let config = configuration(&access, 0).await?;
+        let namespace = match (&access.namespace, &access.kubeconfig) {
+            (Some(namespace), _) => namespace.clone(),
+            (None, Some(_)) if config.default_namespace != "default" => config.default_namespace.clone(),
+            (None, Some(_)) => NAMESPACE.to_owned(),
+            (None, None) => std::fs::read_to_string(POD_NAMESPACE)
+                .map(|text| text.trim().to_owned())
+                .unwrap_or_else(|_| NAMESPACE.to_owned()),
+        };
+        let client = client(config)?;
+        let reporter = Reporter { controller: speaker.to_owned(), instance: Some(instance.to_owned()) };
+        let now = Instant::now();
+        Ok(Self {
+            access,
+            namespace,
+            recorder: Mutex::new(Recorder::new(client.clone(), reporter.clone())),
+            reporter,
+            client: Mutex::new(client),
+            renewal: tokio::sync::Mutex::new(Renewal { last: now, in_context_since: now }),
+            context: AtomicUsize::new(0),
+            era: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+            begun: now,
+        })
+    }
+
+    /// The namespace of our objects.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Counts how often another context was taken. What was heard before is then void.
+    pub fn era(&self) -> u64 {
+        self.era.load(Ordering::Acquire)
+    }
+
+    /// How long ago the server answered last.
+    pub fn silent_for(&self) -> Duration {
+        self.begun.elapsed().saturating_sub(Duration::from_millis(self.answered.load(Ordering::Relaxed)))
+    }
+
+    /// Gives up the connections there are and makes new ones, with credentials read anew. Where the present context has
+    /// failed for a while and there are others, the next one is taken.
+    pub async fn renew(&self) {
+        let mut renewal = self.renewal.lock().await;
+        let now = Instant::now();
+        if now.duration_since(renewal.last) < RENEW_EVERY {
+            return;
+        }
+        renewal.last = now;
+        let contexts = self.access.contexts.len().max(1);
+        let failing = self.silent_for().min(now.duration_since(renewal.in_context_since));
+        let present = self.context.load(Ordering::Relaxed);
+        let next = if failing >= CONTEXT_PATIENCE { (present + 1) % contexts } else { present };
+        match self.open(next).await {
+            Ok(client) => self.take(client, next, &mut renewal),
+            Err(trouble) => tracing::warn!(%trouble, "the way into the cluster cannot be made anew"),
+        }
+    }
+
+    /// Goes back to the first context where that can be had again.
+    pub async fn prefer_first(&self) {
+        if self.context.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let Ok(client) = self.open(0).await else { return };
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(client.clone(), &self.namespace, &Kind::EdgeModel.resource());
+        if matches!(tokio::time::timeout(DEADLINE, api.list(&ListParams::default().limit(1))).await, Ok(Ok(_))) {
+            let mut renewal = self.renewal.lock().await;
+            self.take(client, 0, &mut renewal);
+        }
+    }
+
+    async fn open(&self, context: usize) -> Result<Client, Trouble> {
+        client(configuration(&self.access, context).await?)
+    }
+
+    fn take(&self, client: Client, context: usize, renewal: &mut Renewal) {
+        if self.context.swap(context, Ordering::Relaxed) != context {
+            tracing::warn!(context = self.access.contexts.get(context), "another context of the kubeconfig is taken");
+            renewal.in_context_since = Instant::now();
+            self.era.fetch_add(1, Ordering::Release);
+        }
+        let recorder = Recorder::new(client.clone(), self.reporter.clone());
+        *self.recorder.lock().unwrap_or_else(PoisonError::into_inner) = recorder;
+        *self.client.lock().unwrap_or_else(PoisonError::into_inner) = client;
+    }
+
+    fn client(&self) -> Client {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn api(&self, kind: Kind) -> Api<DynamicObject> {
+        Api::namespaced_with(self.client(), &self.namespace, &kind.resource())
+    }
+
+    /// Waits for an answer, but not for ever.
+    async fn ask<T>(&self, deadline: Duration, call: impl Future<Output = kube::Result<T>>) -> Result<T, Trouble> {
+        let outcome = match tokio::time::timeout(deadline, call).await {
+            Ok(outcome) => outcome.map_err(Trouble::new),
+            Err(_) => {
+                Err(Trouble::unreachable(format!("the API server has not answered within {} s", deadline.as_secs())))
+            }
+        };
+        if !matches!(&outcome, Err(trouble) if trouble.kind == TroubleKind::Unreachable) {
+            self.heard();
+        }
+        outcome
+    }
+
+    fn heard(&self) {
+        let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.answered.store(now, Ordering::Relaxed);
+    }
+
+    /// All objects of a kind, and the version of the whole.
+    ///
+    /// # Errors
+    /// See [`TroubleKind`].
+    pub async fn list(&self, kind: Kind) -> Result<(Vec<Item>, String), Trouble> {
+        let api = self.api(kind);
+        let mut params = ListParams::default().limit(PAGE);
+        let mut items = Vec::new();
+        loop {
+            let page = self.ask(LIST_DEADLINE, api.list(&params)).await?;
+            items.extend(page.items.into_iter().map(|object| Item::new(kind, object)));
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => params = params.continue_token(&token),
+                None => return Ok((items, page.metadata.resource_version.unwrap_or_default())),
+            }
+        }
+    }
+
+    /// The changes of a kind since a version. The server ends the stream after a while, which is no trouble; the stream
+    /// ends itself with a trouble when it is silent for too long.
+    ///
+    /// # Errors
+    /// See [`TroubleKind`].
+    pub async fn watch(&self, kind: Kind, version: &str) -> Result<Changes, Trouble> {
+        let params = WatchParams::default().timeout(WATCH_SECONDS);
+        let api = self.api(kind);
+        let events = self.ask(DEADLINE, api.watch(&params, version)).await?;
+        let events = Box::pin(events);
+        Ok(Box::pin(futures_util::stream::unfold(Some(events), move |events| async move {
+            let mut events = events?;
+            let next = match tokio::time::timeout(SILENCE_MAX, events.next()).await {
+                Ok(next) => next?,
+                Err(_) => return Some((Err(Trouble::unreachable("the watch has fallen silent")), None)),
+            };
+            let said = next.map_err(Trouble::new).and_then(|event| {
+                let with_version = |object: &DynamicObject| object.resource_version();
+                Ok(match event {
+                    WatchEvent::Added(object) | WatchEvent::Modified(object) => {
+                        let version = with_version(&object);
+                        (Change::Put(Item::new(kind, object)), version)
+                    }
+                    WatchEvent::Deleted(object) => {
+                        let version = with_version(&object);
+                        (Change::Removed(object.metadata.name.unwrap_or_default()), version)
+                    }
+                    WatchEvent::Bookmark(bookmark) => (Change::Nothing, Some(bookmark.metadata.resource_version)),
+                    WatchEvent::Error(status) => return Err(Trouble::new(kube::Error::Api(status))),
+                })
+            });
+            let rest = said.is_ok().then_some(events);
+            Some((said, rest))
+        })))
+    }
+
+    /// What the cluster knows of a node; `None` where it has none of that name.
+    ///
+    /// # Errors
+    /// See [`TroubleKind`].
+    pub async fn node(&self, name: &str) -> Result<Option<NodeFacts>, Trouble> {
+        let api: Api<Node> = Api::all(self.client());
+        let found = self.ask(DEADLINE, api.get_metadata_opt(name)).await?;
+        Ok(found.map(|node| NodeFacts {
+            uid: node.metadata.uid.unwrap_or_default(),
+            labels: node.metadata.labels.unwrap_or_default(),
+        }))
+    }
+
+    /// Says how a node stands, in the `EdgeNode` of its name, which is made where it is missing.
+    ///
+    /// # Errors
+    /// See [`TroubleKind`].
+    pub async fn report(&self, node: &str, status: &NodeStatus) -> Result<(), Trouble> {
+        match self.apply_status(Kind::EdgeNode, node, status).await {
+            Err(trouble) if trouble.kind == TroubleKind::NotFound => {
+                let api = self.api(Kind::EdgeNode);
+                let bare = object(Kind::EdgeNode, node);
+                self.ask(DEADLINE, api.patch(node, &self.applying(), &Patch::Apply(&bare))).await?;
+                self.apply_status(Kind::EdgeNode, node, status).await
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Writes an object's status by server-side apply. What another speaker has written beside it stays.
+    ///
+    /// # Errors
+    /// See [`TroubleKind`].
+    pub async fn apply_status(&self, kind: Kind, name: &str, status: &impl Serialize) -> Result<(), Trouble> {
+        let mut patch = object(kind, name);
+        patch["status"] = serde_json::to_value(status).unwrap_or_default();
+        let api = self.api(kind);
+        self.ask(DEADLINE, api.patch_status(name, &self.applying(), &Patch::Apply(&patch))).await.map(drop)
+    }
+
+    fn applying(&self) -> PatchParams {
+        PatchParams::apply(&self.reporter.controller).force()
+    }
+
+    /// Removes the very object that was looked at.
+    ///
+    /// # Errors
+    /// See [`TroubleKind`].
+    pub async fn delete(&self, kind: Kind, name: &str, uid: &str) -> Result<(), Trouble> {
+        let preconditions = Preconditions { uid: Some(uid.to_owned()), resource_version: None };
+        let params = DeleteParams::default().preconditions(preconditions);
+        let api = self.api(kind);
+        self.ask(DEADLINE, api.delete(name, &params)).await.map(drop)
+    }
+
+    /// Says something about an object. The same thing said again soon is counted in the Event there is.
+    ///
+    /// # Errors
+    /// See [`TroubleKind`].
+    pub async fn say(&self, saying: &Saying) -> Result<(), Trouble> {
+        let event = Event {
+            type_: if saying.is_warning { EventType::Warning } else { EventType::Normal },
+            reason: saying.reason.to_owned(),
+            note: Some(saying.note.chars().take(1000).collect()),
+            action: "Observe".to_owned(),
+            secondary: None,
+        };
+        let about = ObjectReference {
+            api_version: Some(format!("{}/{}", kinds::GROUP, kinds::VERSION)),
+            kind: Some(saying.kind.name().to_owned()),
+            name: Some(saying.name.clone()),
+            namespace: Some(self.namespace.clone()),
+            uid: saying.uid.clone(),
+            ..ObjectReference::default()
+        };
+        let recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.ask(DEADLINE, recorder.publish(&event, &about)).await
+    }
+}
+
+fn object(kind: Kind, name: &str) -> Value {
+    json!({
+        "apiVersion": format!("{}/{}", kinds::GROUP, kinds::VERSION),
+        "kind": kind.name(),
+        "metadata": {"name": name},
+    })
+}
+
+/// How to reach the cluster by one of its contexts.
+async fn configuration(access: &Access, context: usize) -> Result<Config, Trouble> {
+    let refused = |message: String| Trouble { kind: TroubleKind::Refused, message };
+    let mut config = match &access.kubeconfig {
+        None => {
+            Config::incluster().map_err(|error| refused(format!("this is no pod with a service account: {error}")))?
+        }
+        Some(path) => {
+            let named = |error: String| refused(format!("--kubeconfig {}: {error}", Path::new(path).display()));
+            let kubeconfig = Kubeconfig::read_from(path).map_err(|error| named(error.to_string()))?;
+            let options = KubeConfigOptions { context: access.contexts.get(context).cloned(), ..Default::default() };
+            Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|error| named(error.to_string()))?
+        }
+    };
+    config.connect_timeout = Some(Duration::from_secs(5));
+    config.write_timeout = Some(DEADLINE);
+    // When to try again is decided by whoever asks.
+    config.default_retry = false;
+    Ok(config)
+}
+
+fn client(config: Config) -> Result<Client, Trouble> {
+    Client::try_from(config).map_err(|error| Trouble { kind: TroubleKind::Refused, message: error.to_string() })
+}

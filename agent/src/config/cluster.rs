@@ -1,0 +1,14 @@
+//! How the agent and the controller find their cluster.
+
+use std::path::PathBuf;
+
+/// A way into a cluster.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Access {
+    /// A kubeconfig; `None` is the service account of the pod this runs in.
+    pub kubeconfig: Option<PathBuf>,
+    /// Contexts of the kubeconfig, in the order in which they are tried. None is its current one.
+    pub contexts: Vec<String>,
+    /// Where our objects are. `None` is the pod's or context's own namespace, else `lineside`.
+    pub namespace: Option<String>,
+}

@@ -1,0 +1,258 @@
+//! The nodes' statuses added up into those of models and streams.
+//!
+//! A node counts for a model when its labels match the model's selector, whether or not its agent has heard of the model
+//! yet; so a model that a node has not taken up is a model that is not ready there. A node that is silent is counted, and
+//! not as ready: what it does is not known.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use crate::plan::ModelState;
+use crate::plan::desired::selects;
+use crate::status::{
+    CameraStreamStatus, Condition, DEGRADED, EdgeModelStatus, NodeCounts, NodeStatus, READY, date, shortened,
+};
+
+/// Nodes named in a message at most.
+const NAMED_MAX: usize = 5;
+/// The condition that says that nodes are on their way to what is asked for.
+const PROGRESSING: &str = "Progressing";
+
+/// A node, as far as the sums need it.
+#[derive(Debug, Clone, Copy)]
+pub struct NodeView<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// What it said last.
+    pub status: &'a NodeStatus,
+    /// Whether it has said nothing for too long.
+    pub is_silent: bool,
+}
+
+/// An `EdgeModel` or `CameraStream` that is asked for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Subject {
+    /// Its name.
+    pub name: String,
+    /// How often its spec was changed.
+    pub generation: Option<i64>,
+    version: Option<u64>,
+    selector: BTreeMap<String, String>,
+    node_name: Option<String>,
+}
+
+impl Subject {
+    /// Reads what is needed of an object. What is missing or of another type counts as not said: the API server has
+    /// validated the rest.
+    pub fn new(name: &str, generation: Option<i64>, document: &Value) -> Self {
+        let spec = |field: &str| document.pointer(&format!("/spec/{field}"));
+        let labels = spec("nodeSelector").and_then(Value::as_object).into_iter().flatten();
+        Self {
+            name: name.to_owned(),
+            generation,
+            version: spec("version").and_then(Value::as_u64),
+            selector: labels.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),
+            node_name: spec("nodeName").and_then(Value::as_str).map(str::to_owned),
+        }
+    }
+
+    fn concerns(&self, node: &NodeView<'_>) -> bool {
+        self.node_name.as_deref().is_none_or(|name| name == node.name)
+            && selects(&self.selector, &node.status.agent.labels)
+    }
+}
+
+/// How one node stands to one subject.
+enum Standing<'a> {
+    Ready,
+    Pending,
+    Failed(&'a str),
+    Silent,
+}
+
+/// A model on all nodes. `now` dates what has changed since `before`.
+pub fn model(subject: &Subject, nodes: &[NodeView<'_>], before: &EdgeModelStatus, now: &str) -> EdgeModelStatus {
+    let stands = nodes.iter().filter(|node| subject.concerns(node)).map(|node| {
+        let said = node.status.models.iter().find(|model| model.name == subject.name);
+        let Some(said) = said.filter(|said| said.observed_generation >= subject.generation) else {
+            return (node.name, if node.is_silent { Standing::Silent } else { Standing::Pending });
+        };
+        let standing = if node.is_silent {
+            Standing::Silent
+        } else if said.state == ModelState::Ready.name() && Some(said.version) == subject.version {
+            Standing::Ready
+        } else if [ModelState::Failed, ModelState::Quarantined].map(ModelState::name).contains(&said.state.as_str()) {
+            Standing::Failed(said.reason.as_deref().unwrap_or_default())
+        } else {
+            Standing::Pending
+        };
+        (node.name, standing)
+    });
+    let (nodes, conditions) = sum(subject, stands.collect(), ["AllNodesServe", "serves"], &before.conditions, now);
+    EdgeModelStatus { observed_generation: subject.generation, nodes, conditions }
+}
+
+/// A stream on the nodes that play it.
+pub fn stream(subject: &Subject, nodes: &[NodeView<'_>], before: &CameraStreamStatus, now: &str) -> CameraStreamStatus {
+    let mut stands: Vec<(&str, Standing<'_>)> = nodes
+        .iter()
+        .filter(|node| subject.concerns(node))
+        .map(|node| {
+            let said = node.status.streams.iter().find(|stream| stream.name == subject.name);
+            let standing = match said.filter(|said| said.observed_generation >= subject.generation) {
+                _ if node.is_silent => Standing::Silent,
+                Some(said) if said.up => Standing::Ready,
+                Some(said) => said.reason.as_deref().map_or(Standing::Pending, Standing::Failed),
+                None => Standing::Pending,
+            };
+            (node.name, standing)
+        })
+        .collect();
+    // A node that is named is meant even where nobody has heard of it.
+    if let (Some(name), true) = (&subject.node_name, stands.is_empty()) {
+        stands.push((name.as_str(), Standing::Failed("no agent of this name has reported")));
+    }
+    let (nodes, conditions) = sum(subject, stands, ["FramesCome", "plays"], &before.conditions, now);
+    CameraStreamStatus { observed_generation: subject.generation, nodes, conditions }
+}
+
+fn sum(
+    subject: &Subject,
+    stands: Vec<(&str, Standing<'_>)>,
+    [reason, verb]: [&str; 2],
+    before: &[Condition],
+    now: &str,
+) -> (NodeCounts, Vec<Condition>) {
+    let whole = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+    let count = |is: fn(&Standing<'_>) -> bool| whole(stands.iter().filter(|(_, standing)| is(standing)).count());
+    let counts = NodeCounts {
+        desired: whole(stands.len()),
+        ready: count(|standing| matches!(standing, Standing::Ready)),
+        candidate: 0,
+        failed: count(|standing| matches!(standing, Standing::Failed(_))),
+    };
+    let (pending, silent) = (
+        count(|standing| matches!(standing, Standing::Pending)),
+        count(|standing| matches!(standing, Standing::Silent)),
+    );
+    let named = |is: fn(&Standing<'_>) -> bool| {
+        let names: Vec<String> = stands
+            .iter()
+            .filter(|(_, standing)| is(standing))
+            .take(NAMED_MAX + 1)
+            .enumerate()
+            .map(|(index, (name, standing))| match standing {
+                _ if index == NAMED_MAX => "and more".to_owned(),
+                Standing::Failed(why) if !why.is_empty() => format!("{name} ({why})"),
+                _ => (*name).to_owned(),
+            })
+            .collect();
+        shortened(&names.join(", "))
+    };
+    let is_ready = counts.desired > 0 && counts.ready == counts.desired;
+    let failed_names = named(|standing| matches!(standing, Standing::Failed(_)));
+    let silent_names = named(|standing| matches!(standing, Standing::Silent));
+    let (why, message) = match (counts.desired, counts.failed, silent) {
+        _ if is_ready => (reason, format!("it {verb} on all {} nodes", counts.desired)),
+        (0, ..) => ("NoNodes", "no node that reports bears the labels asked for".to_owned()),
+        (_, 1.., _) => ("NodesFailed", format!("it failed on {failed_names}")),
+        (_, _, 1..) => ("NodesSilent", format!("nothing is heard of {silent_names}")),
+        _ => ("NodesPending", format!("{} of {} are on their way", pending, counts.desired)),
+    };
+    let mut conditions = vec![Condition::new(READY, is_ready, why, message)];
+    conditions.push(match pending {
+        0 => Condition::new(PROGRESSING, false, "Settled", ""),
+        _ => Condition::new(
+            PROGRESSING,
+            true,
+            "NodesPending",
+            format!("{} of {} are on their way", pending, counts.desired),
+        ),
+    });
+    conditions.push(match (counts.failed, silent) {
+        (0, 0) => Condition::new(DEGRADED, false, "AsExpected", ""),
+        (0, _) => Condition::new(DEGRADED, true, "NodesSilent", silent_names),
+        _ => Condition::new(DEGRADED, true, "NodesFailed", failed_names),
+    });
+    conditions.iter_mut().for_each(|condition| condition.observed_generation = subject.generation);
+    date(&mut conditions, before, now);
+    (counts, conditions)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::status::{ModelStatus, StreamStatus};
+
+    fn node(line: &str, state: &str, version: u64, generation: i64) -> NodeStatus {
+        let mut status = NodeStatus::default();
+        status.agent.labels.insert("line".into(), line.into());
+        status.models.push(ModelStatus {
+            name: "m".into(),
+            version,
+            state: state.into(),
+            observed_generation: Some(generation),
+            reason: (state == "Failed").then(|| "no such file".into()),
+            ..ModelStatus::default()
+        });
+        status.streams.push(StreamStatus {
+            name: "s".into(),
+            up: true,
+            observed_generation: Some(1),
+            ..StreamStatus::default()
+        });
+        status
+    }
+
+    fn view<'a>(name: &'a str, status: &'a NodeStatus, is_silent: bool) -> NodeView<'a> {
+        NodeView { name, status, is_silent }
+    }
+
+    fn subject() -> Subject {
+        Subject::new("m", Some(4), &json!({"spec": {"version": 3, "nodeSelector": {"line": "a"}}}))
+    }
+
+    fn ready(status: &EdgeModelStatus) -> (&str, &str) {
+        (status.conditions[0].status.as_str(), status.conditions[0].reason.as_str())
+    }
+
+    #[test]
+    fn nodes_count_by_their_labels_and_by_what_they_say_of_this_generation() {
+        let (good, old, failed, other) =
+            (node("a", "Ready", 3, 4), node("a", "Ready", 2, 3), node("a", "Failed", 3, 4), node("b", "Ready", 3, 4));
+        let all =
+            [view("n1", &good, false), view("n2", &old, false), view("n3", &failed, false), view("n4", &other, false)];
+        let status = model(&subject(), &all, &EdgeModelStatus::default(), "t1");
+        assert_eq!(status.nodes, NodeCounts { desired: 3, ready: 1, candidate: 0, failed: 1 });
+        assert_eq!(ready(&status), ("False", "NodesFailed"));
+        assert_eq!(status.conditions[0].message, "it failed on n3 (no such file)");
+        let status = model(&subject(), &all[..1], &status, "t2");
+        assert_eq!((ready(&status), status.nodes.ready), (("True", "AllNodesServe"), 1));
+        assert_eq!(model(&subject(), &all[..1], &status, "t3"), status, "what stays the same is not written again");
+        assert_eq!(ready(&model(&subject(), &all[1..2], &status, "t3")), ("False", "NodesPending"));
+        assert_eq!(ready(&model(&subject(), &all[3..], &status, "t3")), ("False", "NoNodes"));
+    }
+
+    #[test]
+    fn a_silent_node_is_not_ready_and_is_named() {
+        let good = node("a", "Ready", 3, 4);
+        let status = model(&subject(), &[view("n1", &good, true)], &EdgeModelStatus::default(), "t1");
+        assert_eq!((ready(&status), status.nodes.ready, status.nodes.desired), (("False", "NodesSilent"), 0, 1));
+        assert_eq!(status.conditions[0].message, "nothing is heard of n1");
+    }
+
+    #[test]
+    fn a_stream_on_a_node_that_is_not_there_is_told() {
+        let on = |name: &str| Subject::new("s", Some(1), &json!({"spec": {"nodeName": name}}));
+        let good = node("a", "Ready", 3, 4);
+        let all = [view("n1", &good, false)];
+        let status = stream(&on("n1"), &all, &CameraStreamStatus::default(), "t");
+        assert_eq!((status.nodes.ready, status.conditions[0].reason.as_str()), (1, "FramesCome"));
+        let status = stream(&on("n9"), &all, &CameraStreamStatus::default(), "t");
+        assert_eq!((status.nodes.desired, status.nodes.failed), (1, 1));
+        assert!(status.conditions[0].message.contains("n9 (no agent of this name has reported)"));
+    }
+}

@@ -1,0 +1,333 @@
+//! The controller's loop: it follows all models, streams and nodes, and the one that leads writes what they add up to.
+//!
+//! Several controllers run, one leads; those that wait follow everything too, so that the next leader knows at once which
+//! nodes have been silent since when. Whether a node is silent is told by our own clock from when its status last changed,
+//! never by the node's clock. Only differences are written, so a leader that changes writes nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::sync::mirror::{Heard, mirror};
+use crate::base::clock;
+use crate::base::metrics::ControllerMetrics;
+use crate::cluster::{Cluster, Item, Kind, Lease, Saying, Term, Trouble, TroubleKind};
+use crate::plan::rollout::sum::{self, NodeView, Subject};
+use crate::serve::controller::Pulse;
+use crate::status::{CameraStreamStatus, Condition, EdgeModelStatus, NodeStatus, READY, date};
+
+/// The name of the lease.
+pub const LEASE: &str = "lineside-controller";
+/// Things heard that wait at most.
+const HEARD_MAX: usize = 256;
+/// How often the lease is attended to, and what has changed is written.
+const ROUND_EVERY: Duration = Duration::from_secs(2);
+/// A round's writes end after this, so that the lease is attended to in time; the rest is written in the next.
+const WRITE_MAX: Duration = Duration::from_secs(2);
+/// The connection is doubted after this long without an answer.
+const DOUBT_AFTER: Duration = Duration::from_secs(20);
+
+/// When a node counts as silent and as gone.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// A node that has not said anything for this long is silent.
+    pub silent_after: Duration,
+    /// A silent node's `EdgeNode` is removed after this long in all, where the cluster has no such node any more.
+    pub gone_after: Duration,
+}
+
+/// The controller.
+pub struct Controller {
+    cluster: Arc<Cluster>,
+    lease: Lease,
+    patience: Patience,
+    pulse: Arc<Pulse>,
+    metrics: ControllerMetrics,
+    models: BTreeMap<String, (Subject, EdgeModelStatus)>,
+    streams: BTreeMap<String, (Subject, CameraStreamStatus)>,
+    nodes: BTreeMap<String, Seen>,
+    heard_all: BTreeSet<Kind>,
+    was_leading: bool,
+    trouble: Option<String>,
+}
+
+/// A node as it was seen last.
+struct Seen {
+    uid: String,
+    status: NodeStatus,
+    changed: Instant,
+    /// When it was last looked up whether the node is still there.
+    looked_up: Option<Instant>,
+}
+
+impl Controller {
+    /// A controller that knows nothing yet. `identity` tells it from the others.
+    pub fn new(
+        cluster: Arc<Cluster>,
+        identity: &str,
+        patience: Patience,
+        pulse: Arc<Pulse>,
+        metrics: ControllerMetrics,
+    ) -> Self {
+        Self {
+            cluster,
+            lease: Lease::new(LEASE, identity),
+            patience,
+            pulse,
+            metrics,
+            models: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            heard_all: BTreeSet::new(),
+            was_leading: false,
+            trouble: None,
+        }
+    }
+
+    /// Runs until stopped, and lets go of the lease at the end.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let doubt = Arc::new(Notify::new());
+        let (heard, mut hears) = mpsc::channel(HEARD_MAX);
+        let mut loops = JoinSet::new();
+        for kind in [Kind::EdgeModel, Kind::CameraStream, Kind::EdgeNode] {
+            loops.spawn(mirror(self.cluster.clone(), kind, heard.clone(), doubt.clone()));
+        }
+        let mut rounds = tokio::time::interval(ROUND_EVERY);
+        rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                Some(heard) = hears.recv() => self.hear(heard),
+                _ = rounds.tick() => {
+                    if self.cluster.silent_for() > DOUBT_AFTER {
+                        self.cluster.renew().await;
+                        doubt.notify_waiters();
+                    }
+                    self.round().await;
+                }
+            }
+        }
+        loops.shutdown().await;
+        if let Err(trouble) = self.lease.release(&self.cluster).await {
+            tracing::warn!(%trouble, "the lease could not be released; it runs out by itself");
+        }
+    }
+
+    fn hear(&mut self, heard: Heard) {
+        match heard {
+            Heard::Trouble(trouble) => self.tell(&trouble),
+            Heard::All(kind, items) => {
+                let is_named = |name: &String| items.iter().any(|item| item.name == *name);
+                match kind {
+                    Kind::EdgeModel => self.models.retain(|name, _| is_named(name)),
+                    Kind::CameraStream => self.streams.retain(|name, _| is_named(name)),
+                    Kind::EdgeNode => self.nodes.retain(|name, _| is_named(name)),
+                }
+                self.heard_all.insert(kind);
+                self.trouble = None;
+                items.into_iter().for_each(|item| self.put(kind, item));
+            }
+            Heard::Put(kind, item) => self.put(kind, item),
+            Heard::Removed(Kind::EdgeModel, name) => drop(self.models.remove(&name)),
+            Heard::Removed(Kind::CameraStream, name) => drop(self.streams.remove(&name)),
+            Heard::Removed(Kind::EdgeNode, name) => drop(self.nodes.remove(&name)),
+        }
+    }
+
+    fn put(&mut self, kind: Kind, item: Item) {
+        let subject = || Subject::new(&item.name, item.generation, &item.document);
+        match kind {
+            Kind::EdgeModel => drop(self.models.insert(item.name.clone(), (subject(), read(&item.status)))),
+            Kind::CameraStream => drop(self.streams.insert(item.name.clone(), (subject(), read(&item.status)))),
+            Kind::EdgeNode => {
+                let status: NodeStatus = read(&item.status);
+                let known = self.nodes.get(&item.name).filter(|known| known.uid == item.uid);
+                // What we wrote ourselves is not a sign of life; the time that the agent gives is.
+                let changed = known.filter(|known| known.status.agent == status.agent).map(|known| known.changed);
+                let seen = Seen {
+                    looked_up: known.and_then(|known| known.looked_up),
+                    uid: item.uid,
+                    status,
+                    changed: changed.unwrap_or_else(Instant::now),
+                };
+                self.nodes.insert(item.name, seen);
+            }
+        }
+    }
+
+    fn tell(&mut self, trouble: &Trouble) {
+        let text = trouble.to_string();
+        if self.trouble.as_ref() != Some(&text) {
+            tracing::warn!(%trouble, "the cluster does not do what it is asked for");
+            self.trouble = Some(text);
+        }
+    }
+
+    async fn round(&mut self) {
+        match self.lease.attend(&self.cluster).await {
+            Ok(Term::Leads | Term::Waits) => {}
+            Err(trouble) => {
+                if trouble.kind == TroubleKind::Unreachable {
+                    self.cluster.renew().await;
+                }
+                self.tell(&trouble);
+            }
+        }
+        let leads = self.lease.leads();
+        if leads != self.was_leading {
+            tracing::info!(leads, "leadership has changed");
+            self.was_leading = leads;
+        }
+        self.metrics.leads.set(i64::from(leads));
+        self.pulse.beat(self.heard_all.len() == 3);
+        let silent = self.nodes.values().filter(|seen| self.is_silent(seen)).count();
+        for (state, count) in [("reporting", self.nodes.len() - silent), ("silent", silent)] {
+            self.metrics.nodes.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        if !leads || self.heard_all.len() < 3 {
+            return;
+        }
+        let end = Instant::now() + WRITE_MAX;
+        for outcome in [self.sum_up(end).await, self.mark_silent(end).await, self.remove_gone(end).await] {
+            if let Err(trouble) = outcome {
+                self.metrics.failures.inc();
+                self.tell(&trouble);
+            }
+        }
+    }
+
+    fn is_silent(&self, seen: &Seen) -> bool {
+        seen.changed.elapsed() >= self.patience.silent_after
+    }
+
+    /// Writes the statuses of models and streams that are not as the nodes say.
+    async fn sum_up(&mut self, end: Instant) -> Result<(), Trouble> {
+        let now = clock::rfc3339(SystemTime::now());
+        let views: Vec<NodeView<'_>> = self
+            .nodes
+            .iter()
+            .map(|(name, seen)| NodeView { name, status: &seen.status, is_silent: self.is_silent(seen) })
+            .collect();
+        let models: Vec<_> = self
+            .models
+            .values()
+            .map(|(subject, before)| (subject, before, sum::model(subject, &views, before, &now)))
+            .filter(|(_, before, after)| *before != after)
+            .map(|(subject, _, after)| (subject.name.clone(), after))
+            .collect();
+        let streams: Vec<_> = self
+            .streams
+            .values()
+            .map(|(subject, before)| (subject, before, sum::stream(subject, &views, before, &now)))
+            .filter(|(_, before, after)| *before != after)
+            .map(|(subject, _, after)| (subject.name.clone(), after))
+            .collect();
+        for (name, status) in models {
+            if Instant::now() >= end {
+                return Ok(());
+            }
+            self.write(Kind::EdgeModel, &name, &status).await?;
+            if let Some((_, known)) = self.models.get_mut(&name) {
+                *known = status;
+            }
+        }
+        for (name, status) in streams {
+            if Instant::now() >= end {
+                return Ok(());
+            }
+            self.write(Kind::CameraStream, &name, &status).await?;
+            if let Some((_, known)) = self.streams.get_mut(&name) {
+                *known = status;
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, kind: Kind, name: &str, status: &impl serde::Serialize) -> Result<(), Trouble> {
+        match self.cluster.apply_status(kind, name, status).await {
+            // It was removed meanwhile; the watch will say so.
+            Err(trouble) if trouble.kind == TroubleKind::NotFound => Ok(()),
+            outcome => {
+                self.metrics.writes.inc();
+                outcome
+            }
+        }
+    }
+
+    /// Marks nodes that have fallen silent: whether they are ready cannot be told. The agent takes the mark back itself
+    /// with its next word.
+    async fn mark_silent(&mut self, end: Instant) -> Result<(), Trouble> {
+        let is_marked = |seen: &Seen| {
+            seen.status.conditions.iter().any(|condition| condition.kind == READY && condition.status == "Unknown")
+        };
+        let silent: Vec<(String, String, Vec<Condition>)> = self
+            .nodes
+            .iter()
+            .filter(|(_, seen)| self.is_silent(seen) && !is_marked(seen))
+            .map(|(name, seen)| (name.clone(), seen.uid.clone(), seen.status.conditions.clone()))
+            .collect();
+        for (name, uid, before) in silent {
+            if Instant::now() >= end {
+                return Ok(());
+            }
+            let message = format!("nothing was heard of its agent for {} s", self.patience.silent_after.as_secs());
+            let mut mark = [Condition::new(READY, false, "NodeSilent", message.clone()).unknown()];
+            date(&mut mark, &before, &clock::rfc3339(SystemTime::now()));
+            self.write(Kind::EdgeNode, &name, &serde_json::json!({"conditions": mark})).await?;
+            let saying = Saying {
+                is_warning: true,
+                reason: "NodeSilent",
+                note: message,
+                kind: Kind::EdgeNode,
+                name,
+                uid: Some(uid),
+            };
+            self.cluster.say(&saying).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes the `EdgeNode`s of nodes that the cluster has no more. One that never was a node of this cluster stays.
+    async fn remove_gone(&mut self, end: Instant) -> Result<(), Trouble> {
+        let patience = self.patience;
+        let silent: Vec<(String, String, String)> = self
+            .nodes
+            .iter()
+            .filter(|(_, seen)| {
+                seen.changed.elapsed() >= patience.gone_after
+                    && seen.looked_up.is_none_or(|at| at.elapsed() >= patience.gone_after)
+            })
+            .filter_map(|(name, seen)| Some((name.clone(), seen.uid.clone(), seen.status.agent.node_uid.clone()?)))
+            .collect();
+        for (name, uid, node_uid) in silent {
+            if Instant::now() >= end {
+                return Ok(());
+            }
+            let found = self.cluster.node(&name).await?;
+            if found.is_none_or(|facts| facts.uid != node_uid) {
+                tracing::info!(node = name, "the node is gone, its EdgeNode is removed");
+                match self.cluster.delete(Kind::EdgeNode, &name, &uid).await {
+                    Err(trouble) if !matches!(trouble.kind, TroubleKind::NotFound | TroubleKind::Conflict) => {
+                        return Err(trouble);
+                    }
+                    _ => {}
+                }
+            }
+            if let Some(seen) = self.nodes.get_mut(&name) {
+                seen.looked_up = Some(Instant::now());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A status that cannot be read, or is not there, counts as an empty one: it is written anew.
+fn read<T: serde::de::DeserializeOwned + Default>(status: &Value) -> T {
+    T::deserialize(status).unwrap_or_default()
+}

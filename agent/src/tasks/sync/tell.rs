@@ -1,0 +1,119 @@
+//! How this node stands, told to the cluster: the status of its `EdgeNode`, and Events.
+//!
+//! The status is written when it has changed, at most every ten seconds, and once a minute in any case, so that a silent
+//! agent can be told from one with nothing to say. Events are made of what changed between two writes, by
+//! [`notices`](crate::plan::notices), and are few: a burst of twenty, then one in ten seconds.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::Uids;
+use crate::base::clock;
+use crate::cluster::{Cluster, Kind, Saying, TroubleKind};
+use crate::plan::notices::{About, Notice, notices};
+use crate::serve::status::Board;
+use crate::status::NodeStatus;
+
+/// Two writes are this far apart at least.
+const WRITE_EVERY_MIN: Duration = Duration::from_secs(10);
+/// And at most this far.
+const WRITE_EVERY: Duration = Duration::from_secs(60);
+/// Events said at once at most; what is over is in the status all the same.
+const EVENTS_BURST: f64 = 20.0;
+/// Time in which another Event may be said.
+const EVENT_EVERY: Duration = Duration::from_secs(10);
+
+/// Tells until stopped.
+pub(super) async fn tell(
+    cluster: Arc<Cluster>,
+    node: String,
+    board: Arc<Board>,
+    uids: Uids,
+    node_uid: Arc<Mutex<Option<String>>>,
+    stop: CancellationToken,
+) {
+    let mut changed = board.follow();
+    changed.mark_changed();
+    let mut written: Option<NodeStatus> = None;
+    let mut refused: Option<String> = None;
+    let mut purse = Purse { coins: EVENTS_BURST, at: Instant::now() };
+    loop {
+        let rest = WRITE_EVERY.mul_f64(0.9 + fastrand::f64() / 10.0);
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = changed.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(rest) => {}
+        }
+        let began = Instant::now();
+        let mut status = tokio::task::block_in_place(|| board.get());
+        status.agent.node_uid = node_uid.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        status.agent.last_seen = Some(clock::rfc3339(SystemTime::now()));
+        let outcome = tokio::select! {
+            () = stop.cancelled() => return,
+            outcome = cluster.report(&node, &status) => outcome,
+        };
+        match outcome {
+            Ok(()) => {
+                if refused.take().is_some() {
+                    tracing::info!("the node's status is told to the cluster again");
+                }
+                let said = notices(&node, written.as_ref(), &status);
+                written = Some(status);
+                for notice in said.into_iter().filter(|_| purse.take()) {
+                    say(&cluster, &node, &uids, notice).await;
+                }
+            }
+            Err(trouble) => {
+                let text = trouble.to_string();
+                if refused.as_ref() != Some(&text) {
+                    tracing::warn!(%trouble, "the node's status could not be told to the cluster");
+                    refused = Some(text);
+                }
+                if trouble.kind == TroubleKind::Unreachable {
+                    cluster.renew().await;
+                }
+                changed.mark_changed();
+            }
+        }
+        let pause = WRITE_EVERY_MIN.saturating_sub(began.elapsed()) + WRITE_EVERY_MIN.mul_f64(fastrand::f64() / 10.0);
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+async fn say(cluster: &Cluster, node: &str, uids: &Uids, notice: Notice) {
+    let (kind, name) = match notice.about {
+        About::Node => (Kind::EdgeNode, node.to_owned()),
+        About::Model(name) => (Kind::EdgeModel, name),
+        About::Stream(name) => (Kind::CameraStream, name),
+    };
+    let uid = uids.lock().unwrap_or_else(PoisonError::into_inner).get(&(kind.name(), name.clone())).cloned();
+    let saying = Saying { is_warning: notice.is_warning, reason: notice.reason, note: notice.note, kind, name, uid };
+    if let Err(trouble) = cluster.say(&saying).await {
+        tracing::debug!(%trouble, reason = saying.reason, "an Event could not be said");
+    }
+}
+
+/// What may be said: it fills with time.
+struct Purse {
+    coins: f64,
+    at: Instant,
+}
+
+impl Purse {
+    fn take(&mut self) -> bool {
+        let now = Instant::now();
+        let earned = now.duration_since(self.at).as_secs_f64() / EVENT_EVERY.as_secs_f64();
+        (self.coins, self.at) = ((self.coins + earned).min(EVENTS_BURST), now);
+        let has_one = self.coins >= 1.0;
+        if has_one {
+            self.coins -= 1.0;
+        }
+        has_one
+    }
+}

@@ -1,0 +1,293 @@
+#!/usr/bin/env bash
+# A real Kubernetes on this machine: API server, controllers, and nodes with kubelet, containerd and pods.
+#
+#   lab.sh up FOLDER                 the control plane
+#   lab.sh node FOLDER NAME NUMBER [LABELS]   one more node, with kubelet, containerd and kube-proxy (NUMBER 1 to 99)
+#   lab.sh exec FOLDER PLACE COMMAND... runs a command where PLACE's network is: `center` or a node's name
+#   lab.sh image FOLDER NODE ARCHIVE imports an OCI archive on a node
+#   lab.sh wan FOLDER NODE up|down   plugs or pulls the node's link to the control plane
+#   lab.sh restart FOLDER api        ends the API server and starts it again
+#   lab.sh down FOLDER               ends all of it, and leaves nothing but logs
+#
+# Everything lives below FOLDER and in network namespaces of its own, so that labs do not meet and nothing of the
+# machine's own network is touched. The control plane's namespace has the address 10.99.0.1; each node N has its own,
+# joined to the center by the link `wan` (10.99.N.1 to 10.99.N.2), with the plant's network 10.98.N.0/24 on the node's own
+# bridge `plant` (brokers and cameras of a test listen on 10.98.N.1) and pods in 10.97.N.0/24. Services are 10.96.0.0/16.
+#
+# It needs root, the Debian packages containerd runc containernetworking-plugins nftables conntrack iproute2, and the
+# program `lab` of this folder (make lab-tools). The machine may withhold rights that a full one has: containerd is told
+# not to touch oom_score_adj, and the store does not wait for the disk.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+lab=${LINESIDE_LAB_PROGRAM:-$here/../../target/lab/lab}
+verb=${1:-}
+folder=${2:-}
+[ -n "$folder" ] || { sed -n '2,14s/^# \?//p' "$0" >&2; exit 64; }
+case $verb in up | node) mkdir -p "$folder" ;; esac
+folder=$(cd "$folder" && pwd)
+# Names of namespaces and control groups are the machine's; the folder's own name would be too long for some.
+id=ls$(printf %s "$folder" | cksum | cut -d' ' -f1)
+
+say() { echo "lab: $*" >&2; }
+
+# within PLACE COMMAND...: runs where the place's network is, and keeps this machine's mounts.
+within() { local place=$1; shift; nsenter --net="/run/netns/$id-$place" "$@"; }
+
+# start NAME PLACE COMMAND...: a process of the lab, whose id and log are kept.
+start() {
+	local name=$1 place=$2
+	shift 2
+	mkdir -p "$folder/logs" "$folder/pids"
+	setsid nsenter --net="/run/netns/$id-$place" "$@" >>"$folder/logs/$name.log" 2>&1 </dev/null &
+	echo $! >"$folder/pids/$name"
+}
+
+# stop NAME...: ends processes in the order given, each gently and then not.
+stop() {
+	local name pid
+	for name in "$@"; do
+		[ -f "$folder/pids/$name" ] || continue
+		pid=$(cat "$folder/pids/$name")
+		kill "$pid" 2>/dev/null || true
+		for _ in $(seq 100); do kill -0 "$pid" 2>/dev/null || break; sleep 0.05; done
+		kill -9 "$pid" 2>/dev/null || true
+		rm -f "$folder/pids/$name"
+	done
+}
+
+# until_true SECONDS WHAT COMMAND...: waits for something to be so.
+until_true() {
+	local seconds=$1 what=$2 end
+	shift 2
+	end=$((SECONDS + seconds))
+	until "$@" >/dev/null 2>&1; do
+		if [ $SECONDS -ge $end ]; then
+			say "$what has not come within $seconds s; the logs are in $folder/logs"
+			return 1
+		fi
+		sleep 0.2
+	done
+}
+
+kubectl() { KUBECONFIG=$folder/admin.kubeconfig within center "$folder/bin/kubectl" "$@"; }
+
+# kubeconfig FILE TOKEN: how a client with this token reaches the API server.
+kubeconfig() {
+	cat >"$1" <<-CONFIG
+	apiVersion: v1
+	kind: Config
+	clusters: [{name: lab, cluster: {server: "https://10.99.0.1:6443", certificate-authority: $folder/certificates/apiserver.crt}}]
+	users: [{name: lab, user: {token: $2}}]
+	contexts: [{name: lab, context: {cluster: lab, user: lab}}]
+	current-context: lab
+	CONFIG
+	chmod 600 "$1"
+}
+
+start_api() {
+	start kube-apiserver center "$folder/bin/kube-apiserver" \
+		--etcd-servers=http://127.0.0.1:2379 --bind-address=10.99.0.1 --advertise-address=10.99.0.1 --secure-port=6443 \
+		--cert-dir="$folder/certificates" --service-cluster-ip-range=10.96.0.0/16 \
+		--authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --token-auth-file="$folder/tokens.csv" \
+		--service-account-issuer=https://kubernetes.default.svc --service-account-key-file="$folder/certificates/sa.pub" \
+		--service-account-signing-key-file="$folder/certificates/sa.key" \
+		--kubelet-preferred-address-types=InternalIP --allow-privileged=true --endpoint-reconciler-type=master-count \
+		--event-ttl=1h --v=1
+}
+
+up() {
+	local component
+	mkdir -p "$folder"/{bin,certificates,etcd,logs,pids}
+	for component in kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl; do
+		ln -sf "$(realpath "$lab")" "$folder/bin/$component"
+	done
+	ip netns add "$id-center"
+	within center ip link set lo up
+	within center ip link add center type bridge
+	within center ip addr add 10.99.0.1/24 dev center
+	within center ip link set center up
+	within center sysctl -qw net.ipv4.ip_forward=1
+	openssl genrsa -out "$folder/certificates/sa.key" 2048 2>/dev/null
+	openssl rsa -in "$folder/certificates/sa.key" -pubout -out "$folder/certificates/sa.pub" 2>/dev/null
+	(
+		umask 077
+		echo "lab-admin,admin,admin,system:masters" >"$folder/tokens.csv"
+		for number in $(seq 9); do echo "lab-edge-$number,system:node:edge-$number,edge-$number,system:nodes"; done >>"$folder/tokens.csv"
+	)
+	start etcd center "$lab" etcd "$folder/etcd"
+	until_true 30 'etcd' within center curl -sf http://127.0.0.1:2379/health
+	start_api
+	kubeconfig "$folder/admin.kubeconfig" lab-admin
+	until_true 90 'the API server' kubectl get --raw /readyz
+	start kube-controller-manager center "$folder/bin/kube-controller-manager" --kubeconfig="$folder/admin.kubeconfig" \
+		--root-ca-file="$folder/certificates/apiserver.crt" --service-account-private-key-file="$folder/certificates/sa.key" \
+		--use-service-account-credentials=true --leader-elect=false --bind-address=127.0.0.1 \
+		--node-monitor-grace-period=20s --v=1
+	start kube-scheduler center "$folder/bin/kube-scheduler" --kubeconfig="$folder/admin.kubeconfig" --leader-elect=false \
+		--bind-address=127.0.0.1 --v=1
+	until_true 30 'the default service account' kubectl get serviceaccount default
+	say "the control plane is up: KUBECONFIG=$folder/admin.kubeconfig"
+}
+
+node() {
+	local name=$1 number=$2 labels=${3:-} own
+	own=$folder/$name
+	mkdir -p "$own"/{cni,containerd,run,kubelet,logs}
+	ip netns add "$id-$name"
+	within "$name" ip link set lo up
+	ip link add "w$number" netns "$id-center" type veth peer name wan netns "$id-$name"
+	within center ip addr add "10.99.$number.1/24" dev "w$number"
+	within center ip link set "w$number" up
+	within "$name" ip addr add "10.99.$number.2/24" dev wan
+	within "$name" ip link set wan up
+	within "$name" ip link add plant type bridge
+	within "$name" ip addr add "10.98.$number.1/24" dev plant
+	within "$name" ip link set plant up
+	within "$name" ip route add default via "10.99.$number.1"
+	within "$name" sysctl -qw net.ipv4.ip_forward=1
+	within center ip route add "10.97.$number.0/24" via "10.99.$number.2"
+	cat >"$own/cni/10-lab.conflist" <<-CNI
+	{"cniVersion": "0.4.0", "name": "lab", "plugins": [
+	  {"type": "ptp", "ipMasq": true, "ipam": {"type": "host-local", "dataDir": "$own/ipam", "subnet": "10.97.$number.0/24",
+	   "routes": [{"dst": "0.0.0.0/0"}]}}, {"type": "portmap", "capabilities": {"portMappings": true}}]}
+	CNI
+	cat >"$own/containerd.toml" <<-TOML
+	version = 2
+	root = "$own/containerd"
+	state = "$own/run/containerd"
+	[grpc]
+	  address = "$own/run/containerd.sock"
+	[plugins."io.containerd.internal.v1.opt"]
+	  path = "$own/opt"
+	[plugins."io.containerd.grpc.v1.cri"]
+	  sandbox_image = "lineside.dev/pause:lab"
+	  restrict_oom_score_adj = true
+	  disable_apparmor = true
+	  [plugins."io.containerd.grpc.v1.cri".cni]
+	    bin_dir = "/usr/lib/cni"
+	    conf_dir = "$own/cni"
+	  [plugins."io.containerd.grpc.v1.cri".containerd]
+	    default_runtime_name = "runc"
+	    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+	      runtime_type = "io.containerd.runc.v2"
+	      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+	        SystemdCgroup = false
+	TOML
+	: >"$own/resolv.conf"
+	# Each kubelet has a branch of the control groups of its own: it ends whatever it finds in its branch and does not know.
+	for controller in /sys/fs/cgroup/*/; do
+		case $controller in */unified/) ;; *) mkdir -p "$controller/$id-$name" ;; esac
+	done
+	if [ -f /sys/fs/cgroup/cpuset/cpuset.cpus ]; then
+		cat /sys/fs/cgroup/cpuset/cpuset.cpus >"/sys/fs/cgroup/cpuset/$id-$name/cpuset.cpus"
+		cat /sys/fs/cgroup/cpuset/cpuset.mems >"/sys/fs/cgroup/cpuset/$id-$name/cpuset.mems"
+	fi
+	cat >"$own/kubelet.yaml" <<-YAML
+	apiVersion: kubelet.config.k8s.io/v1beta1
+	kind: KubeletConfiguration
+	failCgroupV1: false
+	cgroupDriver: cgroupfs
+	cgroupRoot: /$id-$name
+	failSwapOn: false
+	authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+	authorization: {mode: AlwaysAllow}
+	evictionHard: {memory.available: "16Mi", nodefs.available: "1%", imagefs.available: "1%", nodefs.inodesFree: "1%"}
+	imageGCHighThresholdPercent: 100
+	imageGCLowThresholdPercent: 99
+	containerRuntimeEndpoint: unix://$own/run/containerd.sock
+	podLogsDir: $own/logs
+	resolvConf: $own/resolv.conf
+	clusterDomain: cluster.local
+	nodeStatusUpdateFrequency: 5s
+	nodeStatusReportFrequency: 30s
+	syncFrequency: 10s
+	volumePluginDir: $own/volume-plugins
+	registerNode: true
+	YAML
+	kubeconfig "$own/kubeconfig" "lab-$name"
+	start "$name-containerd" "$name" containerd --config "$own/containerd.toml"
+	until_true 30 "$name's containerd" ctr --address "$own/run/containerd.sock" version
+	[ -f "$folder/pause.oci.tar" ] || pause
+	image "$name" "$folder/pause.oci.tar"
+	start "$name-kubelet" "$name" "$folder/bin/kubelet" --config="$own/kubelet.yaml" --root-dir="$own/kubelet" \
+		--kubeconfig="$own/kubeconfig" --hostname-override="$name" --node-ip="10.99.$number.2" --node-labels="$labels" --v=1
+	# kube-proxy runs with the right to read everything; what it is tested for here is that pods reach the Service address.
+	cat >"$own/proxy.yaml" <<-YAML
+	apiVersion: kubeproxy.config.k8s.io/v1alpha1
+	kind: KubeProxyConfiguration
+	mode: nftables
+	bindAddress: 10.99.$number.2
+	hostnameOverride: $name
+	healthzBindAddress: ""
+	metricsBindAddress: ""
+	clientConnection: {kubeconfig: $folder/admin.kubeconfig}
+	conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
+	YAML
+	start "$name-proxy" "$name" "$folder/bin/kube-proxy" --config="$own/proxy.yaml"
+	until_true 60 "the node $name" kubectl wait --for=condition=Ready "node/$name" --timeout=1s
+	say "the node $name is ready"
+}
+
+# What holds a pod's namespaces: a program that does nothing.
+pause() {
+	printf '#include <unistd.h>\n#include <signal.h>\nstatic void end(int s) { (void)s; _exit(0); }\nint main(void) { signal(SIGTERM, end); signal(SIGINT, end); for (;;) pause(); }\n' \
+		>"$folder/pause.c"
+	cc -O1 -static -o "$folder/pause" "$folder/pause.c"
+	python3 "$here/../../cross/image.py" --output "$folder/pause.oci.tar" --name lineside.dev/pause:lab --arch amd64 \
+		--program "/pause=$folder/pause" --entrypoint /pause >/dev/null
+}
+
+image() { ctr --address "$folder/$1/run/containerd.sock" --namespace k8s.io images import "$2" >/dev/null; }
+
+down() {
+	local name socket task shim pids
+	if [ -f "$folder/pids/kube-apiserver" ]; then
+		timeout 30 "$0" exec "$folder" center "$folder/bin/kubectl" --kubeconfig "$folder/admin.kubeconfig" \
+			delete daemonsets,deployments,jobs,pods --all --all-namespaces --grace-period=1 --timeout=25s >/dev/null 2>&1 || true
+	fi
+	for name in "$folder"/pids/*-kubelet "$folder"/pids/*-proxy; do [ -f "$name" ] && stop "$(basename "$name")"; done
+	stop kube-scheduler kube-controller-manager kube-apiserver etcd
+	for socket in "$folder"/*/run/containerd.sock; do
+		[ -S "$socket" ] || continue
+		for task in $(timeout 10 ctr --address "$socket" --namespace k8s.io tasks list -q 2>/dev/null); do
+			timeout 10 ctr --address "$socket" --namespace k8s.io tasks kill --signal SIGKILL --all "$task" 2>/dev/null || true
+		done
+	done
+	# A shim outlives its containerd. Its command line names the socket, which lies in this lab's folder.
+	for shim in $(pgrep -f "containerd-shim.* -address $folder/" || true); do
+		pids=$(pgrep -P "$shim" || true)
+		kill -9 $pids "$shim" 2>/dev/null || true
+	done
+	for name in "$folder"/pids/*; do [ -f "$name" ] && stop "$(basename "$name")"; done
+	awk -v folder="$folder/" 'index($2, folder) == 1 { print $2 }' /proc/mounts | sort -r | while read -r mounted; do
+		umount -l "$mounted" 2>/dev/null || true
+	done
+	# What the network plugin made for pods is named cni-*; it stands nowhere in which lab, but those of this one have no
+	# process left and no other lab may run on the same machine at the same time as this one goes down.
+	for name in $(ip netns list | awk '{print $1}' | grep "^$id-" || true); do ip netns delete "$name" || true; done
+	for name in "$folder"/*/ipam/lab/10.*; do :; done
+	for name in /run/netns/cni-*; do
+		[ -e "$name" ] || continue
+		[ -n "$(ip netns pids "$(basename "$name")" 2>/dev/null)" ] || ip netns delete "$(basename "$name")" 2>/dev/null || true
+	done
+	for controller in /sys/fs/cgroup/*/; do
+		find "$controller" -maxdepth 1 -name "$id-*" -type d 2>/dev/null | while read -r group; do
+			find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null || true
+		done
+	done
+	find "$folder" -mindepth 1 -maxdepth 1 ! -name logs -exec rm -rf {} + 2>/dev/null || true
+	say 'everything has ended'
+}
+
+case $verb in
+up) up ;;
+node) shift 2; node "$@" ;;
+exec) shift 2; export KUBECONFIG=${KUBECONFIG:-$folder/admin.kubeconfig}; place=$1; shift; PATH=$folder/bin:$PATH within "$place" "$@" ;;
+image) image "$3" "$4" ;;
+wan) number=$(within "$3" ip -4 -br addr show wan | sed -E 's/.*10\.99\.([0-9]+)\.2.*/\1/'); within center ip link set "w$number" "$4"
+	[ "$4" = down ] || within center ip route replace "10.97.$number.0/24" via "10.99.$number.2" ;;
+restart) stop kube-apiserver; start_api; until_true 60 'the API server' kubectl get --raw /readyz ;;
+down) down ;;
+*) say "there is no command $verb"; exit 64 ;;
+esac

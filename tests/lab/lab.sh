@@ -13,6 +13,7 @@
 # machine's own network is touched. The control plane's namespace has the address 10.99.0.1; each node N has its own,
 # joined to the center by the link `wan` (10.99.N.1 to 10.99.N.2), with the plant's network 10.98.N.0/24 on the node's own
 # bridge `plant` (brokers and cameras of a test listen on 10.98.N.1) and pods in 10.97.N.0/24. Services are 10.96.0.0/16.
+# A node also has its own view of mounts: its /var/lib/lineside is FOLDER/NAME/data, so that nodes do not share it.
 #
 # It needs root, the Debian packages containerd runc containernetworking-plugins nftables conntrack iproute2, and the
 # program `lab` of this folder (make lab-tools). The machine may withhold rights that a full one has: containerd is told
@@ -54,6 +55,22 @@ stop() {
 		kill -9 "$pid" 2>/dev/null || true
 		rm -f "$folder/pids/$name"
 	done
+}
+
+# on_node NAME COMMAND...: runs with the node's network and mounts.
+on_node() {
+	local name=$1
+	shift
+	nsenter --net="/run/netns/$id-$name" --mount="/proc/$(cat "$folder/pids/$name-mounts")/ns/mnt" "$@"
+}
+
+own_mounts() { [ "$(readlink /proc/self/ns/mnt)" != "$(readlink "/proc/$(cat "$folder/pids/$1-mounts")/ns/mnt")" ]; }
+
+# start_on_node PART NAME COMMAND...: a process of a node.
+start_on_node() {
+	local part=$1 name=$2
+	shift 2
+	start "$name-$part" "$name" nsenter --mount="/proc/$(cat "$folder/pids/$name-mounts")/ns/mnt" "$@"
 }
 
 # until_true SECONDS WHAT COMMAND...: waits for something to be so.
@@ -133,7 +150,7 @@ up() {
 node() {
 	local name=$1 number=$2 labels=${3:-} own
 	own=$folder/$name
-	mkdir -p "$own"/{cni,containerd,run,kubelet,logs}
+	mkdir -p "$own"/{cni,containerd,run,kubelet,logs,data} /var/lib/lineside
 	ip netns add "$id-$name"
 	within "$name" ip link set lo up
 	ip link add "w$number" netns "$id-center" type veth peer name wan netns "$id-$name"
@@ -147,6 +164,10 @@ node() {
 	within "$name" ip route add default via "10.99.$number.1"
 	within "$name" sysctl -qw net.ipv4.ip_forward=1
 	within center ip route add "10.97.$number.0/24" via "10.99.$number.2"
+	start "$name-mounts" "$name" unshare --mount --propagation private sleep infinity
+	until_true 5 "$name's own mounts" own_mounts "$name"
+	on_node "$name" mount --bind "$own/data" /var/lib/lineside
+	chown 65532:65532 "$own/data"
 	cat >"$own/cni/10-lab.conflist" <<-CNI
 	{"cniVersion": "0.4.0", "name": "lab", "plugins": [
 	  {"type": "ptp", "ipMasq": true, "ipam": {"type": "host-local", "dataDir": "$own/ipam", "subnet": "10.97.$number.0/24",
@@ -206,11 +227,11 @@ node() {
 	registerNode: true
 	YAML
 	kubeconfig "$own/kubeconfig" "lab-$name"
-	start "$name-containerd" "$name" containerd --config "$own/containerd.toml"
+	start_on_node containerd "$name" containerd --config "$own/containerd.toml"
 	until_true 30 "$name's containerd" ctr --address "$own/run/containerd.sock" version
 	[ -f "$folder/pause.oci.tar" ] || pause
 	image "$name" "$folder/pause.oci.tar"
-	start "$name-kubelet" "$name" "$folder/bin/kubelet" --config="$own/kubelet.yaml" --root-dir="$own/kubelet" \
+	start_on_node kubelet "$name" "$folder/bin/kubelet" --config="$own/kubelet.yaml" --root-dir="$own/kubelet" \
 		--kubeconfig="$own/kubeconfig" --hostname-override="$name" --node-ip="10.99.$number.2" --node-labels="$labels" --v=1
 	# kube-proxy runs with the right to read everything; what it is tested for here is that pods reach the Service address.
 	cat >"$own/proxy.yaml" <<-YAML
@@ -263,14 +284,10 @@ down() {
 	awk -v folder="$folder/" 'index($2, folder) == 1 { print $2 }' /proc/mounts | sort -r | while read -r mounted; do
 		umount -l "$mounted" 2>/dev/null || true
 	done
-	# What the network plugin made for pods is named cni-*; it stands nowhere in which lab, but those of this one have no
-	# process left and no other lab may run on the same machine at the same time as this one goes down.
 	for name in $(ip netns list | awk '{print $1}' | grep "^$id-" || true); do ip netns delete "$name" || true; done
-	for name in "$folder"/*/ipam/lab/10.*; do :; done
-	for name in /run/netns/cni-*; do
-		[ -e "$name" ] || continue
-		[ -n "$(ip netns pids "$(basename "$name")" 2>/dev/null)" ] || ip netns delete "$(basename "$name")" 2>/dev/null || true
-	done
+	# What the network plugin made for pods was mounted in the node's own view and went with it; its empty files stay.
+	find /run/netns -name 'cni-*' -type f -size 0 -delete 2>/dev/null || true
+	rmdir /var/lib/lineside 2>/dev/null || true
 	for controller in /sys/fs/cgroup/*/; do
 		find "$controller" -maxdepth 1 -name "$id-*" -type d 2>/dev/null | while read -r group; do
 			find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null || true

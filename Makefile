@@ -5,11 +5,13 @@
 CARGO ?= cargo
 RESULTS ?= 100
 APT_PACKAGES := mosquitto mosquitto-clients ffmpeg prometheus python3-venv docker-registry openssl
+LAB_PACKAGES := containerd runc containernetworking-plugins nftables conntrack iproute2 openssl curl ca-certificates
+LAB ?= target/lab/demo
 TOOLS := mosquitto_sub ffmpeg promtool docker-registry openssl
 VENV := .venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help compiler demo build test test-tools check deny generate bench experiments figures fmt clean
+.PHONY: help compiler demo build image test test-tools lab-tools lab-up lab-down lab-demo check deny generate bench experiments figures fmt clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +27,12 @@ demo: compiler ## Build, and show the main job on this machine (RESULTS=0 goes o
 build: compiler ## The release binary: target/release/lineside
 	$(CARGO) build --release --workspace
 
-test: compiler test-tools ## Install what the tests need, and run all of them
+image: compiler ## The container image for K3s: dist/lineside-VERSION-amd64.oci.tar (and arm64 where its compiler is installed)
+	cross/image.sh amd64 release
+	@if command -v aarch64-linux-gnu-gcc /usr/bin/cargo >/dev/null; then cross/image.sh arm64 release; \
+	else echo 'no image for arm64: apt-get install rustc-web cargo-web rust-web-src gcc-aarch64-linux-gnu libc6-dev-arm64-cross'; fi
+
+test: compiler test-tools lab-tools ## Install what the tests need, and run all of them
 	$(CARGO) test --workspace
 
 test-tools: $(VENV)/.installed ## Install mosquitto, ffmpeg, promtool, docker-registry, openssl (Debian) and Python packages, where missing
@@ -35,6 +42,23 @@ test-tools: $(VENV)/.installed ## Install mosquitto, ffmpeg, promtool, docker-re
 		$(SUDO) apt-get update -q && \
 		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -qy --no-install-recommends $(APT_PACKAGES); \
 	fi
+
+# The lab needs root and its own network; where it cannot be had, the tests of the cluster say that they were skipped.
+lab-tools: compiler ## Build the lab's Kubernetes (once, minutes) and the image that its tests run; install what it needs
+	@if [ "$$(id -u)" != 0 ]; then echo 'no lab: it takes root'; else \
+	for tool in containerd runc nft conntrack ip openssl curl; do command -v $$tool >/dev/null || missing=1; done; \
+	if [ -n "$$missing" ] || [ ! -x /usr/lib/cni/ptp ]; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(LAB_PACKAGES); \
+	fi; tests/lab/build.sh && cross/image.sh amd64 dev target/lab/lineside.oci.tar; fi
+
+lab-up: lab-tools ## A Kubernetes with one edge node on this machine, and Lineside on it (LAB=FOLDER)
+	tests/lab/demo.sh up $(LAB)
+
+lab-demo: lab-tools ## The same, with a broker and a camera: verdicts from a pod, and what kubectl says of it
+	tests/lab/demo.sh show $(LAB)
+
+lab-down: ## End it
+	tests/lab/lab.sh down $(LAB)
 
 $(VENV)/.installed: tests/requirements.txt
 	@python3 -m venv $(VENV) 2>/dev/null || \
@@ -47,7 +71,7 @@ check: compiler ## Format, lints with warnings denied, dependencies, generated f
 	$(CARGO) clippy --workspace --all-targets -- --deny warnings
 	@$(MAKE) --no-print-directory deny
 	@$(MAKE) --no-print-directory generate
-	@git diff --exit-code -- docs/schemas agent/src/mqtt/sparkplug_b.rs || { echo 'generated files were stale; commit what `make generate` wrote'; exit 1; }
+	@git diff --exit-code -- docs/schemas agent/src/mqtt/sparkplug_b.rs edge-manifests/base/crds.yaml || { echo 'generated files were stale; commit what `make generate` wrote'; exit 1; }
 
 deny: ## Licences, bans and sources of dependencies; advisories where their database can be had
 	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install cargo-deny --locked --version 0.20.2
@@ -55,8 +79,8 @@ deny: ## Licences, bans and sources of dependencies; advisories where their data
 	@if $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny --all-features check advisories; \
 	else echo 'advisories were not checked: their database cannot be fetched from here'; fi
 
-generate: ## Write the JSON Schemas that are made from the code, and the code that is made from sparkplug_b.proto
-	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --lib -- the_committed_schemas the_generated_code
+generate: ## Write the JSON Schemas and the CRDs that are made from the code, and the code that is made from sparkplug_b.proto
+	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --lib -- the_committed the_generated_code
 
 bench: ## Stage times of the data plane, and the spool (Criterion)
 	$(CARGO) bench --workspace --bench stages

@@ -12,6 +12,7 @@ pub mod camera;
 pub mod certificates;
 pub mod hostile;
 pub mod http;
+pub mod lab;
 pub mod onnx;
 pub mod paho;
 pub mod plant;

@@ -27,7 +27,12 @@ pub(crate) struct Listener {
 impl Listener {
     /// Starts one, which has subscribed when this returns.
     pub(crate) fn start(program: &str, arguments: &[String]) -> Self {
-        let mut child = Command::new(crate::python())
+        Self::start_by(Command::new(crate::python()), program, arguments)
+    }
+
+    /// The same by a Python that may be elsewhere.
+    fn start_by(mut python: Command, program: &str, arguments: &[String]) -> Self {
+        let mut child = python
             .arg(crate::root().join("tests/kit").join(program))
             .args(arguments)
             .stdout(Stdio::piped())
@@ -81,12 +86,20 @@ impl Paho {
     /// # Panics
     /// When the broker does not grant the subscription.
     pub fn start(access: &Access, filter: &str, session: Option<&str>) -> Self {
+        Self::start_by(Command::new(crate::python()), access, filter, session)
+    }
+
+    /// The same by a Python that may be in another network.
+    ///
+    /// # Panics
+    /// As [`Paho::start`].
+    pub fn start_by(python: Command, access: &Access, filter: &str, session: Option<&str>) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut arguments = access.flags();
         arguments.extend(["-t".to_owned(), filter.to_owned()]);
         arguments.extend(session.into_iter().flat_map(|name| ["--session".to_owned(), name.to_owned()]));
         arguments.push(crate::plant::utf8(&folder.path().join("record")).to_owned());
-        Self { listener: Listener::start("subscriber.py", &arguments), folder, record: Mutex::default() }
+        Self { listener: Listener::start_by(python, "subscriber.py", &arguments), folder, record: Mutex::default() }
     }
 
     /// How often its subscription stood so far: one more after every reconnection.

@@ -4,10 +4,12 @@
 #   lab.sh up FOLDER                 the control plane
 #   lab.sh node FOLDER NAME NUMBER [LABELS]   one more node, with kubelet, containerd and kube-proxy (NUMBER 1 to 99)
 #   lab.sh exec FOLDER PLACE COMMAND... runs a command where PLACE's network is: `center` or a node's name
+#   lab.sh daemon FOLDER NAME PLACE COMMAND... the same in the background, until `down`
 #   lab.sh image FOLDER NODE ARCHIVE imports an OCI archive on a node
 #   lab.sh wan FOLDER NODE up|down   plugs or pulls the node's link to the control plane
 #   lab.sh restart FOLDER api        ends the API server and starts it again
 #   lab.sh down FOLDER               ends all of it, and leaves nothing but logs
+#   lab.sh guard FOLDER              waits until its input ends, then does the same and removes the logs too
 #
 # Everything lives below FOLDER and in network namespaces of its own, so that labs do not meet and nothing of the
 # machine's own network is touched. The control plane's namespace has the address 10.99.0.1; each node N has its own,
@@ -24,7 +26,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 lab=${LINESIDE_LAB_PROGRAM:-$here/../../target/lab/lab}
 verb=${1:-}
 folder=${2:-}
-[ -n "$folder" ] || { sed -n '2,14s/^# \?//p' "$0" >&2; exit 64; }
+[ -n "$folder" ] || { sed -n '2,16s/^# \?//p' "$0" >&2; exit 64; }
 case $verb in up | node) mkdir -p "$folder" ;; esac
 folder=$(cd "$folder" && pwd)
 # Names of namespaces and control groups are the machine's; the folder's own name would be too long for some.
@@ -80,7 +82,8 @@ until_true() {
 	end=$((SECONDS + seconds))
 	until "$@" >/dev/null 2>&1; do
 		if [ $SECONDS -ge $end ]; then
-			say "$what has not come within $seconds s; the logs are in $folder/logs"
+			say "$what has not come within $seconds s; the logs are in $folder/logs and end so:"
+			tail -qn 3 "$folder"/logs/*.log | cut -c1-400 >&2
 			return 1
 		fi
 		sleep 0.2
@@ -167,6 +170,7 @@ node() {
 	start "$name-mounts" "$name" unshare --mount --propagation private sleep infinity
 	until_true 5 "$name's own mounts" own_mounts "$name"
 	on_node "$name" mount --bind "$own/data" /var/lib/lineside
+	on_node "$name" mount -t tmpfs lab /run/netns
 	chown 65532:65532 "$own/data"
 	cat >"$own/cni/10-lab.conflist" <<-CNI
 	{"cniVersion": "0.4.0", "name": "lab", "plugins": [
@@ -284,9 +288,7 @@ down() {
 	awk -v folder="$folder/" 'index($2, folder) == 1 { print $2 }' /proc/mounts | sort -r | while read -r mounted; do
 		umount -l "$mounted" 2>/dev/null || true
 	done
-	for name in $(ip netns list | awk '{print $1}' | grep "^$id-" || true); do ip netns delete "$name" || true; done
-	# What the network plugin made for pods was mounted in the node's own view and went with it; its empty files stay.
-	find /run/netns -name 'cni-*' -type f -size 0 -delete 2>/dev/null || true
+	for name in $(ip netns list 2>/dev/null | awk '{print $1}' | grep "^$id-" || true); do ip netns delete "$name" || true; done
 	rmdir /var/lib/lineside 2>/dev/null || true
 	for controller in /sys/fs/cgroup/*/; do
 		find "$controller" -maxdepth 1 -name "$id-*" -type d 2>/dev/null | while read -r group; do
@@ -301,10 +303,12 @@ case $verb in
 up) up ;;
 node) shift 2; node "$@" ;;
 exec) shift 2; export KUBECONFIG=${KUBECONFIG:-$folder/admin.kubeconfig}; place=$1; shift; PATH=$folder/bin:$PATH within "$place" "$@" ;;
+daemon) shift 2; start "$@" ;;
 image) image "$3" "$4" ;;
 wan) number=$(within "$3" ip -4 -br addr show wan | sed -E 's/.*10\.99\.([0-9]+)\.2.*/\1/'); within center ip link set "w$number" "$4"
 	[ "$4" = down ] || within center ip route replace "10.97.$number.0/24" via "10.99.$number.2" ;;
 restart) stop kube-apiserver; start_api; until_true 60 'the API server' kubectl get --raw /readyz ;;
 down) down ;;
+guard) trap '' INT TERM HUP; cat >/dev/null; down 2>/dev/null; rm -rf "$folder" ;;
 *) say "there is no command $verb"; exit 64 ;;
 esac

@@ -5,6 +5,7 @@
 mod bad_input;
 mod broker;
 mod cameras;
+mod cluster;
 mod command_line;
 mod detect;
 mod endurance;

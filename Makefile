@@ -4,6 +4,8 @@
 # tract (several minutes) once more.
 CARGO ?= cargo
 RESULTS ?= 100
+# Many tests wait for something most of the time.
+export RUST_TEST_THREADS ?= 4
 APT_PACKAGES := mosquitto mosquitto-clients ffmpeg prometheus python3-venv docker-registry openssl
 LAB_PACKAGES := containerd runc containernetworking-plugins nftables conntrack iproute2 openssl curl ca-certificates
 LAB ?= target/lab/demo

@@ -90,7 +90,8 @@ impl Lab {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            .spawn().expect("the script starts");
+            .spawn()
+            .expect("the script starts");
         run(script(&folder, &["up"]));
         run(script_at(&folder, "node", &[NODE, "1"]));
         run(script_at(&folder, "image", &[NODE, utf8(&crate::root().join("target/lab/lineside.oci.tar"))]));

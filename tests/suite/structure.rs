@@ -12,13 +12,15 @@ const FLOORS: [&[&str]; 7] = [
     &["config", "message", "status", "trust", "verdict"],
     &["plan"],
     &["frames", "last_good", "outbox", "roster", "slot", "spool", "store"],
-    &["bundle", "camera", "fetch", "manifests", "mqtt", "serve", "vet"],
+    &["bundle", "camera", "cluster", "fetch", "manifests", "mqtt", "serve", "vet"],
     &["tasks"],
     &["app", "telemetry", "commands"],
 ];
 
 /// The only place that may name each crate: a file, or a folder with everything in it.
-const DOORS: [(&str, &str); 15] = [
+const DOORS: [(&str, &str); 17] = [
+    ("kube", "agent/src/cluster"),
+    ("k8s_openapi", "agent/src/cluster"),
     ("tract_onnx", "runtime/src/engine/tract"),
     ("image", "runtime/src/decode.rs"),
     ("fast_image_resize", "runtime/src/preprocess.rs"),

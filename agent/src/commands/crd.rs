@@ -5,6 +5,7 @@ use clap::Args;
 
 use super::{Failure, write_out};
 use crate::cluster::definitions;
+use crate::config::lenient::to_yaml;
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -37,7 +38,7 @@ fn yaml() -> anyhow::Result<String> {
             .to_owned();
     for definition in definitions()? {
         text += "---\n";
-        text += &serde_saphyr::to_string(&definition).context("the definitions cannot be written down")?;
+        text += &to_yaml(&definition).context("the definitions cannot be written down")?;
     }
     Ok(text)
 }

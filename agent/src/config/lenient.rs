@@ -25,6 +25,14 @@ pub fn documents(text: &str) -> Result<Vec<Value>, String> {
     Ok(documents.into_iter().filter(|document| !document.is_null()).collect())
 }
 
+/// A value as a YAML document.
+///
+/// # Errors
+/// When the value cannot be written down, which JSON always can.
+pub fn to_yaml(value: &Value) -> Result<String, serde_saphyr::SerializeError> {
+    serde_saphyr::to_string(value)
+}
+
 /// Reads one document. Whatever is wrong is noted under `place`, and the rest is read all the same.
 pub fn read<T: DeserializeOwned + Default>(place: &str, mut document: Value, mistakes: &mut Mistakes) -> T {
     // serde would also take a list, field by field.

@@ -85,7 +85,9 @@ pub fn notices(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) -> Vec
         let was_same = known.is_some_and(|known| known.status == condition.status && known.reason == condition.reason);
         // What is wrong with models and streams is told about them.
         let is_told = ["ModelFailed", "ModelQuarantined", "StreamDown"].contains(&condition.reason.as_str());
-        if is_bad && !was_same && !is_told {
+        // An agent that has just started has not reached anything yet, which is no news.
+        let is_start = before.is_none() && condition.reason == "NotConnected";
+        if is_bad && !was_same && !is_told && !is_start {
             let reason = reason_of(&condition.reason);
             told.push(Notice { is_warning: true, reason, note: condition.message.clone(), about: About::Node });
         }
@@ -146,5 +148,6 @@ mod tests {
         let mut later = now.clone();
         later.conditions[0] = Condition::new("BrokerReached", false, "NotConnected", "");
         assert_eq!(reasons(Some(&now), &later), ["NotConnected"]);
+        assert_eq!(reasons(None, &later), ["SpoolFull"], "an agent that has just started has reached nothing yet");
     }
 }

@@ -13,7 +13,7 @@ TOOLS := mosquitto_sub ffmpeg promtool docker-registry openssl
 VENV := .venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help compiler demo build image test test-tools lab-tools lab-up lab-down lab-demo check deny generate bench experiments figures fmt clean
+.PHONY: help compiler demo build image test test-tools lab-tools lab-up lab-down lab-demo fleet check deny generate bench experiments figures fmt clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,11 @@ lab-up: lab-tools ## A Kubernetes with one edge node on this machine, and Linesi
 
 lab-demo: lab-tools ## The same, with a broker and a camera: verdicts from a pod, and what kubectl says of it
 	tests/lab/demo.sh show $(LAB)
+
+fleet: lab-up ## What many agents cost the API server, in the lab (AGENTS=1000)
+	ulimit -n 65536; FLEET_KUBECONFIG=$$(realpath $(LAB))/admin.kubeconfig AGENTS=$(or $(AGENTS),1000) \
+		tests/lab/lab.sh exec $(LAB) center $(CARGO) bench --profile dev -p lineside --bench fleet
+	tests/lab/lab.sh exec $(LAB) center ps -C lineside -o rss,args
 
 lab-down: ## End it
 	tests/lab/lab.sh down $(LAB)

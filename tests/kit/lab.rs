@@ -73,7 +73,7 @@ impl Lab {
     pub fn take() -> Option<Lease> {
         if let Some(reason) = missing() {
             assert!(std::env::var("LINESIDE_LAB").as_deref() != Ok("required"), "there is no lab: {reason}");
-            println!("skipped, for there is no lab on this machine: {reason}");
+            eprintln!("skipped, for there is no lab on this machine: {reason}");
             return None;
         }
         let mut place = LAB.lock().unwrap_or_else(PoisonError::into_inner);

@@ -54,7 +54,7 @@ fn check(overlay: &str, object: &Value) {
             }
         }
         "Namespace" => {
-            assert_eq!(object["metadata"]["labels"]["pod-security.kubernetes.io/enforce"], "restricted", "{name}")
+            assert_eq!(object["metadata"]["labels"]["pod-security.kubernetes.io/enforce"], "restricted", "{name}");
         }
         "PersistentVolume" => {
             assert_eq!(object["spec"]["hostPath"]["path"], "/var/lib/lineside", "{name}");

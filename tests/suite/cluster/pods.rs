@@ -49,7 +49,7 @@ fn a_pod_that_goes_in_whatever_way_comes_back_and_loses_nothing() {
         lab.until(&format!("a new epoch after {what}"), || (epoch(&subscriber) > before).then_some(()));
         more(&lab, &subscriber, 5);
         before = epoch(&subscriber);
-        println!("{what}: results again after {:.1} s", begun.elapsed().as_secs_f64());
+        eprintln!("{what}: results again after {:.1} s", begun.elapsed().as_secs_f64());
         begun = Instant::now();
     };
 
@@ -99,7 +99,7 @@ fn a_pod_that_goes_in_whatever_way_comes_back_and_loses_nothing() {
     lab.settled();
     lab.until("a new epoch after the update", || (epoch(&subscriber) > before).then_some(()));
     more(&lab, &subscriber, 5);
-    println!("an image update: results again after {:.1} s", begun.elapsed().as_secs_f64());
+    eprintln!("an image update: results again after {:.1} s", begun.elapsed().as_secs_f64());
     lab.done(&["set", "image", "daemonset/lineside-agent", &format!("agent={image}"), "-n", NAMESPACE]);
     lab.settled();
     more(&lab, &subscriber, 5);
@@ -109,10 +109,10 @@ fn a_pod_that_goes_in_whatever_way_comes_back_and_loses_nothing() {
         .into_iter()
         .filter(|message| message["topic"].as_str().is_some_and(|topic| topic.ends_with("/line-1/result")))
         .collect();
-    println!("longest gap of the stream over all of it: {:.1} s", longest_gap(&messages));
+    eprintln!("longest gap of the stream over all of it: {:.1} s", longest_gap(&messages));
     let results = subscriber.results();
     let summary = check_gaps(&results);
-    println!("{} results, {} repeats", summary.distinct, summary.duplicates);
+    eprintln!("{} results, {} repeats", summary.distinct, summary.duplicates);
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_aft
     let killed = Instant::now();
     assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
     lab.until("results of a new epoch without the cluster", || (epoch(&subscriber) > before).then_some(()));
-    println!("killed without the cluster: results again after {:.1} s", killed.elapsed().as_secs_f64());
+    eprintln!("killed without the cluster: results again after {:.1} s", killed.elapsed().as_secs_f64());
     more(&lab, &subscriber, 10);
 
     // Meanwhile the spec changes twice.
@@ -153,7 +153,7 @@ fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_aft
     lab.until("results of the newest version", || {
         subscriber.results().last().filter(|result| result["model"]["version"] == 3).map(drop)
     });
-    println!("after the heal the newest spec was in force within {:.1} s", healed.elapsed().as_secs_f64());
+    eprintln!("after the heal the newest spec was in force within {:.1} s", healed.elapsed().as_secs_f64());
     assert!(healed.elapsed() <= Duration::from_secs(65));
     check_gaps(&subscriber.results());
     lab.until("the cluster to know it", || (lab.edge_node()["models"][0]["version"] == 3).then_some(()));
@@ -178,7 +178,7 @@ fn one_of_two_controllers_leads_and_the_other_takes_over_without_a_flap() {
     assert!(Command::new("kill").args(["-STOP", &pid.to_string()]).status().unwrap().success());
     let begun = Instant::now();
     let second = lab.until("another leader", || holder().filter(|holder| *holder != first));
-    println!("a hung leader was replaced after {:.1} s", begun.elapsed().as_secs_f64());
+    eprintln!("a hung leader was replaced after {:.1} s", begun.elapsed().as_secs_f64());
     // Nothing has changed, so nothing was written.
     let after = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
     assert_eq!(since(&model), since(&after));
@@ -206,6 +206,6 @@ fn one_of_two_controllers_leads_and_the_other_takes_over_without_a_flap() {
     lab.done(&["delete", "pod", &second, "-n", NAMESPACE, "--wait=false"]);
     let begun = Instant::now();
     lab.until("a third leader", || holder().filter(|holder| *holder != second));
-    println!("a leader that was told to end was replaced after {:.1} s", begun.elapsed().as_secs_f64());
+    eprintln!("a leader that was told to end was replaced after {:.1} s", begun.elapsed().as_secs_f64());
     lab.settled();
 }

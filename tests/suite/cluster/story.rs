@@ -38,7 +38,7 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     lab.until("the model to be ready", || (lab.ready("edgemodel", "surface-defects").0 == "True").then_some(()));
     lab.until("the stream to be ready", || (lab.ready("camerastream", "line-1").0 == "True").then_some(()));
     let table = lab.done(&["get", "em,cam,en", "-n", NAMESPACE]);
-    println!("{table}");
+    eprintln!("{table}");
     for expected in ["VERSION", "CANDIDATE", "AllNodesServe", "FramesCome", "BROKER", "edge-1"] {
         assert!(table.contains(expected), "{expected} is not in\n{table}");
     }
@@ -46,7 +46,7 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
         Some(lab.done(&["get", "events", "-n", NAMESPACE]))
             .filter(|events| events.contains("version 1 serves on edge-1"))
     });
-    println!("{events}");
+    eprintln!("{events}");
 
     // An edit to version 2 swaps, and no number is missing.
     lab.done(&[

@@ -178,17 +178,14 @@ impl Listener {
             Heard::Trouble(trouble) => {
                 let text = trouble.to_string();
                 if self.trouble.as_ref() != Some(&text) {
-                    match trouble.kind {
+                    let advice = match trouble.kind {
                         TroubleKind::NotFound => {
-                            tracing::error!(%trouble, "the kinds of lineside.dev are not known to the cluster; apply what `lineside crd` prints")
+                            "the kinds of lineside.dev are not there; apply what `lineside crd` prints"
                         }
-                        TroubleKind::Refused => {
-                            tracing::error!(%trouble, "the cluster refuses; see the RBAC rules in edge-manifests/base")
-                        }
-                        _ => {
-                            tracing::warn!(%trouble, "the cluster cannot be listened to; what it asked for last stays in force")
-                        }
-                    }
+                        TroubleKind::Refused => "see the RBAC rules in edge-manifests/base",
+                        _ => "it is tried again",
+                    };
+                    tracing::warn!(%trouble, advice, "the cluster cannot be listened to, what it asked for last stays in force");
                     self.trouble = Some(text);
                 }
                 self.sync.metrics.sync_failures.inc();

@@ -18,7 +18,17 @@ pub fn program() -> PathBuf {
     PROGRAM
         .get_or_init(|| {
             let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let output = Command::new(cargo)
+            let mut command = Command::new(cargo);
+            // What cargo tells a test of its package would have ring, and all that is built on it, compiled once more.
+            for (name, _) in std::env::vars_os() {
+                if name
+                    .to_str()
+                    .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
+                {
+                    command.env_remove(name);
+                }
+            }
+            let output = command
                 .args(["build", "--workspace", "--message-format=json"])
                 .current_dir(crate::root())
                 .stderr(Stdio::inherit())
@@ -69,10 +79,22 @@ impl Agent {
     /// # Panics
     /// When it does not come up.
     pub fn start(start: &Start<'_>) -> Self {
+        Self::start_by("--manifests", start)
+    }
+
+    /// The same for one that follows the cluster of a kubeconfig.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn follow(kubeconfig: &Path, data: &Path, mqtt: &str) -> Self {
+        Self::start_by("--kubeconfig", &Start { manifests: kubeconfig, data, mqtt, flags: &[] })
+    }
+
+    fn start_by(wishes: &str, start: &Start<'_>) -> Self {
         let mut child = Command::new(program())
             .arg("run")
             .args(["--node", "edge-1", "--site", "plant", "--http", "127.0.0.1:0", "--mqtt", start.mqtt])
-            .arg("--manifests")
+            .arg(wishes)
             .arg(start.manifests)
             .arg("--data-dir")
             .arg(start.data)

@@ -17,6 +17,7 @@ pub mod onnx;
 pub mod paho;
 pub mod plant;
 pub mod relay;
+pub mod scripted_api;
 pub mod scripted_broker;
 pub mod source;
 pub mod sparkplug;

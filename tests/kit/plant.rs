@@ -96,6 +96,14 @@ impl Plant {
         fs::remove_file(self.path("manifests").join(file)).expect("it was applied");
     }
 
+    /// The broker's address.
+    ///
+    /// # Panics
+    /// When the plant has none.
+    pub fn broker_url(&self) -> String {
+        self.broker.as_ref().expect("this plant is online").0.url()
+    }
+
     /// Starts an agent.
     pub fn start(&self, flags: &[&str]) -> Agent {
         let url = self.broker.as_ref().map(|(broker, _)| broker.url());

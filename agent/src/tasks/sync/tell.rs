@@ -41,7 +41,8 @@ pub(super) async fn tell(
     let mut refused: Option<String> = None;
     let mut purse = Purse { coins: EVENTS_BURST, at: Instant::now() };
     loop {
-        let rest = WRITE_EVERY.mul_f64(0.9 + fastrand::f64() / 10.0);
+        // A pause has gone by since the last write already.
+        let rest = (WRITE_EVERY - WRITE_EVERY_MIN).mul_f64(0.9 + fastrand::f64() / 10.0);
         tokio::select! {
             () = stop.cancelled() => return,
             changed = changed.changed() => if changed.is_err() { return },

@@ -34,7 +34,7 @@ arm64)
 	done
 	# Debian's own compiler, which comes with the sources of the standard library; rustup's is not in the way.
 	PATH=/usr/bin:$PATH RUSTC_BOOTSTRAP=1 CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
-		/usr/bin/cargo rustc --quiet -Zbuild-std=std,panic_unwind --target $target -p lineside --bin lineside \
+		/usr/bin/cargo rustc --quiet -Zbuild-std=std,panic_abort --target $target -p lineside --bin lineside \
 		--profile "$profile" -- -C target-feature=+crt-static
 	program=target/$target/$folder/lineside
 	strip=aarch64-linux-gnu-strip

@@ -58,6 +58,10 @@ fn missing() -> Option<String> {
             return Some(format!("{program} is missing; run `make lab-tools`"));
         }
     }
+    let may = Command::new("unshare").args(["--net", "--mount", "true"]).stderr(Stdio::null()).status();
+    if !may.is_ok_and(|status| status.success()) {
+        return Some("this machine does not permit namespaces".to_owned());
+    }
     ["target/lab/lab", "target/lab/lineside.oci.tar"]
         .into_iter()
         .find(|file| !crate::root().join(file).exists())

@@ -2,6 +2,7 @@
 
 mod faults;
 mod manifests;
+mod nodes;
 mod pods;
 mod rights;
 mod story;

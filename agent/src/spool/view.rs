@@ -90,7 +90,8 @@ impl View {
     /// # Errors
     /// When an agent has the spool, or a file cannot be removed.
     pub fn purge(root: &Path, is_wanted: impl Fn(Kind) -> bool) -> io::Result<u64> {
-        let held = lock(root, Duration::ZERO)?;
+        // A process that is being started shares its parent's files for a moment, also a lock that was just let go.
+        let held = lock(root, Duration::from_secs(1))?;
         let mut purged = 0;
         // Looked at again now that nobody changes it.
         for (listed, segments, ..) in Self::open(root)?.lanes.iter().filter(|(listed, ..)| is_wanted(listed.kind)) {

@@ -1,6 +1,7 @@
 //! Many agents against one real API server, in one process: the very loops that follow a cluster and report to it, each with
 //! its own connections, token, labels and folder, and in the place of the deploy task one that serves whatever is asked for
-//! at once. It prints what the fleet costs the API server at rest and during a change of a model.
+//! at once. It prints what the fleet costs the API server at rest and during a change of a model; before that, how one agent
+//! keeps up with a thousand objects that change a hundred times a second.
 //!
 //! `make fleet` runs it in the lab (AGENTS=1000). It makes its own Node objects, called sim-N, and removes them.
 
@@ -213,6 +214,80 @@ async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
     }
 }
 
+/// One agent among many objects that change all the time: how long until it knows the last change, and what it holds.
+async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32) {
+    let loaded = Kubeconfig::read_from(kubeconfig).unwrap();
+    let client =
+        Client::try_from(Config::from_custom_kubeconfig(loaded, &KubeConfigOptions::default()).await.unwrap()).unwrap();
+    let kind = GroupVersionKind::gvk("lineside.dev", "v1alpha1", "CameraStream");
+    let streams: Api<DynamicObject> =
+        Api::namespaced_with(client.clone(), NAMESPACE, &ApiResource::from_gvk_with_plural(&kind, "camerastreams"));
+    let apply = async |number: usize, fps: u32| {
+        // One in ten is for our node.
+        let object = serde_json::json!({
+            "apiVersion": "lineside.dev/v1alpha1", "kind": "CameraStream", "metadata": {"name": format!("sim-{number}")},
+            "spec": {"source": {"uri": "http://10.0.0.7/a.jpg"}, "model": "m", "nodeName": format!("sim-{}", number % 10), "fps": fps},
+        });
+        streams
+            .patch(&format!("sim-{number}"), &PatchParams::apply("fleet").force(), &Patch::Apply(&object))
+            .await
+            .unwrap();
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (index, _) = Index::open(&Store::index_folder(folder.path()), |_| Ok(()));
+    let store = Arc::new(Store::open(&folder.path().join("store"), 1 << 30, index).unwrap());
+    let access =
+        Access { kubeconfig: Some(kubeconfig.to_owned()), namespace: Some(NAMESPACE.to_owned()), ..Access::default() };
+    let (say, mut wishes) = watch::channel(None);
+    let stop = CancellationToken::new();
+    let sync = ClusterSync {
+        cluster: Arc::new(Cluster::new(access, "lineside-agent", "sim-0").await.unwrap()),
+        node: Node { name: "sim-0".to_owned(), labels: BTreeMap::new() },
+        data_dir: folder.path().to_owned(),
+        wishes: say,
+        again: Arc::new(Notify::new()),
+        board: Arc::new(Board::new("sim-0", "sim", 1, store)),
+        metrics: Metrics::new().unwrap(),
+    };
+    let task = tokio::spawn(sync.run(stop.clone()));
+    wishes
+        .wait_for(|wishes: &Option<Arc<Wishes>>| wishes.as_ref().is_some_and(|wishes| wishes.is_certain))
+        .await
+        .unwrap();
+    let before = own_rss_mib();
+    for number in 0..objects {
+        apply(number, 1).await;
+    }
+    let mut ticks = tokio::time::interval(Duration::from_secs(1) / updates_per_second);
+    let (begun, updates) = (Instant::now(), updates_per_second as usize * 20);
+    for number in 0..updates {
+        ticks.tick().await;
+        apply(number % objects, 2 + u32::try_from(number / objects).unwrap()).await;
+    }
+    let rate = updates as f64 / begun.elapsed().as_secs_f64();
+    let last = Instant::now();
+    apply(0, 500).await;
+    let knows = |wishes: &Option<Arc<Wishes>>| {
+        wishes.as_ref().is_some_and(|wishes| {
+            wishes.objects.iter().any(
+                |wish| matches!(&wish.object, Object::Stream(stream) if stream.name == "sim-0" && stream.frame_interval == Some(Duration::from_millis(2))),
+            )
+        })
+    };
+    wishes.wait_for(knows).await.unwrap();
+    println!(
+        "{objects} objects at {rate:.0} updates/s: the last change known after {:.2} s; {} MiB more than without objects, of which the \
+         updates' own client has its share",
+        last.elapsed().as_secs_f64(),
+        own_rss_mib() - before
+    );
+    stop.cancel();
+    task.await.unwrap();
+    for number in 0..objects {
+        drop(streams.delete(&format!("sim-{number}"), &DeleteParams::default()).await);
+    }
+}
+
 fn main() {
     let argument = |name: &str| std::env::var(name).ok();
     let Some(kubeconfig) = argument("FLEET_KUBECONFIG") else {
@@ -225,5 +300,6 @@ fn main() {
         .and_then(|text| text.parse().ok())
         .map_or(Duration::from_secs(120), Duration::from_secs);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(follow_many(Path::new(&kubeconfig), 1000, 100));
     runtime.block_on(run(Path::new(&kubeconfig), agents, rest));
 }

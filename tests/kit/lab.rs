@@ -7,6 +7,7 @@
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -242,9 +243,19 @@ impl Lab {
         self.done(&["apply", "-k", utf8(folder.path())])
     }
 
-    /// The samples of `edge-manifests/samples`, as they are.
-    pub fn apply_samples(&self) {
-        self.done(&["apply", "-k", utf8(&crate::root().join("edge-manifests/samples"))]);
+    /// Applies the samples of `edge-manifests/samples`, the model with a version that no test before has used, which is
+    /// returned: a node remembers the highest version it has seen, and the tests share the node. Ten above it are free.
+    ///
+    /// # Panics
+    /// When they are refused.
+    pub fn apply_samples(&self) -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let version = NEXT.fetch_add(10, Ordering::Relaxed);
+        let samples = crate::root().join("edge-manifests/samples");
+        let read = |name: &str| std::fs::read_to_string(samples.join(name)).expect("the samples are committed");
+        let model = read("edgemodel.yaml").replace("\n  version: 1\n", &format!("\n  version: {version}\n"));
+        self.applied(&format!("{model}---\n{}", read("camerastream.yaml")));
+        version
     }
 
     /// Plugs or pulls (`up` or `down`) the node's link to the control plane.

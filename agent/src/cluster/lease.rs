@@ -17,8 +17,8 @@ use super::{Cluster, DEADLINE, Trouble, TroubleKind};
 
 /// How long a holder may be silent.
 const DURATION: Duration = Duration::from_secs(15);
-/// A holder that could not renew for this long leads no more.
-const RENEW_WITHIN: Duration = Duration::from_secs(10);
+/// A holder that could not renew for this long begins no more writes. The one under way is cut off before the lease runs out.
+const RENEW_WITHIN: Duration = Duration::from_secs(5);
 
 /// Whether we lead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +47,11 @@ impl Lease {
     /// Whether what was renewed last still holds.
     pub fn leads(&self) -> bool {
         self.renewed.is_some_and(|renewed| renewed.elapsed() < RENEW_WITHIN)
+    }
+
+    /// When what was renewed last holds no more.
+    pub fn ends(&self) -> tokio::time::Instant {
+        self.renewed.map_or_else(Instant::now, |renewed| renewed + RENEW_WITHIN).into()
     }
 
     /// Takes, renews, or waits. To be called every two seconds or so.

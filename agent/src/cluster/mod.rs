@@ -11,7 +11,7 @@
 mod kinds;
 mod lease;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -48,6 +48,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
 const RENEW_EVERY: Duration = Duration::from_secs(3);
 /// A context that has failed for this long makes room for the next.
 const CONTEXT_PATIENCE: Duration = Duration::from_secs(20);
+/// Objects and reasons of which it is remembered what was said.
+const NOTES_MAX: usize = 1024;
 /// The namespace where none is named.
 const NAMESPACE: &str = "lineside";
 /// Where a pod finds the namespace it is in.
@@ -154,7 +156,8 @@ pub enum TroubleKind {
     Refused,
     /// The server is there and has no time: try again, and not before this.
     Busy(Duration),
-    /// There was no answer, or none that can be read: try again.
+    /// There was no answer, or none that can be read, or the credentials are not good any more: try again with a new
+    /// connection.
     Unreachable,
 }
 
@@ -190,6 +193,8 @@ impl Trouble {
             410 => TroubleKind::Expired,
             404 => TroubleKind::NotFound,
             409 => TroubleKind::Conflict,
+            // The credentials may have been changed where they lie; a new connection reads them.
+            401 => TroubleKind::Unreachable,
             429 | 500..=599 => TroubleKind::Busy(Duration::from_secs(u64::from(seconds))),
             _ => TroubleKind::Refused,
         };
@@ -235,6 +240,8 @@ pub struct Cluster {
     reporter: Reporter,
     client: Mutex<Client>,
     recorder: Mutex<Recorder>,
+    /// What was said last, by object and reason.
+    notes: Mutex<HashMap<(Kind, String, &'static str), String>>,
     renewal: tokio::sync::Mutex<Renewal>,
     context: AtomicUsize,
     era: AtomicU64,
@@ -272,6 +279,7 @@ impl Cluster {
             namespace,
             recorder: Mutex::new(Recorder::new(client.clone(), reporter.clone())),
             reporter,
+            notes: Mutex::default(),
             client: Mutex::new(client),
             renewal: tokio::sync::Mutex::new(Renewal { last: now, in_context_since: now }),
             context: AtomicUsize::new(0),
@@ -360,7 +368,8 @@ impl Cluster {
                 Err(Trouble::unreachable(format!("the API server has not answered within {} s", deadline.as_secs())))
             }
         };
-        if !matches!(&outcome, Err(trouble) if trouble.kind == TroubleKind::Unreachable) {
+        if !matches!(&outcome, Err(trouble) if matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Busy(_)))
+        {
             self.heard();
         }
         outcome
@@ -500,7 +509,23 @@ impl Cluster {
             uid: saying.uid.clone(),
             ..ObjectReference::default()
         };
-        let recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // The recorder counts what is said again by reason and object, whatever the words, and keeps the first words. Other
+        // words are another Event, which a recorder makes that remembers nothing.
+        let key = (saying.kind, saying.name.clone(), saying.reason);
+        let is_same = {
+            let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+            if notes.len() > NOTES_MAX {
+                notes.clear();
+            }
+            notes.insert(key, saying.note.clone()).is_none_or(|before| before == saying.note)
+        };
+        let recorder = {
+            let mut recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
+            if !is_same {
+                *recorder = Recorder::new(self.client(), self.reporter.clone());
+            }
+            recorder.clone()
+        };
         self.ask(DEADLINE, recorder.publish(&event, &about)).await
     }
 }

@@ -63,6 +63,7 @@ pub fn notices(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) -> Vec
     for stream in &now.streams {
         let known = before.and_then(|status| status.streams.iter().find(|known| known.name == stream.name));
         let about = || About::Stream(stream.name.clone());
+        let was_told = known.is_some_and(|known| !known.up && known.reason.is_some());
         match (known.map(|known| known.up), stream.up) {
             (Some(false), true) => told.push(Notice {
                 is_warning: false,
@@ -70,7 +71,7 @@ pub fn notices(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) -> Vec
                 note: format!("frames come on {node}"),
                 about: about(),
             }),
-            (Some(true) | None, false) if stream.reason.is_some() => told.push(Notice {
+            (_, false) if stream.reason.is_some() && !was_told => told.push(Notice {
                 is_warning: true,
                 reason: "NoFrames",
                 note: format!("no frames on {node}: {}", stream.reason.as_deref().unwrap_or_default()),

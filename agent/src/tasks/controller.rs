@@ -53,6 +53,8 @@ pub struct Controller {
     streams: BTreeMap<String, (Subject, CameraStreamStatus)>,
     nodes: BTreeMap<String, Seen>,
     heard_all: BTreeSet<Kind>,
+    /// Since when nodes are listened to without a break.
+    hears_nodes_since: Option<Instant>,
     was_leading: bool,
     trouble: Option<String>,
 }
@@ -85,6 +87,7 @@ impl Controller {
             streams: BTreeMap::new(),
             nodes: BTreeMap::new(),
             heard_all: BTreeSet::new(),
+            hears_nodes_since: None,
             was_leading: false,
             trouble: None,
         }
@@ -106,6 +109,7 @@ impl Controller {
                 Some(heard) = hears.recv() => self.hear(heard),
                 _ = rounds.tick() => {
                     if self.cluster.silent_for() > DOUBT_AFTER {
+                        self.hears_nodes_since = None;
                         self.cluster.renew().await;
                         doubt.notify_waiters();
                     }
@@ -121,7 +125,13 @@ impl Controller {
 
     fn hear(&mut self, heard: Heard) {
         match heard {
-            Heard::Trouble(trouble) => self.tell(&trouble),
+            Heard::Trouble(kind, trouble) => {
+                if kind == Kind::EdgeNode {
+                    self.hears_nodes_since = None;
+                }
+                self.tell(&trouble);
+            }
+            Heard::Nothing(kind) => self.on_word(kind),
             Heard::All(kind, items) => {
                 let is_named = |name: &String| items.iter().any(|item| item.name == *name);
                 match kind {
@@ -130,6 +140,7 @@ impl Controller {
                     Kind::EdgeNode => self.nodes.retain(|name, _| is_named(name)),
                 }
                 self.heard_all.insert(kind);
+                self.on_word(kind);
                 self.trouble = None;
                 items.into_iter().for_each(|item| self.put(kind, item));
             }
@@ -137,6 +148,13 @@ impl Controller {
             Heard::Removed(Kind::EdgeModel, name) => drop(self.models.remove(&name)),
             Heard::Removed(Kind::CameraStream, name) => drop(self.streams.remove(&name)),
             Heard::Removed(Kind::EdgeNode, name) => drop(self.nodes.remove(&name)),
+        }
+    }
+
+    /// Nodes are listened to, from now on if they were not before.
+    fn on_word(&mut self, kind: Kind) {
+        if kind == Kind::EdgeNode && self.hears_nodes_since.is_none() {
+            self.hears_nodes_since = Some(Instant::now());
         }
     }
 
@@ -193,7 +211,8 @@ impl Controller {
         if !leads || self.heard_all.len() < 3 {
             return;
         }
-        let end = Instant::now() + WRITE_MAX;
+        // The term may end before the time for writing does.
+        let end = (Instant::now() + WRITE_MAX).min(self.lease.ends());
         for outcome in [self.sum_up(end).await, self.mark_silent(end).await, self.remove_gone(end).await] {
             if let Err(trouble) = outcome {
                 self.metrics.failures.inc();
@@ -202,8 +221,11 @@ impl Controller {
         }
     }
 
+    /// Whether a node has said nothing for too long. While *we* could not listen nobody is silent; and a node that was marked,
+    /// by whichever controller, stays so until its agent takes the mark back.
     fn is_silent(&self, seen: &Seen) -> bool {
-        seen.changed.elapsed() >= self.patience.silent_after
+        let listened = self.hears_nodes_since.map_or(Duration::ZERO, |since| since.elapsed());
+        is_marked(&seen.status) || seen.changed.elapsed().min(listened) >= self.patience.silent_after
     }
 
     /// Writes the statuses of models and streams that are not as the nodes say.
@@ -249,10 +271,16 @@ impl Controller {
         Ok(())
     }
 
-    async fn write(&self, kind: Kind, name: &str, status: &impl serde::Serialize) -> Result<(), Trouble> {
+    async fn write(&mut self, kind: Kind, name: &str, status: &impl serde::Serialize) -> Result<(), Trouble> {
         match self.cluster.apply_status(kind, name, status).await {
             // It was removed meanwhile; the watch will say so.
             Err(trouble) if trouble.kind == TroubleKind::NotFound => Ok(()),
+            // Neither does one that is refused hold up the others; it is told of, and tried again in the next round.
+            Err(trouble) if matches!(trouble.kind, TroubleKind::Refused | TroubleKind::Conflict) => {
+                self.metrics.failures.inc();
+                self.tell(&trouble);
+                Ok(())
+            }
             outcome => {
                 self.metrics.writes.inc();
                 outcome
@@ -263,13 +291,10 @@ impl Controller {
     /// Marks nodes that have fallen silent: whether they are ready cannot be told. The agent takes the mark back itself
     /// with its next word.
     async fn mark_silent(&mut self, end: Instant) -> Result<(), Trouble> {
-        let is_marked = |seen: &Seen| {
-            seen.status.conditions.iter().any(|condition| condition.kind == READY && condition.status == "Unknown")
-        };
         let silent: Vec<(String, String, Vec<Condition>)> = self
             .nodes
             .iter()
-            .filter(|(_, seen)| self.is_silent(seen) && !is_marked(seen))
+            .filter(|(_, seen)| self.is_silent(seen) && !is_marked(&seen.status))
             .map(|(name, seen)| (name.clone(), seen.uid.clone(), seen.status.conditions.clone()))
             .collect();
         for (name, uid, before) in silent {
@@ -280,6 +305,10 @@ impl Controller {
             let mut mark = [Condition::new(READY, false, "NodeSilent", message.clone()).unknown()];
             date(&mut mark, &before, &clock::rfc3339(SystemTime::now()));
             self.write(Kind::EdgeNode, &name, &serde_json::json!({"conditions": mark})).await?;
+            if let Some(seen) = self.nodes.get_mut(&name) {
+                seen.status.conditions.retain(|condition| condition.kind != READY);
+                seen.status.conditions.extend(mark);
+            }
             let saying = Saying {
                 is_warning: true,
                 reason: "NodeSilent",
@@ -309,6 +338,9 @@ impl Controller {
             if Instant::now() >= end {
                 return Ok(());
             }
+            if let Some(seen) = self.nodes.get_mut(&name) {
+                seen.looked_up = Some(Instant::now());
+            }
             let found = self.cluster.node(&name).await?;
             if found.is_none_or(|facts| facts.uid != node_uid) {
                 tracing::info!(node = name, "the node is gone, its EdgeNode is removed");
@@ -319,12 +351,14 @@ impl Controller {
                     _ => {}
                 }
             }
-            if let Some(seen) = self.nodes.get_mut(&name) {
-                seen.looked_up = Some(Instant::now());
-            }
         }
         Ok(())
     }
+}
+
+/// Whether a controller has marked the node as silent.
+fn is_marked(status: &NodeStatus) -> bool {
+    status.conditions.iter().any(|condition| condition.kind == READY && condition.status == "Unknown")
 }
 
 /// A status that cannot be read, or is not there, counts as an empty one: it is written anew.

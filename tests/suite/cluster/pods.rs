@@ -120,7 +120,7 @@ fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_aft
     let Some(lab) = Lab::take() else { return };
     lab.install();
     let subscriber = lab.subscribe("link");
-    lab.apply_samples();
+    let version = lab.apply_samples();
     lab.until("the model to be ready", || (lab.ready("em", "surface-defects").0 == "True").then_some(()));
     more(&lab, &subscriber, 5);
     let before = epoch(&subscriber);
@@ -142,28 +142,40 @@ fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_aft
     more(&lab, &subscriber, 10);
 
     // Meanwhile the spec changes twice.
-    for version in ["2", "3"] {
+    for version in [version + 1, version + 2] {
         let patch = format!(r#"{{"spec":{{"version":{version}}}}}"#);
         lab.done(&["patch", "em", "surface-defects", "-n", NAMESPACE, "--type=merge", "--patch", &patch]);
     }
     more(&lab, &subscriber, 10);
-    assert!(subscriber.results().iter().all(|result| result["model"]["version"] == 1), "the cut is real");
+    assert!(subscriber.results().iter().all(|result| result["model"]["version"] == version), "the cut is real");
     lab.wan("up");
     let healed = Instant::now();
     lab.until("results of the newest version", || {
-        subscriber.results().last().filter(|result| result["model"]["version"] == 3).map(drop)
+        subscriber.results().last().filter(|result| result["model"]["version"] == version + 2).map(drop)
     });
     eprintln!("after the heal the newest spec was in force within {:.1} s", healed.elapsed().as_secs_f64());
     assert!(healed.elapsed() <= Duration::from_secs(65));
     check_gaps(&subscriber.results());
-    lab.until("the cluster to know it", || (lab.edge_node()["models"][0]["version"] == 3).then_some(()));
+    lab.until("the cluster to know it", || (lab.edge_node()["models"][0]["version"] == version + 2).then_some(()));
+
+    // And once more with the node's label: what the node is when the link is back counts.
+    lab.wan("down");
+    more(&lab, &subscriber, 5);
+    lab.done(&["label", "node", NODE, "lineside.dev/line-"]);
+    lab.wan("up");
+    let healed = Instant::now();
+    lab.until("the model to be unloaded", || {
+        lab.edge_node()["models"].as_array().is_some_and(Vec::is_empty).then_some(())
+    });
+    eprintln!("after the heal the node's new labels were followed within {:.1} s", healed.elapsed().as_secs_f64());
+    lab.done(&["label", "node", NODE, "lineside.dev/line=a"]);
 }
 
 #[test]
 fn one_of_two_controllers_leads_and_the_other_takes_over_without_a_flap() {
     let Some(lab) = Lab::take() else { return };
     lab.install();
-    lab.apply_samples();
+    let version = lab.apply_samples();
     lab.until("the model to be ready", || (lab.ready("em", "surface-defects").0 == "True").then_some(()));
     let holder = || {
         let lease = lab.get(&["lease", "lineside-controller", "-n", NAMESPACE]);
@@ -193,7 +205,7 @@ fn one_of_two_controllers_leads_and_the_other_takes_over_without_a_flap() {
         NAMESPACE,
         "--type=merge",
         "--patch",
-        r#"{"spec":{"version":2}}"#,
+        &format!(r#"{{"spec":{{"version":{}}}}}"#, version + 1),
     ]);
     lab.until("the new leader to add up", || {
         let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);

@@ -10,6 +10,10 @@ fn versions(results: &[Value]) -> Vec<u64> {
     versions
 }
 
+fn patch(version: u64) -> String {
+    format!(r#"{{"spec":{{"version":{version}}}}}"#)
+}
+
 #[test]
 fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     let Some(lab) = Lab::take() else { return };
@@ -23,7 +27,7 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     lab.settled();
 
     let subscriber = lab.subscribe("story");
-    lab.apply_samples();
+    let version = lab.apply_samples();
     // The model asks for a label that the node does not bear yet.
     lab.until("the model to be for no node", || {
         (lab.ready("edgemodel", "surface-defects").1 == "NoNodes").then_some(())
@@ -44,22 +48,13 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     }
     let events = lab.until("an Event", || {
         Some(lab.done(&["get", "events", "-n", NAMESPACE]))
-            .filter(|events| events.contains("version 1 serves on edge-1"))
+            .filter(|events| events.contains(&format!("version {version} serves on edge-1")))
     });
     eprintln!("{events}");
 
     // An edit to version 2 swaps, and no number is missing.
-    lab.done(&[
-        "patch",
-        "em",
-        "surface-defects",
-        "-n",
-        NAMESPACE,
-        "--type=merge",
-        "--patch",
-        r#"{"spec":{"version":2}}"#,
-    ]);
-    lab.until("results of version 2", || (versions(&subscriber.results()) == [1, 2]).then_some(()));
+    lab.done(&["patch", "em", "surface-defects", "-n", NAMESPACE, "--type=merge", "--patch", &patch(version + 1)]);
+    lab.until("results of version 2", || (versions(&subscriber.results()) == [version, version + 1]).then_some(()));
     let model = lab.until("the controller to see version 2", || {
         let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
         (model["status"]["observedGeneration"] == 2 && model["status"]["nodes"]["ready"] == 1).then_some(model)
@@ -69,16 +64,8 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     assert_eq!((summary.gaps, summary.duplicates), (Vec::new(), 0));
 
     // A bad edit is refused, and what runs goes on.
-    let refused = lab.kubectl(&[
-        "patch",
-        "em",
-        "surface-defects",
-        "-n",
-        NAMESPACE,
-        "--type=merge",
-        "--patch",
-        r#"{"spec":{"version":1}}"#,
-    ]);
+    let refused =
+        lab.kubectl(&["patch", "em", "surface-defects", "-n", NAMESPACE, "--type=merge", "--patch", &patch(version)]);
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && message.contains("set spec.rollback: true"), "{message}");
 

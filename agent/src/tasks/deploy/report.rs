@@ -48,7 +48,7 @@ impl Deploy {
         for refused in refused.iter().filter(|refused| refused.kind == "EdgeModel") {
             tell_refused(&mut statuses, refused);
         }
-        let streams = self.streams(&refused);
+        let mut streams = self.streams(&refused);
         let stats = self.spool.stats();
         let spool = SpoolStatus {
             records: stats.records,
@@ -57,6 +57,7 @@ impl Deploy {
             oldest_seconds: stats.oldest.unwrap_or_default().as_secs(),
         };
         let conditions = self.conditions(&mut statuses, &streams);
+        streams.truncate(ITEMS_MAX);
         let labels = self.node.labels.clone();
         self.board.set(Standing { labels, models: statuses, streams, spool, conditions });
         self.health.beat(Instant::now(), self.asked.is_some(), healths);

@@ -41,7 +41,9 @@ pub enum Heard {
     /// An object is gone.
     Removed(Kind, String),
     /// The cluster cannot be listened to at present.
-    Trouble(Trouble),
+    Trouble(Kind, Trouble),
+    /// Nothing is new, and the cluster is listened to.
+    Nothing(Kind),
 }
 
 /// Follows a kind until nobody listens. `doubt` asks for a new connection: the one there is may be dead without knowing.
@@ -110,7 +112,7 @@ pub async fn mirror(cluster: Arc<Cluster>, kind: Kind, heard: mpsc::Sender<Heard
                     }
                     _ => Duration::ZERO,
                 };
-                if heard.send(Heard::Trouble(trouble)).await.is_err() {
+                if heard.send(Heard::Trouble(kind, trouble)).await.is_err() {
                     return;
                 }
                 tokio::time::sleep(backoff.next_delay().max(rest)).await;
@@ -129,6 +131,9 @@ async fn watch(
     let begun = Instant::now();
     let mut changes = cluster.watch(kind, version.as_deref().unwrap_or_default()).await?;
     let mut came = false;
+    if heard.send(Heard::Nothing(kind)).await.is_err() {
+        return Ok(true);
+    }
     while let Some(change) = changes.next().await {
         let (change, next) = change?;
         let said = match change {

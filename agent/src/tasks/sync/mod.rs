@@ -34,6 +34,8 @@ const HEARD_MAX: usize = 64;
 const GATHER: Duration = Duration::from_millis(200);
 /// How often the node's labels are looked at.
 const NODE_EVERY: Duration = Duration::from_secs(30);
+/// And until they are known.
+const NODE_AGAIN: Duration = Duration::from_secs(2);
 /// How often a context before the present one is tried.
 const PREFER_EVERY: Duration = Duration::from_secs(300);
 /// How often the age of the last answer is measured.
@@ -88,6 +90,7 @@ impl ClusterSync {
             memory,
             asked: Asked::default(),
             labels: BTreeMap::new(),
+            knows_labels: false,
             heard_all: BTreeSet::new(),
             era: 0,
             uids,
@@ -95,7 +98,11 @@ impl ClusterSync {
             doubt,
             trouble: None,
         };
-        listener.run(hears, stop).await;
+        // Whatever it waits for, it waits no longer than the agent runs.
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = listener.run(hears) => {}
+        }
         loops.shutdown().await;
         if let Err(error) = teller.await {
             tracing::error!(%error, "the loop that writes the node's status had panicked");
@@ -109,6 +116,8 @@ struct Listener {
     memory: Memory,
     asked: Asked,
     labels: BTreeMap<String, String>,
+    /// Whether they are known, be it from last time. Until then nothing is certain: a model may be for a label.
+    knows_labels: bool,
     /// The kinds of which all objects are known.
     heard_all: BTreeSet<Kind>,
     era: u64,
@@ -120,7 +129,7 @@ struct Listener {
 }
 
 impl Listener {
-    async fn run(mut self, mut hears: mpsc::Receiver<Heard>, stop: CancellationToken) {
+    async fn run(mut self, mut hears: mpsc::Receiver<Heard>) {
         self.recall();
         let mut measure = tokio::time::interval(MEASURE_EVERY);
         measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -130,7 +139,6 @@ impl Listener {
         loop {
             let due = gathered.unwrap_or_else(Instant::now);
             tokio::select! {
-                () = stop.cancelled() => return,
                 Some(heard) = hears.recv() => {
                     if self.hear(heard) && gathered.is_none() {
                         gathered = Some(Instant::now() + GATHER);
@@ -144,11 +152,17 @@ impl Listener {
                     if self.on_node(facts).await {
                         gathered.get_or_insert(Instant::now());
                     }
-                    let rest = NODE_EVERY.mul_f64(0.9 + fastrand::f64() / 5.0);
+                    let every = if self.knows_labels { NODE_EVERY } else { NODE_AGAIN };
+                    let rest = every.mul_f64(0.9 + fastrand::f64() / 5.0);
                     node = Box::pin(look_at_node(self.sync.cluster.clone(), self.sync.node.name.clone(), rest));
                 }
                 () = self.sync.again.notified() => self.doubt.notify_waiters(),
-                _ = prefer.tick() => self.sync.cluster.prefer_first().await,
+                _ = prefer.tick() => {
+                    self.sync.cluster.prefer_first().await;
+                    if self.sync.cluster.era() != self.era {
+                        self.doubt.notify_waiters();
+                    }
+                }
                 _ = measure.tick() => self.measure(),
             }
         }
@@ -159,6 +173,7 @@ impl Listener {
         let Some(known) = self.memory.get().cloned() else { return };
         let objects = known.objects.len();
         self.labels = known.labels;
+        self.knows_labels = true;
         known.objects.into_iter().for_each(|given| {
             self.asked.put(given);
         });
@@ -175,7 +190,8 @@ impl Listener {
             self.heard_all.clear();
         }
         match heard {
-            Heard::Trouble(trouble) => {
+            Heard::Nothing(_) => false,
+            Heard::Trouble(_, trouble) => {
                 let text = trouble.to_string();
                 if self.trouble.as_ref() != Some(&text) {
                     let advice = match trouble.kind {
@@ -214,14 +230,24 @@ impl Listener {
                 return false;
             }
             Err(trouble) => {
-                tracing::debug!(%trouble, "the node's labels cannot be looked at");
-                return false;
+                tracing::warn!(%trouble, "the node's labels cannot be looked at; those that are known stay in force");
+                // A refusal does not go away by itself; what is for every node, or for this one by name, is to run all the same.
+                let is_news = trouble.kind == TroubleKind::Refused && !self.knows_labels;
+                self.knows_labels |= is_news;
+                return is_news;
             }
         };
-        let facts = facts.unwrap_or_default();
+        let Some(facts) = facts else {
+            // No node of this cluster, or one that is being registered anew. The labels there were stay, since a model that
+            // is unloaded by mistake costs more than one that stays too long.
+            let is_news = !self.knows_labels;
+            self.knows_labels = true;
+            return is_news;
+        };
         let uid = Some(facts.uid).filter(|uid| !uid.is_empty());
         let mut known = self.node_uid.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_news = self.labels != facts.labels || *known != uid;
+        let is_news = self.labels != facts.labels || *known != uid || !self.knows_labels;
+        self.knows_labels = true;
         *known = uid;
         self.labels = facts.labels;
         is_news
@@ -229,7 +255,7 @@ impl Listener {
 
     /// Says what is asked for, and writes it down, once all of it is known.
     fn speak(&mut self) {
-        if self.heard_all.len() < 2 {
+        if self.heard_all.len() < 2 || !self.knows_labels {
             return;
         }
         self.say();

@@ -64,7 +64,14 @@ pub(super) async fn tell(
                 let said = notices(&node, written.as_ref(), &status);
                 written = Some(status);
                 for notice in said.into_iter().filter(|_| purse.take()) {
-                    say(&cluster, &node, &uids, notice).await;
+                    let was_said = tokio::select! {
+                        () = stop.cancelled() => return,
+                        was_said = say(&cluster, &node, &uids, notice) => was_said,
+                    };
+                    // The rest is in the status all the same, and the next status must not wait for a dead link.
+                    if !was_said {
+                        break;
+                    }
                 }
             }
             Err(trouble) => {
@@ -87,7 +94,8 @@ pub(super) async fn tell(
     }
 }
 
-async fn say(cluster: &Cluster, node: &str, uids: &Uids, notice: Notice) {
+/// Says one. `false` when the cluster does not answer.
+async fn say(cluster: &Cluster, node: &str, uids: &Uids, notice: Notice) -> bool {
     let (kind, name) = match notice.about {
         About::Node => (Kind::EdgeNode, node.to_owned()),
         About::Model(name) => (Kind::EdgeModel, name),
@@ -95,8 +103,12 @@ async fn say(cluster: &Cluster, node: &str, uids: &Uids, notice: Notice) {
     };
     let uid = uids.lock().unwrap_or_else(PoisonError::into_inner).get(&(kind.name(), name.clone())).cloned();
     let saying = Saying { is_warning: notice.is_warning, reason: notice.reason, note: notice.note, kind, name, uid };
-    if let Err(trouble) = cluster.say(&saying).await {
-        tracing::debug!(%trouble, reason = saying.reason, "an Event could not be said");
+    match cluster.say(&saying).await {
+        Ok(()) => true,
+        Err(trouble) => {
+            tracing::debug!(%trouble, reason = saying.reason, "an Event could not be said");
+            !matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Busy(_))
+        }
     }
 }
 

@@ -34,8 +34,8 @@ const HEARD_MAX: usize = 64;
 const GATHER: Duration = Duration::from_millis(200);
 /// How often the node's labels are looked at.
 const NODE_EVERY: Duration = Duration::from_secs(30);
-/// And until they are known.
-const NODE_AGAIN: Duration = Duration::from_secs(2);
+/// And until they are known, or when there was no answer.
+const NODE_AGAIN: Duration = Duration::from_secs(5);
 /// How often a context before the present one is tried.
 const PREFER_EVERY: Duration = Duration::from_secs(300);
 /// How often the age of the last answer is measured.
@@ -149,10 +149,11 @@ impl Listener {
                     self.speak();
                 }
                 facts = &mut node => {
+                    let is_answered = !matches!(&facts, Err(trouble) if trouble.kind == TroubleKind::Unreachable);
                     if self.on_node(facts).await {
                         gathered.get_or_insert(Instant::now());
                     }
-                    let every = if self.knows_labels { NODE_EVERY } else { NODE_AGAIN };
+                    let every = if self.knows_labels && is_answered { NODE_EVERY } else { NODE_AGAIN };
                     let rest = every.mul_f64(0.9 + fastrand::f64() / 5.0);
                     node = Box::pin(look_at_node(self.sync.cluster.clone(), self.sync.node.name.clone(), rest));
                 }

@@ -93,11 +93,12 @@ bench: ## Stage times of the data plane, and the spool (Criterion)
 	$(CARGO) bench --workspace --bench stages
 	LINESIDE_BENCH_MILLION=1 $(CARGO) bench --profile dev -p lineside --bench spool
 
-experiments: compiler test-tools ## The long forms of the experiments: kills, cuts, damage, mutations, swaps, a month of plant time
+experiments: compiler test-tools lab-tools ## The long forms of the experiments: kills, cuts, damage, mutations, swaps, a month of plant time
 	LINESIDE_SPOOL_SEQUENCES=100000 LINESIDE_SPOOL_DAMAGE=1000 LINESIDE_DAYS=30 \
 		$(CARGO) test --workspace --lib -- --nocapture spool:: publish::
 	LINESIDE_EXPERIMENT_AGENT_KILLS=200 LINESIDE_EXPERIMENT_BROKER_KILLS=50 LINESIDE_EXPERIMENT_CYCLES=20 \
 		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 spool::
+	LINESIDE_LAB=required LINESIDE_EXPERIMENT_LAB=1 $(CARGO) test --workspace --test suite -- --nocapture cluster::
 	LINESIDE_EXPERIMENT_KILLS=100 LINESIDE_EXPERIMENT_INDEX_DAMAGE=100 LINESIDE_EXPERIMENT_MUTATIONS=200 LINESIDE_EXPERIMENT_SWAPS=200 \
 		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 vet:: store:: swaps::
 

@@ -89,6 +89,18 @@ impl Lab {
         Some(Lease(place))
     }
 
+    /// The same for a long story, which `make experiments` runs; `None` where that was not asked for.
+    ///
+    /// # Panics
+    /// As [`Lab::take`].
+    pub fn take_long() -> Option<Lease> {
+        if std::env::var_os("LINESIDE_EXPERIMENT_LAB").is_none() {
+            eprintln!("skipped: set LINESIDE_EXPERIMENT_LAB=1, as `make experiments` does");
+            return None;
+        }
+        Self::take()
+    }
+
     fn start() -> Self {
         let folder = tempfile::Builder::new().prefix("ll-").tempdir().expect("a temporary folder").keep();
         let guard = script(&folder, &["guard"])
@@ -214,7 +226,12 @@ impl Lab {
     /// When they do not become so.
     pub fn settled(&self) {
         for what in ["daemonset/lineside-agent", "deployment/lineside-controller"] {
-            self.done(&["rollout", "status", what, "-n", NAMESPACE, "--timeout=120s"]);
+            let output = self.kubectl(&["rollout", "status", what, "-n", NAMESPACE, "--timeout=120s"]);
+            if !output.status.success() {
+                let pods = self.kubectl(&["describe", "pods", "-n", NAMESPACE]);
+                let logs = self.kubectl(&["logs", what, "-n", NAMESPACE, "--tail=40"]);
+                panic!("{what} does not settle: {}{}{}", said(&output), said(&pods), said(&logs));
+            }
         }
     }
 

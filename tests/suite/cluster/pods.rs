@@ -117,7 +117,7 @@ fn a_pod_that_goes_in_whatever_way_comes_back_and_loses_nothing() {
 
 #[test]
 fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_afterwards() {
-    let Some(lab) = Lab::take() else { return };
+    let Some(lab) = Lab::take_long() else { return };
     lab.install();
     let subscriber = lab.subscribe("link");
     let version = lab.apply_samples();

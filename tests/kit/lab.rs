@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -83,7 +83,21 @@ impl Lab {
         }
         let mut place = LAB.lock().unwrap_or_else(PoisonError::into_inner);
         match place.as_ref() {
-            None => *place = Some(Self::start()),
+            None => {
+                // A machine may have all the programs and still not let a kubelet be; that is said, and tried once.
+                static FAILED: OnceLock<String> = OnceLock::new();
+                if FAILED.get().is_none() {
+                    match std::panic::catch_unwind(Self::start) {
+                        Ok(lab) => *place = Some(lab),
+                        Err(_) => drop(FAILED.set("it does not come up here; see above".to_owned())),
+                    }
+                }
+                if let Some(reason) = FAILED.get() {
+                    assert!(std::env::var("LINESIDE_LAB").as_deref() != Ok("required"), "there is no lab: {reason}");
+                    eprintln!("skipped, for there is no lab on this machine: {reason}");
+                    return None;
+                }
+            }
             Some(lab) => lab.reset(),
         }
         Some(Lease(place))

@@ -289,7 +289,7 @@ down() {
 		umount -l "$mounted" 2>/dev/null || true
 	done
 	for name in $(ip netns list 2>/dev/null | awk '{print $1}' | grep "^$id-" || true); do ip netns delete "$name" || true; done
-	rmdir /var/lib/lineside 2>/dev/null || true
+	# The empty /var/lib/lineside stays: to remove it would take away what other labs have mounted on it.
 	for controller in /sys/fs/cgroup/*/; do
 		find "$controller" -maxdepth 1 -name "$id-*" -type d 2>/dev/null | while read -r group; do
 			find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null || true

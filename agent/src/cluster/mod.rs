@@ -30,6 +30,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::config::cluster::Access;
+use crate::plan::asked::document;
 use crate::status::NodeStatus;
 pub use kinds::definitions;
 pub use lease::{Lease, Term};
@@ -106,12 +107,7 @@ impl Item {
         let (spec, status) = (data["spec"].take(), data["status"].take());
         let name = object.metadata.name.unwrap_or_default();
         Self {
-            document: json!({
-                "apiVersion": format!("{}/{}", kinds::GROUP, kinds::VERSION),
-                "kind": kind.name(),
-                "metadata": {"name": name},
-                "spec": spec,
-            }),
+            document: document(kind.name(), &name, &spec),
             uid: object.metadata.uid.unwrap_or_default(),
             generation: object.metadata.generation,
             name,

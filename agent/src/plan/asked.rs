@@ -83,11 +83,6 @@ impl Asked {
         all.into_iter().fold(has_fewer, |changed, given| self.put(given) || changed)
     }
 
-    /// Forgets all of it, as when another cluster is listened to.
-    pub fn clear(&mut self) {
-        self.objects.clear();
-    }
-
     /// The uid of an object.
     pub fn uid(&self, kind: &str, name: &str) -> Option<&str> {
         self.objects.get(&(kind.to_owned(), name.to_owned())).map(|known| known.uid.as_str())

@@ -236,20 +236,8 @@ impl Controller {
             .iter()
             .map(|(name, seen)| NodeView { name, status: &seen.status, is_silent: self.is_silent(seen) })
             .collect();
-        let models: Vec<_> = self
-            .models
-            .values()
-            .map(|(subject, before)| (subject, before, sum::model(subject, &views, before, &now)))
-            .filter(|(_, before, after)| *before != after)
-            .map(|(subject, _, after)| (subject.name.clone(), after))
-            .collect();
-        let streams: Vec<_> = self
-            .streams
-            .values()
-            .map(|(subject, before)| (subject, before, sum::stream(subject, &views, before, &now)))
-            .filter(|(_, before, after)| *before != after)
-            .map(|(subject, _, after)| (subject.name.clone(), after))
-            .collect();
+        let models = news(&self.models, |subject, before| sum::model(subject, &views, before, &now));
+        let streams = news(&self.streams, |subject, before| sum::stream(subject, &views, before, &now));
         for (name, status) in models {
             if Instant::now() >= end {
                 return Ok(());
@@ -354,6 +342,12 @@ impl Controller {
         }
         Ok(())
     }
+}
+
+/// The statuses that are not as they were, by name.
+fn news<S: PartialEq>(known: &BTreeMap<String, (Subject, S)>, sum: impl Fn(&Subject, &S) -> S) -> Vec<(String, S)> {
+    let sums = known.iter().map(|(name, (subject, before))| (name, before, sum(subject, before)));
+    sums.filter(|(_, before, after)| *before != after).map(|(name, _, after)| (name.clone(), after)).collect()
 }
 
 /// Whether a controller has marked the node as silent.

@@ -98,7 +98,7 @@ experiments: compiler test-tools lab-tools ## The long forms of the experiments:
 		$(CARGO) test --workspace --lib -- --nocapture spool:: publish::
 	LINESIDE_EXPERIMENT_AGENT_KILLS=200 LINESIDE_EXPERIMENT_BROKER_KILLS=50 LINESIDE_EXPERIMENT_CYCLES=20 \
 		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 spool::
-	LINESIDE_LAB=required LINESIDE_EXPERIMENT_LAB=1 $(CARGO) test --workspace --test suite -- --nocapture cluster::
+	LINESIDE_LAB=required $(CARGO) test --workspace --test suite -- --nocapture cluster::
 	LINESIDE_EXPERIMENT_KILLS=100 LINESIDE_EXPERIMENT_INDEX_DAMAGE=100 LINESIDE_EXPERIMENT_MUTATIONS=200 LINESIDE_EXPERIMENT_SWAPS=200 \
 		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 vet:: store:: swaps::
 

@@ -103,18 +103,6 @@ impl Lab {
         Some(Lease(place))
     }
 
-    /// The same for a long story, which `make experiments` runs; `None` where that was not asked for.
-    ///
-    /// # Panics
-    /// As [`Lab::take`].
-    pub fn take_long() -> Option<Lease> {
-        if std::env::var_os("LINESIDE_EXPERIMENT_LAB").is_none() {
-            eprintln!("skipped: set LINESIDE_EXPERIMENT_LAB=1, as `make experiments` does");
-            return None;
-        }
-        Self::take()
-    }
-
     fn start() -> Self {
         let folder = tempfile::Builder::new().prefix("ll-").tempdir().expect("a temporary folder").keep();
         let guard = script(&folder, &["guard"])

@@ -288,7 +288,12 @@ down() {
 	awk -v folder="$folder/" 'index($2, folder) == 1 { print $2 }' /proc/mounts | sort -r | while read -r mounted; do
 		umount -l "$mounted" 2>/dev/null || true
 	done
-	for name in $(ip netns list 2>/dev/null | awk '{print $1}' | grep "^$id-" || true); do ip netns delete "$name" || true; done
+	# Whatever else runs in its networks, such as a command of `exec` that outlived its caller, ends too.
+	for name in $(ip netns list 2>/dev/null | awk '{print $1}' | grep "^$id-" || true); do
+		pids=$(ip netns pids "$name" || true)
+		[ -z "$pids" ] || kill -9 $pids 2>/dev/null || true
+		ip netns delete "$name" || true
+	done
 	# The empty /var/lib/lineside stays: to remove it would take away what other labs have mounted on it.
 	for controller in /sys/fs/cgroup/*/; do
 		find "$controller" -maxdepth 1 -name "$id-*" -type d 2>/dev/null | while read -r group; do
@@ -302,7 +307,9 @@ down() {
 case $verb in
 up) up ;;
 node) shift 2; node "$@" ;;
-exec) shift 2; export KUBECONFIG=${KUBECONFIG:-$folder/admin.kubeconfig}; place=$1; shift; PATH=$folder/bin:$PATH within "$place" "$@" ;;
+exec) shift 2; export KUBECONFIG=${KUBECONFIG:-$folder/admin.kubeconfig}; place=$1; shift
+	# In this process's place: who ends it means the command.
+	PATH=$folder/bin:$PATH exec nsenter --net="/run/netns/$id-$place" "$@" ;;
 daemon) shift 2; start "$@" ;;
 image) image "$3" "$4" ;;
 wan) number=$(within "$3" ip -4 -br addr show wan | sed -E 's/.*10\.99\.([0-9]+)\.2.*/\1/'); within center ip link set "w$number" "$4"

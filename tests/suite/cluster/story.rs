@@ -16,7 +16,7 @@ fn patch(version: u64) -> String {
 
 #[test]
 fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
-    let Some(lab) = Lab::take_long() else { return };
+    let Some(lab) = Lab::take() else { return };
     lab.done(&["label", "node", NODE, "lineside.dev/edge-", "lineside.dev/line-"]);
     lab.apply_overlay(&[]);
     lab.done(&["rollout", "status", "deployment/lineside-controller", "-n", NAMESPACE, "--timeout=120s"]);

@@ -86,18 +86,22 @@ impl Folder {
         for (path, signature) in &look {
             let is_known = self.files.get(path).is_some_and(|known| known.signature == *signature);
             if !is_known && settled(path) {
-                findings.push(self.take_in(path, *signature));
+                findings.extend(self.take_in(path, *signature));
             }
         }
         findings
     }
 
-    fn take_in(&mut self, path: &Path, signature: Signature) -> Finding {
-        let read = read_bounded(path, FILE_BYTES_MAX)
-            .map_err(|error| vec![error.to_string()])
-            .and_then(|bytes| String::from_utf8(bytes).map_err(|_| vec!["it is no UTF-8 text".to_owned()]))
-            .and_then(|text| manifest::read(&text, &self.path));
-        match read {
+    /// `None` where the file has vanished since it was looked at; the next look says so.
+    fn take_in(&mut self, path: &Path, signature: Signature) -> Option<Finding> {
+        let read = match read_bounded(path, FILE_BYTES_MAX) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+            Err(error) => Err(vec![error.to_string()]),
+            Ok(bytes) => String::from_utf8(bytes)
+                .map_err(|_| vec!["it is no UTF-8 text".to_owned()])
+                .and_then(|text| manifest::read(&text, &self.path)),
+        };
+        Some(match read {
             Ok(objects) => {
                 let count = objects.len();
                 self.files.insert(path.to_owned(), Known { signature, is_refused: false, objects });
@@ -112,7 +116,7 @@ impl Folder {
                 (known.signature, known.is_refused) = (signature, true);
                 Finding::Rejected(path.to_owned(), reasons)
             }
-        }
+        })
     }
 }
 
@@ -170,8 +174,13 @@ mod tests {
 
         fs::remove_file(&path).unwrap();
         assert_eq!(folder.look(), []);
-        assert_eq!(folder.look(), [Finding::Removed(path)]);
+        assert_eq!(folder.look(), [Finding::Removed(path.clone())]);
         assert!(names(&folder).is_empty());
+        assert_eq!(
+            folder.take_in(&path, Signature::default()),
+            None,
+            "one that vanishes between two looks is not refused"
+        );
     }
 
     #[test]

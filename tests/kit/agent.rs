@@ -79,7 +79,7 @@ impl Agent {
     /// # Panics
     /// When it does not come up.
     pub fn start(start: &Start<'_>) -> Self {
-        Self::start_by("--manifests", start)
+        Self::start_by(Command::new(program()), "edge-1", "--manifests", start)
     }
 
     /// The same for one that follows the cluster of a kubeconfig.
@@ -87,13 +87,22 @@ impl Agent {
     /// # Panics
     /// When it does not come up.
     pub fn follow(kubeconfig: &Path, data: &Path, mqtt: &str) -> Self {
-        Self::start_by("--kubeconfig", &Start { manifests: kubeconfig, data, mqtt, flags: &[] })
+        Self::follow_as(Command::new(program()), "edge-1", &Start { manifests: kubeconfig, data, mqtt, flags: &[] })
     }
 
-    fn start_by(wishes: &str, start: &Start<'_>) -> Self {
-        let mut child = Command::new(program())
+    /// The same for one of another name, by a command that runs the [`program`] in its own way; `start.manifests` is the
+    /// kubeconfig.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn follow_as(command: Command, node: &str, start: &Start<'_>) -> Self {
+        Self::start_by(command, node, "--kubeconfig", start)
+    }
+
+    fn start_by(mut command: Command, node: &str, wishes: &str, start: &Start<'_>) -> Self {
+        let mut child = command
             .arg("run")
-            .args(["--node", "edge-1", "--site", "plant", "--http", "127.0.0.1:0", "--mqtt", start.mqtt])
+            .args(["--node", node, "--site", "plant", "--http", "127.0.0.1:0", "--mqtt", start.mqtt])
             .arg(wishes)
             .arg(start.manifests)
             .arg("--data-dir")

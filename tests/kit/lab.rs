@@ -53,7 +53,7 @@ fn missing() -> Option<String> {
     if !is_root {
         return Some("it takes root".to_owned());
     }
-    for program in ["containerd", "runc", "ip", "nft", "conntrack", "nsenter", "ctr", "cc"] {
+    for program in ["containerd", "runc", "ip", "nft", "conntrack", "nsenter", "ctr", "cc", "faketime"] {
         let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output();
         if !found.is_ok_and(|output| output.status.success()) {
             return Some(format!("{program} is missing; run `make lab-tools`"));
@@ -293,6 +293,16 @@ impl Lab {
         Paho::start_by(self.within(NODE, &[utf8(&crate::python())]), &access, "lineside/v1/plant/#", Some(session))
     }
 
+    /// Where all of it lies.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The broker's host, for a client on the node.
+    pub fn broker_host(&self) -> &'static str {
+        BROKER
+    }
+
     /// The broker's address, for an agent.
     pub fn broker(&self) -> String {
         format!("mqtt://{BROKER}:1883")
@@ -348,6 +358,20 @@ impl Lab {
     /// When a generous bound is over.
     pub fn until<T>(&self, what: &str, look: impl FnMut() -> Option<T>) -> T {
         until_within(POD_BOUND, what, look)
+    }
+
+    /// Makes the account of an agent that is in no pod, as docs/install-k3s.md does, and returns a token of it.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub fn outsider(&self, node: &str) -> String {
+        self.applied(&format!(
+            "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: lineside-node-{node}, namespace: {NAMESPACE}}}\n---\n\
+             apiVersion: rbac.authorization.k8s.io/v1\nkind: RoleBinding\nmetadata: {{name: {node}, namespace: {NAMESPACE}}}\n\
+             roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: lineside-agent}}\n\
+             subjects: [{{kind: ServiceAccount, name: lineside-node-{node}, namespace: {NAMESPACE}}}]\n"
+        ));
+        self.done(&["create", "token", &format!("lineside-node-{node}"), "-n", NAMESPACE]).trim().to_owned()
     }
 
     /// The status of the node's `EdgeNode`.

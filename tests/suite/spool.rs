@@ -23,8 +23,9 @@ fn pause(random: &mut Random, most_ms: usize) {
     std::thread::park_timeout(Duration::from_millis(random.below(most_ms) as u64));
 }
 
-/// Stops the stream and waits until everything that was made has been received; how it stands then.
+/// Stops the stream, once it plays, and waits until everything that was made has been received; how it stands then.
 fn settle(plant: &Plant, agent: &Agent, subscriber: &Paho) -> Summary {
+    agent.wait_for_log("stream starts");
     plant.withdraw("stream.yaml");
     agent.wait_for_log("stream stopped");
     until_late("the spool to be empty", || (agent.metric("lineside_spool_records") == 0.0).then_some(()));

@@ -234,8 +234,8 @@ pub struct Cluster {
     namespace: String,
     /// Who speaks, for field managers and events.
     reporter: Reporter,
-    client: Mutex<Client>,
-    recorder: Mutex<Recorder>,
+    /// The trouble is why there is none: a program that the kubeconfig names for credentials may fail while the network does.
+    way: Mutex<Result<Way, Trouble>>,
     /// What was said last, by object and reason.
     notes: Mutex<HashMap<(Kind, String, &'static str), String>>,
     renewal: tokio::sync::Mutex<Renewal>,
@@ -244,6 +244,13 @@ pub struct Cluster {
     /// Milliseconds after `begun` at which the server answered last.
     answered: AtomicU64,
     begun: Instant,
+}
+
+/// Connections by one context.
+#[derive(Clone)]
+struct Way {
+    client: Client,
+    recorder: Recorder,
 }
 
 struct Renewal {
@@ -267,16 +274,18 @@ impl Cluster {
                 .map(|text| text.trim().to_owned())
                 .unwrap_or_else(|_| NAMESPACE.to_owned()),
         };
-        let client = client(config)?;
         let reporter = Reporter { controller: speaker.to_owned(), instance: Some(instance.to_owned()) };
+        let way = connect(config, &reporter).await;
+        if let Err(trouble) = &way {
+            tracing::warn!(%trouble, "there is no way into the cluster yet");
+        }
         let now = Instant::now();
         Ok(Self {
             access,
             namespace,
-            recorder: Mutex::new(Recorder::new(client.clone(), reporter.clone())),
             reporter,
             notes: Mutex::default(),
-            client: Mutex::new(client),
+            way: Mutex::new(way),
             renewal: tokio::sync::Mutex::new(Renewal { last: now, in_context_since: now }),
             context: AtomicUsize::new(0),
             era: AtomicU64::new(0),
@@ -314,7 +323,7 @@ impl Cluster {
         let present = self.context.load(Ordering::Relaxed);
         let next = if failing >= CONTEXT_PATIENCE { (present + 1) % contexts } else { present };
         match self.open(next).await {
-            Ok(client) => self.take(client, next, &mut renewal),
+            Ok(way) => self.take(way, next, &mut renewal),
             Err(trouble) => tracing::warn!(%trouble, "the way into the cluster cannot be made anew"),
         }
     }
@@ -324,36 +333,38 @@ impl Cluster {
         if self.context.load(Ordering::Relaxed) == 0 {
             return;
         }
-        let Ok(client) = self.open(0).await else { return };
+        let Ok(way) = self.open(0).await else { return };
         let api: Api<DynamicObject> =
-            Api::namespaced_with(client.clone(), &self.namespace, &Kind::EdgeModel.resource());
+            Api::namespaced_with(way.client.clone(), &self.namespace, &Kind::EdgeModel.resource());
         if matches!(tokio::time::timeout(DEADLINE, api.list(&ListParams::default().limit(1))).await, Ok(Ok(_))) {
             let mut renewal = self.renewal.lock().await;
-            self.take(client, 0, &mut renewal);
+            self.take(way, 0, &mut renewal);
         }
     }
 
-    async fn open(&self, context: usize) -> Result<Client, Trouble> {
-        client(configuration(&self.access, context).await?)
+    async fn open(&self, context: usize) -> Result<Way, Trouble> {
+        connect(configuration(&self.access, context).await?, &self.reporter).await
     }
 
-    fn take(&self, client: Client, context: usize, renewal: &mut Renewal) {
+    fn take(&self, way: Way, context: usize, renewal: &mut Renewal) {
         if self.context.swap(context, Ordering::Relaxed) != context {
             tracing::warn!(context = self.access.contexts.get(context), "another context of the kubeconfig is taken");
             renewal.in_context_since = Instant::now();
             self.era.fetch_add(1, Ordering::Release);
         }
-        let recorder = Recorder::new(client.clone(), self.reporter.clone());
-        *self.recorder.lock().unwrap_or_else(PoisonError::into_inner) = recorder;
-        *self.client.lock().unwrap_or_else(PoisonError::into_inner) = client;
+        *self.way.lock().unwrap_or_else(PoisonError::into_inner) = Ok(way);
     }
 
-    fn client(&self) -> Client {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn way(&self) -> Result<Way, Trouble> {
+        self.way.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn api(&self, kind: Kind) -> Api<DynamicObject> {
-        Api::namespaced_with(self.client(), &self.namespace, &kind.resource())
+    fn client(&self) -> Result<Client, Trouble> {
+        Ok(self.way()?.client)
+    }
+
+    fn api(&self, kind: Kind) -> Result<Api<DynamicObject>, Trouble> {
+        Ok(Api::namespaced_with(self.client()?, &self.namespace, &kind.resource()))
     }
 
     /// Waits for an answer, but not for ever.
@@ -381,7 +392,7 @@ impl Cluster {
     /// # Errors
     /// See [`TroubleKind`].
     pub async fn list(&self, kind: Kind) -> Result<(Vec<Item>, String), Trouble> {
-        let api = self.api(kind);
+        let api = self.api(kind)?;
         let mut params = ListParams::default().limit(PAGE);
         let mut items = Vec::new();
         loop {
@@ -401,7 +412,7 @@ impl Cluster {
     /// See [`TroubleKind`].
     pub async fn watch(&self, kind: Kind, version: &str) -> Result<Changes, Trouble> {
         let params = WatchParams::default().timeout(WATCH_SECONDS);
-        let api = self.api(kind);
+        let api = self.api(kind)?;
         let events = self.ask(DEADLINE, api.watch(&params, version)).await?;
         let events = Box::pin(events);
         Ok(Box::pin(futures_util::stream::unfold(Some(events), move |events| async move {
@@ -435,7 +446,7 @@ impl Cluster {
     /// # Errors
     /// See [`TroubleKind`].
     pub async fn node(&self, name: &str) -> Result<Option<NodeFacts>, Trouble> {
-        let api: Api<Node> = Api::all(self.client());
+        let api: Api<Node> = Api::all(self.client()?);
         let found = self.ask(DEADLINE, api.get_metadata_opt(name)).await?;
         Ok(found.map(|node| NodeFacts {
             uid: node.metadata.uid.unwrap_or_default(),
@@ -450,7 +461,7 @@ impl Cluster {
     pub async fn report(&self, node: &str, status: &NodeStatus) -> Result<(), Trouble> {
         match self.apply_status(Kind::EdgeNode, node, status).await {
             Err(trouble) if trouble.kind == TroubleKind::NotFound => {
-                let api = self.api(Kind::EdgeNode);
+                let api = self.api(Kind::EdgeNode)?;
                 let bare = object(Kind::EdgeNode, node);
                 self.ask(DEADLINE, api.patch(node, &self.applying(), &Patch::Apply(&bare))).await?;
                 self.apply_status(Kind::EdgeNode, node, status).await
@@ -466,7 +477,7 @@ impl Cluster {
     pub async fn apply_status(&self, kind: Kind, name: &str, status: &impl Serialize) -> Result<(), Trouble> {
         let mut patch = object(kind, name);
         patch["status"] = serde_json::to_value(status).unwrap_or_default();
-        let api = self.api(kind);
+        let api = self.api(kind)?;
         self.ask(DEADLINE, api.patch_status(name, &self.applying(), &Patch::Apply(&patch))).await.map(drop)
     }
 
@@ -481,7 +492,7 @@ impl Cluster {
     pub async fn delete(&self, kind: Kind, name: &str, uid: &str) -> Result<(), Trouble> {
         let preconditions = Preconditions { uid: Some(uid.to_owned()), resource_version: None };
         let params = DeleteParams::default().preconditions(preconditions);
-        let api = self.api(kind);
+        let api = self.api(kind)?;
         self.ask(DEADLINE, api.delete(name, &params)).await.map(drop)
     }
 
@@ -516,11 +527,12 @@ impl Cluster {
             notes.insert(key, saying.note.clone()).is_none_or(|before| before == saying.note)
         };
         let recorder = {
-            let mut recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut way = self.way.lock().unwrap_or_else(PoisonError::into_inner);
+            let way = way.as_mut().map_err(|trouble| trouble.clone())?;
             if !is_same {
-                *recorder = Recorder::new(self.client(), self.reporter.clone());
+                way.recorder = Recorder::new(way.client.clone(), self.reporter.clone());
             }
-            recorder.clone()
+            way.recorder.clone()
         };
         self.ask(DEADLINE, recorder.publish(&event, &about)).await
     }
@@ -555,6 +567,13 @@ async fn configuration(access: &Access, context: usize) -> Result<Config, Troubl
     Ok(config)
 }
 
-fn client(config: Config) -> Result<Client, Trouble> {
-    Client::try_from(config).map_err(|error| Trouble { kind: TroubleKind::Refused, message: error.to_string() })
+/// Makes the connections. A program that the kubeconfig names for credentials is run for it, which may take its time.
+async fn connect(config: Config, reporter: &Reporter) -> Result<Way, Trouble> {
+    let made = tokio::task::spawn_blocking(|| Client::try_from(config));
+    match tokio::time::timeout(DEADLINE, made).await {
+        Ok(Ok(Ok(client))) => Ok(Way { recorder: Recorder::new(client.clone(), reporter.clone()), client }),
+        Ok(Ok(Err(error))) => Err(Trouble::new(error)),
+        Ok(Err(error)) => Err(Trouble::unreachable(error.to_string())),
+        Err(_) => Err(Trouble::unreachable(format!("no credentials within {} s", DEADLINE.as_secs()))),
+    }
 }

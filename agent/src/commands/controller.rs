@@ -37,7 +37,7 @@ pub(super) struct Arguments {
     /// The namespace of our objects [default: the pod's or context's own, else lineside].
     #[arg(long, value_name = "NAME", env = "LINESIDE_KUBE_NAMESPACE", hide_env = true)]
     kube_namespace: Option<String>,
-    /// Tells this controller from others [default: the host name, which is the pod's].
+    /// Tells this controller from others [default: the pod's name, elsewhere the host name and the process].
     #[arg(long, value_name = "NAME", env = "LINESIDE_IDENTITY", hide_env = true)]
     identity: Option<String>,
     /// Where /livez, /readyz and /metrics are served; port 0 takes a free one and logs it.
@@ -67,7 +67,11 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     }
     allocator::share_one_heap();
     let host_name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let identity = arguments.identity.unwrap_or_else(|| host_name.trim().to_owned());
+    // In a pod the host name is the pod's, and no other has it.
+    let identity = arguments.identity.unwrap_or_else(|| match &arguments.kubeconfig {
+        None => host_name.trim().to_owned(),
+        Some(_) => format!("{}_{}", host_name.trim(), std::process::id()),
+    });
     let access = Access {
         kubeconfig: arguments.kubeconfig,
         contexts: arguments.kube_contexts,

@@ -161,8 +161,16 @@ impl Controller {
     fn put(&mut self, kind: Kind, item: Item) {
         let subject = || Subject::new(&item.name, item.generation, &item.document);
         match kind {
-            Kind::EdgeModel => drop(self.models.insert(item.name.clone(), (subject(), read(&item.status)))),
-            Kind::CameraStream => drop(self.streams.insert(item.name.clone(), (subject(), read(&item.status)))),
+            Kind::EdgeModel => {
+                let mut status: EdgeModelStatus = read(&item.status);
+                sum::own(&mut status.conditions);
+                self.models.insert(item.name.clone(), (subject(), status));
+            }
+            Kind::CameraStream => {
+                let mut status: CameraStreamStatus = read(&item.status);
+                sum::own(&mut status.conditions);
+                self.streams.insert(item.name.clone(), (subject(), status));
+            }
             Kind::EdgeNode => {
                 let status: NodeStatus = read(&item.status);
                 let known = self.nodes.get(&item.name).filter(|known| known.uid == item.uid);
@@ -358,4 +366,106 @@ fn is_marked(status: &NodeStatus) -> bool {
 /// A status that cannot be read, or is not there, counts as an empty one: it is written anew.
 fn read<T: serde::de::DeserializeOwned + Default>(status: &Value) -> T {
     T::deserialize(status).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::config::cluster::Access;
+
+    async fn controller() -> Controller {
+        let kubeconfig = tempfile::NamedTempFile::new().unwrap();
+        let text = r#"{"current-context": "a", "clusters": [{"name": "a", "cluster": {"server": "http://127.0.0.1:1"}}],
+            "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}], "users": [{"name": "a", "user": {}}]}"#;
+        std::fs::write(kubeconfig.path(), text).unwrap();
+        let access = Access { kubeconfig: Some(kubeconfig.path().to_owned()), ..Access::default() };
+        let patience = Patience { silent_after: Duration::from_secs(180), gone_after: Duration::from_secs(600) };
+        Controller::new(
+            Arc::new(Cluster::new(access, "test", "test").await.unwrap()),
+            "test",
+            patience,
+            Arc::new(Pulse::new(std::time::Instant::now())),
+            ControllerMetrics::new().unwrap(),
+        )
+    }
+
+    fn item(name: &str, uid: &str, status: Value) -> Item {
+        Item { name: name.into(), uid: uid.into(), generation: Some(1), document: json!({}), status }
+    }
+
+    fn node(uid: &str, seen: &str) -> Item {
+        item(
+            "n1",
+            uid,
+            json!({"agent": {"lastSeen": seen}, "conditions": [
+            {"type": "Ready", "status": "True", "reason": "ModelsServe", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}),
+        )
+    }
+
+    fn ago(seconds: u64) -> Instant {
+        Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_node_is_silent_when_we_listened_and_it_said_nothing() {
+        let mut controller = controller().await;
+        controller.hear(Heard::All(Kind::EdgeNode, vec![node("u1", "t1")]));
+        assert!(!controller.is_silent(&controller.nodes["n1"]));
+        controller.nodes.get_mut("n1").unwrap().changed = ago(200);
+        assert!(!controller.is_silent(&controller.nodes["n1"]), "we have only begun to listen");
+        controller.hears_nodes_since = Some(ago(200));
+        assert!(controller.is_silent(&controller.nodes["n1"]));
+        // Trouble with other kinds is none with nodes.
+        let trouble = || Trouble { kind: TroubleKind::Unreachable, message: "no answer".into() };
+        controller.hear(Heard::Trouble(Kind::EdgeModel, trouble()));
+        assert!(controller.is_silent(&controller.nodes["n1"]));
+        controller.hear(Heard::Trouble(Kind::EdgeNode, trouble()));
+        assert!(!controller.is_silent(&controller.nodes["n1"]), "we cannot tell");
+        controller.hear(Heard::Nothing(Kind::EdgeNode));
+        assert!(!controller.is_silent(&controller.nodes["n1"]), "and listen from now on");
+    }
+
+    #[tokio::test]
+    async fn only_the_agents_own_word_is_a_sign_of_life() {
+        let mut controller = controller().await;
+        controller.hear(Heard::All(Kind::EdgeNode, vec![node("u1", "t1")]));
+        let old = ago(200);
+        let forget = |controller: &mut Controller| {
+            controller.hears_nodes_since = Some(ago(200));
+            controller.nodes.get_mut("n1").unwrap().changed = old;
+        };
+        forget(&mut controller);
+        controller.hear(Heard::Put(Kind::EdgeNode, node("u1", "t1")));
+        assert_eq!(controller.nodes["n1"].changed, old, "something else of it was written");
+        controller.hear(Heard::Put(Kind::EdgeNode, node("u1", "t2")));
+        assert!(!controller.is_silent(&controller.nodes["n1"]));
+        forget(&mut controller);
+        controller.hear(Heard::Put(Kind::EdgeNode, node("u2", "t2")));
+        assert!(!controller.is_silent(&controller.nodes["n1"]), "another object of this name");
+        // Marked by whichever controller: so it stays until its agent speaks.
+        let mut marked = node("u2", "t2");
+        marked.status["conditions"][0]["status"] = "Unknown".into();
+        controller.hear(Heard::Put(Kind::EdgeNode, marked));
+        assert!(controller.is_silent(&controller.nodes["n1"]));
+        controller.hear(Heard::Put(Kind::EdgeNode, node("u2", "t3")));
+        assert!(!controller.is_silent(&controller.nodes["n1"]));
+    }
+
+    #[tokio::test]
+    async fn a_condition_of_somebody_else_is_no_difference() {
+        let mut controller = controller().await;
+        let now = "2026-01-01T00:00:00Z";
+        let bare = item("m", "u", json!({}));
+        controller.hear(Heard::Put(Kind::EdgeModel, bare.clone()));
+        let sums =
+            |controller: &Controller| news(&controller.models, |subject, before| sum::model(subject, &[], before, now));
+        let written = sums(&controller).remove(0).1;
+        let mut status = serde_json::to_value(&written).unwrap();
+        let foreign = json!({"type": "Approved", "status": "True", "reason": "ByHand", "lastTransitionTime": now});
+        status["conditions"].as_array_mut().unwrap().push(foreign);
+        controller.hear(Heard::Put(Kind::EdgeModel, Item { status, ..bare }));
+        assert!(sums(&controller).is_empty(), "{:?}", sums(&controller));
+    }
 }

@@ -83,6 +83,37 @@ fn an_agent_that_starts_with_nothing_reachable_serves_what_was_asked_for_last() 
     assert_eq!(agent_ready(&agent), 200);
 }
 
+#[test]
+fn an_agent_whose_credentials_cannot_be_had_serves_and_follows_once_they_can() {
+    let plant = Plant::playing(5);
+    let api = ScriptedApi::start();
+    let model_file = plant.path("parts.onnx");
+    let spec =
+        |version: u64| json!({"version": version, "source": {"uri": format!("file://{}", model_file.display())}});
+    api.put("edgemodels", "parts", 1, &spec(1));
+    let kubeconfig = api.kubeconfig(&plant.path(""));
+    let mut agent = Agent::follow(&kubeconfig, &plant.data(), "mqtt://127.0.0.1:1");
+    until_true("the model to serve", || model(&agent, "parts")["serving"]["version"] == 1);
+    agent.signal("KILL");
+    agent.wait();
+    // Credentials come from a program, as those of clouds do, which fails while the network does.
+    let (granted, plugin) = (plant.path("granted"), plant.path("credentials"));
+    let script = format!("#!/bin/sh\ncat {} && exit 0\necho 'no network' >&2\nexit 1\n", granted.display());
+    std::fs::write(&plugin, script).unwrap();
+    std::fs::set_permissions(&plugin, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut text: serde_json::Value = serde_json::from_slice(&std::fs::read(&kubeconfig).unwrap()).unwrap();
+    let version = "client.authentication.k8s.io/v1";
+    text["users"][0]["user"] = json!({"exec": {"apiVersion": version, "command": plugin, "interactiveMode": "Never"}});
+    std::fs::write(&kubeconfig, text.to_string()).unwrap();
+    let agent = Agent::follow(&kubeconfig, &plant.data(), "mqtt://127.0.0.1:1");
+    until_true("the model to serve from memory", || model(&agent, "parts")["serving"]["version"] == 1);
+    agent.wait_for_log("there is no way into the cluster yet");
+    api.put("edgemodels", "parts", 2, &spec(2));
+    let credential = json!({"kind": "ExecCredential", "apiVersion": version, "status": {"token": "t"}});
+    std::fs::write(&granted, credential.to_string()).unwrap();
+    until_late("the new version to serve", || (model(&agent, "parts")["serving"]["version"] == 2).then_some(()));
+}
+
 fn agent_ready(agent: &Agent) -> u16 {
     lineside_tests::http::get(agent.http(), "/readyz").map_or(0, |(code, _)| code)
 }

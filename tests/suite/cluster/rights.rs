@@ -156,23 +156,16 @@ fn an_agents_token_writes_its_own_node_and_nothing_else() {
 fn an_agent_of_another_cluster_writes_the_node_that_its_account_is_named_after() {
     let Some(lab) = Lab::take() else { return };
     lab.install();
-    lab.applied(
-        "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: lineside-node-far-1, namespace: lineside}\n---\n\
-         apiVersion: rbac.authorization.k8s.io/v1\nkind: RoleBinding\nmetadata: {name: far-1, namespace: lineside}\n\
-         roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: lineside-agent}\n\
-         subjects: [{kind: ServiceAccount, name: lineside-node-far-1, namespace: lineside}]\n",
-    );
-    let token = lab.done(&["create", "token", "lineside-node-far-1", "-n", NAMESPACE]);
+    let token = lab.outsider("far-1");
     let apply = |name: &str| {
         let path = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(path.path(), format!(r#"{{"apiVersion":"lineside.dev/v1alpha1","kind":"EdgeNode","metadata":{{"name":"{name}","namespace":"lineside"}}}}"#)).unwrap();
-        says(&lab, token.trim(), &["apply", "--server-side", "-f", path.path().to_str().unwrap()])
+        says(&lab, &token, &["apply", "--server-side", "-f", path.path().to_str().unwrap()])
     };
     let (done, said) = apply("far-1");
     assert!(done, "{said}");
     let (done, said) = apply("edge-1");
     assert!(!done && said.contains("this token is of the node far-1"), "{said}");
     lab.done(&["delete", "edgenode", "far-1", "-n", NAMESPACE]);
-    lab.done(&["delete", "serviceaccount/lineside-node-far-1", "rolebinding/far-1", "-n", NAMESPACE]);
     until_true("it to be gone", || lab.get(&["edgenode", "far-1", "-n", NAMESPACE]).is_null());
 }

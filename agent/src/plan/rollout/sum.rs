@@ -19,6 +19,11 @@ const NAMED_MAX: usize = 5;
 /// The condition that says that nodes are on their way to what is asked for.
 const PROGRESSING: &str = "Progressing";
 
+/// Keeps of a status's conditions those that are written here; others are somebody else's, and no difference to us.
+pub fn own(conditions: &mut Vec<Condition>) {
+    conditions.retain(|condition| [READY, PROGRESSING, DEGRADED].contains(&condition.kind.as_str()));
+}
+
 /// A node, as far as the sums need it.
 #[derive(Debug, Clone, Copy)]
 pub struct NodeView<'a> {

@@ -157,7 +157,10 @@ impl Listener {
                     let rest = every.mul_f64(0.9 + fastrand::f64() / 5.0);
                     node = Box::pin(look_at_node(self.sync.cluster.clone(), self.sync.node.name.clone(), rest));
                 }
-                () = self.sync.again.notified() => self.doubt.notify_waiters(),
+                () = self.sync.again.notified() => {
+                    self.sync.cluster.prefer_first().await;
+                    self.doubt.notify_waiters();
+                }
                 _ = prefer.tick() => {
                     self.sync.cluster.prefer_first().await;
                     if self.sync.cluster.era() != self.era {

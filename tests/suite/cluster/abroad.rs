@@ -1,0 +1,133 @@
+//! An agent that is in no pod: several ways to the cluster, and a clock that is set while there is none.
+
+use std::path::{Path, PathBuf};
+
+use lineside_tests::agent::{Agent, Start, program};
+use lineside_tests::lab::{Lab, NAMESPACE, NODE};
+use lineside_tests::plant::utf8;
+use serde_json::{Value, json};
+
+/// A kubeconfig with two contexts: `near` leads to a port of the API server's machine at which nobody listens yet.
+fn kubeconfig(lab: &Lab, folder: &Path, token: &str) -> PathBuf {
+    let ca = lab.folder().join("certificates/apiserver.crt");
+    let cluster = |name: &str, port: u16| json!({"name": name, "cluster": {"server": format!("https://10.99.0.1:{port}"), "certificate-authority": ca}});
+    let context =
+        |name: &str| json!({"name": name, "context": {"cluster": name, "user": "far-1", "namespace": NAMESPACE}});
+    let text = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "near",
+        "clusters": [cluster("near", 7443), cluster("central", 6443)],
+        "users": [{"name": "far-1", "user": {"token": token}}],
+        "contexts": [context("near"), context("central")],
+    });
+    let path = folder.join("kubeconfig");
+    std::fs::write(&path, text.to_string()).unwrap();
+    path
+}
+
+/// The library that makes a clock of its own for a program.
+fn false_clock() -> PathBuf {
+    let folders = std::fs::read_dir("/usr/lib").unwrap().flatten();
+    let mut found = folders.map(|folder| folder.path().join("faketime/libfaketime.so.1")).filter(|path| path.exists());
+    found.next().expect("Debian's libfaketime is installed")
+}
+
+/// Seconds from now to when the agent says that it was seen.
+fn ahead(status: &Value) -> i64 {
+    let date = status["agent"]["lastSeen"].as_str().unwrap_or_default();
+    let output = std::process::Command::new("date").args(["-u", "+%s", "-d", date]).output().unwrap();
+    let seen: i64 = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    seen - i64::try_from(now).unwrap()
+}
+
+#[test]
+fn an_agent_outside_takes_the_way_there_is_and_follows_whatever_its_clock_says() {
+    let Some(lab) = Lab::take() else { return };
+    lab.install();
+    let token = lab.outsider("far-1");
+    let folder = tempfile::tempdir().unwrap();
+    let (kubeconfig, data, clock) =
+        (kubeconfig(&lab, folder.path(), &token), folder.path().join("data"), folder.path().join("clock"));
+    std::fs::write(&clock, "+0\n").unwrap();
+    let ask = |version: u64| {
+        let model = lineside_tests::example("surface-defects.onnx");
+        lab.applied(
+            &json!({
+                "apiVersion": "lineside.dev/v1alpha1", "kind": "EdgeModel",
+                "metadata": {"name": "far", "namespace": NAMESPACE},
+                "spec": {"version": version, "nodeSelector": {"site": "far"}, "source": {"uri": format!("file://{}", model.display())}},
+            })
+            .to_string(),
+        );
+    };
+    ask(1);
+    let status = || lab.get(&["edgenode", "far-1", "-n", NAMESPACE])["status"].clone();
+    let serves = |version: u64| {
+        lab.until(&format!("version {version} to serve"), || {
+            let status = status();
+            (status["models"][0]["serving"]["version"] == version).then_some(status)
+        })
+    };
+
+    let wrapped = [
+        "env".to_owned(),
+        format!("LD_PRELOAD={}", false_clock().display()),
+        format!("FAKETIME_TIMESTAMP_FILE={}", clock.display()),
+        "FAKETIME_NO_CACHE=1".to_owned(),
+        "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned(),
+        utf8(&program()).to_owned(),
+    ];
+    let command = lab.within(NODE, &wrapped.each_ref().map(String::as_str));
+    let flags = ["--kube-contexts", "near,central", "--labels", "site=far", "--mqtt-commands", "reload"];
+    let agent = Agent::follow_as(
+        command,
+        "far-1",
+        &Start { manifests: &kubeconfig, data: &data, mqtt: &lab.broker(), flags: &flags },
+    );
+    serves(1);
+    assert_eq!(agent.wait_for_log("another context of the kubeconfig is taken")["context"], "central");
+
+    // The first way is there, and somebody asks for another look.
+    let nft = |rules: &str| {
+        let done = lab.within("center", &["nft", rules]).status().unwrap();
+        assert!(done.success(), "{rules}");
+    };
+    nft("add table ip near; add chain ip near in { type nat hook prerouting priority -100; }; \
+         add rule ip near in ip daddr 10.99.0.1 tcp dport 7443 dnat to 10.99.0.1:6443");
+    let publish = [
+        "mosquitto_pub",
+        "-h",
+        lab.broker_host(),
+        "-t",
+        "lineside/v1/plant/far-1/cmd/reload/set",
+        "-m",
+        "{\"id\":\"1\"}",
+    ];
+    assert!(lab.within(NODE, &publish).status().unwrap().success());
+    lab.until("the first way to be taken again", || {
+        agent
+            .log("another context of the kubeconfig is taken")
+            .iter()
+            .any(|entry| entry["context"] == "near")
+            .then_some(())
+    });
+    ask(2);
+    serves(2);
+
+    // The link is cut, and meanwhile the clock is set forward, and the spec is changed.
+    for (version, offset, expected) in [(3, "+2h", 7200), (4, "-30m", -1800), (5, "+0", 0)] {
+        lab.wan("down");
+        std::fs::write(&clock, format!("{offset}\n")).unwrap();
+        ask(version);
+        lab.wan("up");
+        let status = serves(version);
+        assert!((ahead(&status) - expected).abs() < 120, "{offset}: {}", ahead(&status));
+    }
+    assert_eq!(lab.ready("edgenode", "far-1").0, "True");
+    lab.until("the sum to be right", || {
+        (lab.ready("em", "far") == ("True".into(), "AllNodesServe".into())).then_some(())
+    });
+    nft("delete table ip near");
+    drop(agent);
+    lab.done(&["delete", "edgenode", "far-1", "-n", NAMESPACE]);
+}

@@ -22,7 +22,8 @@ use bytes::Bytes;
 use super::cursor::{Cursor, SLOT_BYTES};
 use super::disk::{Disk, DiskFile};
 use super::frame::{self, HEADER};
-use super::lane::{self, Ahead, Lane, Segment};
+use super::lane::{Ahead, Lane, expiry};
+use super::segment::{self, Segment};
 use super::{Kind, Options, RECORD_BYTES_MAX, Shared};
 
 /// Bytes written in one go at most.
@@ -124,7 +125,7 @@ pub(super) fn segments(disk: &dyn Disk, folder: &Path, kind: Kind, is_ours: bool
     let mut segments = Vec::new();
     let mut newest_ms = 0;
     for (name, bytes) in disk.list(folder)? {
-        if let Some(segment) = lane::from_name(&name, bytes) {
+        if let Some(segment) = segment::from_name(&name, bytes) {
             newest_ms = newest_ms.max(segment.born_ms);
             segments.push(segment);
             continue;
@@ -146,10 +147,10 @@ pub(super) fn segments(disk: &dyn Disk, folder: &Path, kind: Kind, is_ours: bool
             last: back.place.position,
             bytes,
             born_ms: front.born_ms,
-            expires_ms: records.iter().map(lane::expiry).max().unwrap_or(u64::MAX),
+            expires_ms: records.iter().map(expiry).max().unwrap_or(u64::MAX),
             waiting: 0,
         };
-        let closed = lane::closed_name(&segment);
+        let closed = segment::closed_name(&segment);
         if is_ours {
             // The last process may have been killed before it synced this; from now on it counts as synced.
             disk.open(&path)?.sync()?;
@@ -395,7 +396,7 @@ impl Files {
             let is_new = self.open.is_none();
             if is_new {
                 bytes.extend_from_slice(HEADER);
-                let name = lane::open_name(first);
+                let name = segment::open_name(first);
                 let file = disk.create(&self.folder.join(&name))?;
                 // One that was given up before it was any use may have had the same name.
                 shared.state().lane(self.kind).keep_file(&name);

@@ -15,10 +15,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use super::Record;
 use super::cursor::Cursor;
 use super::frame;
 use super::ranges::Ranges;
+use super::segment::{Segment, closed_name};
+use super::{Dropped, Record};
 
 /// Records read ahead for the publisher at most, where they come from memory.
 const AHEAD_RECORDS_MAX: usize = 256;
@@ -26,45 +27,6 @@ const AHEAD_RECORDS_MAX: usize = 256;
 const LIVE_AGE_MAX_MS: u64 = 5000;
 /// With fewer than this the next ones are read.
 const AHEAD_RECORDS_LOW: usize = 64;
-
-/// A file of records.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Segment {
-    /// Its file's name.
-    pub(super) name: String,
-    /// The position of its first record.
-    pub(super) first: u64,
-    /// The position of its last record.
-    pub(super) last: u64,
-    /// Bytes of the file.
-    pub(super) bytes: u64,
-    /// When its first record was appended.
-    pub(super) born_ms: u64,
-    /// When all of its records will have expired; `u64::MAX` is never.
-    pub(super) expires_ms: u64,
-    /// Records that are not done with.
-    pub(super) waiting: u64,
-}
-
-/// What was dropped, for the counters.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Dropped {
-    /// Gave way for room.
-    pub(super) full: u64,
-    /// Lived too long.
-    pub(super) expired: u64,
-    /// Could not be read any more.
-    pub(super) damaged: u64,
-    /// The disk would not take it, and memory had no more room.
-    pub(super) disk: u64,
-}
-
-impl Dropped {
-    /// All of it.
-    pub(super) fn total(self) -> u64 {
-        self.full + self.expired + self.damaged + self.disk
-    }
-}
 
 /// Where the next records of the backlog are.
 #[derive(Debug, PartialEq, Eq)]
@@ -701,27 +663,6 @@ pub(super) fn expiry(record: &Record) -> u64 {
         0 => u64::MAX,
         seconds => record.born_ms.saturating_add(u64::from(seconds) * 1000),
     }
-}
-
-/// The name of a segment that records are still appended to.
-pub(super) fn open_name(first: u64) -> String {
-    format!("{first:020}.open")
-}
-
-/// The name of a closed segment. It says what must be known without reading the file, so that a million records are
-/// there again in no time: first and last position, when the first was appended and when all have expired.
-pub(super) fn closed_name(segment: &Segment) -> String {
-    format!("{:020}-{:020}-{:x}-{:x}.seg", segment.first, segment.last, segment.born_ms, segment.expires_ms)
-}
-
-/// A closed segment from its name.
-pub(super) fn from_name(name: &str, bytes: u64) -> Option<Segment> {
-    let mut parts = name.strip_suffix(".seg")?.split('-');
-    let (first, last) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-    let born_ms = u64::from_str_radix(parts.next()?, 16).ok()?;
-    let expires_ms = u64::from_str_radix(parts.next()?, 16).ok()?;
-    let is_one = parts.next().is_none() && first <= last && last < u64::MAX / 2;
-    is_one.then(|| Segment { name: name.to_owned(), first, last, bytes, born_ms, expires_ms, waiting: 0 })
 }
 
 #[cfg(test)]

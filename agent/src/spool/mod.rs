@@ -30,6 +30,7 @@ mod lane;
 #[cfg(test)]
 pub(crate) mod model;
 mod ranges;
+mod segment;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -48,7 +49,7 @@ use tokio::sync::Notify;
 
 use disk::{Disk, RealDisk};
 use keeper::{Found, Keeper};
-use lane::{Dropped, Lane};
+use lane::Lane;
 pub use view::{Listed, View};
 
 /// Bytes of one record at most. What is larger would be refused on the wire, again and again, and hold up all others.
@@ -206,6 +207,26 @@ impl Options {
             written_bytes,
             syncs,
         }
+    }
+}
+
+/// What was dropped, for the counters.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Dropped {
+    /// Gave way for room.
+    full: u64,
+    /// Lived too long.
+    expired: u64,
+    /// Could not be read any more.
+    damaged: u64,
+    /// The disk would not take it, and memory had no more room.
+    disk: u64,
+}
+
+impl Dropped {
+    /// All of it.
+    fn total(self) -> u64 {
+        self.full + self.expired + self.damaged + self.disk
     }
 }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use super::disk::{Disk as _, RealDisk};
 use super::keeper::{self, folder_of};
-use super::lane::{Lane, Segment};
+use super::lane::Lane;
 use super::ranges::Ranges;
+use super::segment::Segment;
 use super::{Kind, Record, lock};
 
 /// One lane as it was found.

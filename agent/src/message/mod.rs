@@ -5,23 +5,22 @@
 //! sent when it is known how late they are. So they are kept as text: [`numbered`] puts the id in front, and
 //! [`as_historical`] turns over the last field.
 
+mod prediction;
+mod topics;
+
 use std::borrow::Cow;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use lineside_runtime::pipeline::{Inspection, Timings};
-use lineside_runtime::prediction::{Class, Detection, NamedTensor, Prediction};
 use lineside_runtime::spec::Task;
-use lineside_runtime::tensor::{Data, DataType};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::clock;
-use crate::config::is_name;
 use crate::verdict::Verdict;
+pub use prediction::{ClassInfo, DetectionInfo, MapInfo, PredictionInfo, TensorInfo};
+pub use topics::{Incoming, Topics};
 
 /// A message as it goes out: its number, and what it says.
 #[derive(Debug, Serialize, JsonSchema)]
@@ -286,91 +285,6 @@ pub struct ModelInfo {
     pub device: String,
 }
 
-/// The model's answer, by task.
-#[derive(Debug, Serialize, JsonSchema)]
-#[serde(untagged)]
-pub enum PredictionInfo {
-    /// classify
-    Classify {
-        /// Best first.
-        classes: Vec<ClassInfo>,
-    },
-    /// detect
-    Detect {
-        /// Best first.
-        detections: Vec<DetectionInfo>,
-    },
-    /// anomaly
-    Anomaly {
-        /// Higher is stranger, in the model's own scale.
-        score: f32,
-        /// Where it is strange.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        map: Option<MapInfo>,
-    },
-    /// tensor
-    Tensor {
-        /// The raw outputs, in the graph's order.
-        outputs: Vec<TensorInfo>,
-    },
-}
-
-/// A class with its score.
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct ClassInfo {
-    /// Its name.
-    #[serde(serialize_with = "text")]
-    pub label: Arc<str>,
-    /// Its index in the model's output.
-    pub class: u32,
-    /// 0 to 1 where the model gives probabilities.
-    pub score: f32,
-}
-
-/// A found object.
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct DetectionInfo {
-    /// Its class's name.
-    #[serde(serialize_with = "text")]
-    pub label: Arc<str>,
-    /// Its class's index.
-    pub class: u32,
-    /// 0 to 1.
-    pub score: f32,
-    /// Left, top, right, bottom in pixels of the source picture.
-    #[serde(rename = "box")]
-    pub bbox: [f32; 4],
-}
-
-/// An anomaly map in 256 steps: `value = min + byte / 255 * (max - min)`.
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct MapInfo {
-    /// Columns.
-    pub width: usize,
-    /// Rows.
-    pub height: usize,
-    /// The value of byte 0.
-    pub min: f32,
-    /// The value of byte 255.
-    pub max: f32,
-    /// `width * height` bytes, row by row, in base64.
-    pub data: String,
-}
-
-/// A raw output, written as the Open Inference Protocol writes tensors.
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct TensorInfo {
-    /// The output's name.
-    #[serde(serialize_with = "text")]
-    pub name: Arc<str>,
-    /// Type of its elements.
-    pub datatype: DataType,
-    /// Its shape, outermost dimension first.
-    pub shape: Vec<usize>,
-    /// The elements, row-major and flat. `null` stands for a value that JSON cannot write, such as infinity.
-    pub data: Vec<serde_json::Value>,
-}
-
 /// The picture that was looked at.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct FrameInfo {
@@ -402,11 +316,6 @@ pub struct Latency {
     pub total: f64,
 }
 
-/// A shared text as a string. serde's own way for these is a feature that half the dependencies would be rebuilt for.
-fn text<S: serde::Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(text)
-}
-
 impl Latency {
     /// Of one frame that waited for `queue` and took `total` in all.
     pub fn new(queue: Duration, timings: Timings, total: Duration) -> Self {
@@ -427,78 +336,6 @@ impl FrameInfo {
     pub fn new(name: Option<String>, inspection: &Inspection, captured_at: SystemTime) -> Self {
         let captured_at = clock::rfc3339(captured_at);
         Self { name, width: inspection.width, height: inspection.height, captured_at }
-    }
-}
-
-impl From<Prediction> for PredictionInfo {
-    fn from(prediction: Prediction) -> Self {
-        match prediction {
-            Prediction::Classes(classes) => {
-                Self::Classify { classes: classes.into_iter().map(ClassInfo::from).collect() }
-            }
-            Prediction::Detections(found) => {
-                Self::Detect { detections: found.into_iter().map(DetectionInfo::from).collect() }
-            }
-            Prediction::Anomaly { score, map } => {
-                Self::Anomaly { score, map: map.map(|map| MapInfo::new(map.width, map.height, &map.values)) }
-            }
-            Prediction::Tensors(outputs) => {
-                Self::Tensor { outputs: outputs.into_iter().map(TensorInfo::from).collect() }
-            }
-        }
-    }
-}
-
-impl From<Class> for ClassInfo {
-    fn from(class: Class) -> Self {
-        Self { label: class.label, class: class.class, score: class.score }
-    }
-}
-
-impl From<Detection> for DetectionInfo {
-    fn from(found: Detection) -> Self {
-        let Class { label, class, score } = found.class;
-        Self { label, class, score, bbox: found.bbox.map(|side| (side * 100.0).round() / 100.0) }
-    }
-}
-
-impl MapInfo {
-    fn new(width: usize, height: usize, values: &[f32]) -> Self {
-        let finite = || values.iter().copied().filter(|value| value.is_finite());
-        let min = finite().fold(f32::INFINITY, f32::min);
-        let max = finite().fold(f32::NEG_INFINITY, f32::max);
-        let (min, max) = if min <= max { (min, max) } else { (0.0, 0.0) };
-        let step = if max > min { 255.0 / (max - min) } else { 0.0 };
-        let bytes: Vec<u8> = values.iter().map(|value| ((value - min) * step).round() as u8).collect();
-        Self { width, height, min, max, data: BASE64.encode(bytes) }
-    }
-}
-
-impl From<NamedTensor> for TensorInfo {
-    fn from(output: NamedTensor) -> Self {
-        let (shape, data) = output.tensor.into_parts();
-        let datatype = data.data_type();
-        Self { name: output.name, datatype, shape, data: json_values(data) }
-    }
-}
-
-fn json_values(data: Data) -> Vec<serde_json::Value> {
-    fn all<T: Into<serde_json::Value>>(values: Vec<T>) -> Vec<serde_json::Value> {
-        values.into_iter().map(Into::into).collect()
-    }
-    match data {
-        Data::Bool(values) => all(values),
-        Data::U8(values) => all(values),
-        Data::U16(values) => all(values),
-        Data::U32(values) => all(values),
-        Data::U64(values) => all(values),
-        Data::I8(values) => all(values),
-        Data::I16(values) => all(values),
-        Data::I32(values) => all(values),
-        Data::I64(values) => all(values),
-        Data::F16(values) => all(values.into_iter().map(|value| value.to_f32()).collect()),
-        Data::F32(values) => all(values),
-        Data::F64(values) => all(values),
     }
 }
 
@@ -531,86 +368,6 @@ pub enum Presence {
     Offline,
 }
 
-/// The topics of one node.
-#[derive(Debug, Clone)]
-pub struct Topics {
-    base: String,
-}
-
-impl Topics {
-    /// `{prefix}/v1/{site}/{node}`.
-    pub fn new(prefix: &str, site: &str, node: &str) -> Self {
-        Self { base: format!("{prefix}/v1/{site}/{node}") }
-    }
-
-    /// Where the node says whether it is there.
-    pub fn status(&self) -> String {
-        format!("{}/status", self.base)
-    }
-
-    /// Where a stream's results go.
-    pub fn result(&self, stream: &str) -> String {
-        format!("{}/{stream}/result", self.base)
-    }
-
-    /// Where an event goes.
-    pub fn event(&self, stream: Option<&str>) -> String {
-        match stream {
-            Some(stream) => format!("{}/{stream}/event", self.base),
-            None => format!("{}/event", self.base),
-        }
-    }
-
-    /// Where metrics go.
-    pub fn metrics(&self) -> String {
-        format!("{}/metrics", self.base)
-    }
-
-    /// Where the message goes whose acknowledgement counts for messages with QoS 0 before it (Sparkplug B only).
-    pub fn fence(&self) -> String {
-        format!("{}/fence", self.base)
-    }
-
-    /// Where the answers to a command go.
-    pub fn command_state(&self, name: &str) -> String {
-        format!("{}/cmd/{name}/state", self.base)
-    }
-
-    /// Where a command is given.
-    pub fn command_set(&self, name: &str) -> String {
-        format!("{}/cmd/{name}/set", self.base)
-    }
-
-    /// What the agent listens to.
-    pub fn incoming(&self) -> [String; 2] {
-        [self.command_set("+"), format!("{}/+/trigger", self.base)]
-    }
-
-    /// What came in on a topic.
-    pub fn understand<'a>(&self, topic: &'a str) -> Option<Incoming<'a>> {
-        let levels: Vec<&str> = topic.strip_prefix(&self.base)?.strip_prefix('/')?.split('/').collect();
-        match levels.as_slice() {
-            ["cmd", name, "set"] => Some(Incoming::Command(name)),
-            [stream, "trigger"] if is_name(stream) => Some(Incoming::Trigger(stream)),
-            _ => None,
-        }
-    }
-
-    /// Everything the node says.
-    pub fn all(&self) -> String {
-        format!("{}/#", self.base)
-    }
-}
-
-/// What a topic that the agent listens to means.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Incoming<'a> {
-    /// A command of this name.
-    Command(&'a str),
-    /// A request to inspect one part in front of this stream.
-    Trigger(&'a str),
-}
-
 /// The committed schemas, by file name.
 pub fn schemas() -> Vec<(&'static str, schemars::Schema)> {
     let titled = |mut schema: schemars::Schema, title: &str| {
@@ -630,8 +387,6 @@ pub fn schemas() -> Vec<(&'static str, schemars::Schema)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lineside_runtime::prediction::AnomalyMap;
-    use lineside_runtime::tensor::Tensor;
 
     #[test]
     fn the_committed_schemas_are_what_the_types_say() {
@@ -667,35 +422,5 @@ mod tests {
             (&true.into(), &"StreamUp".into(), &"cam".into())
         );
         assert_eq!(as_historical(Bytes::from_static(b"{}")), "{}");
-    }
-
-    #[test]
-    fn only_commands_and_triggers_of_this_node_are_understood() {
-        let topics = Topics::new("lineside", "plant", "edge-1");
-        let mine = |rest: &str| format!("lineside/v1/plant/edge-1/{rest}");
-        assert_eq!(topics.understand(&mine("cmd/pause/set")), Some(Incoming::Command("pause")));
-        assert_eq!(topics.understand(&mine("cam7/trigger")), Some(Incoming::Trigger("cam7")));
-        for other in ["cmd/pause/state", "cmd/a/b/set", "cam7/result", "Cam_7/trigger", "trigger", "", "cmd/set"] {
-            assert_eq!(topics.understand(&mine(other)), None, "{other}");
-        }
-        assert_eq!(topics.understand("lineside/v1/plant/edge-2/cmd/pause/set"), None);
-        assert_eq!(topics.understand("lineside/v1/plant/edge-1cmd/pause/set"), None);
-    }
-
-    #[test]
-    fn a_map_is_written_in_256_steps_of_its_own_range() {
-        let prediction =
-            Prediction::Anomaly { score: 3.0, map: Some(AnomalyMap { width: 2, height: 1, values: vec![-1.0, 3.0] }) };
-        let json = serde_json::to_value(PredictionInfo::from(prediction)).unwrap();
-        let expected = serde_json::json!({"width": 2, "height": 1, "min": -1.0, "max": 3.0, "data": "AP8="});
-        assert_eq!(json, serde_json::json!({"score": 3.0, "map": expected}));
-        assert_eq!(MapInfo::new(1, 1, &[f32::INFINITY]).max, 0.0);
-    }
-
-    #[test]
-    fn raw_outputs_are_written_as_the_open_inference_protocol_does() {
-        let tensor = Tensor::new(vec![1, 2], Data::F32(vec![0.5, f32::INFINITY])).unwrap();
-        let json = serde_json::to_value(TensorInfo::from(NamedTensor { name: "y".into(), tensor })).unwrap();
-        assert_eq!(json, serde_json::json!({"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [0.5, null]}));
     }
 }

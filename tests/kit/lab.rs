@@ -1,5 +1,10 @@
 //! A real Kubernetes on this machine, with one edge node, and what the tests do with it. `tests/lab/lab.sh` makes it.
 //!
+//! With `LINESIDE_LAB=given` it is the cluster of `KUBECONFIG` instead, such as a K3s: `LINESIDE_LAB_NODE` is its edge node,
+//! prepared as docs/install-k3s.md says up to the samples' folder, and `LINESIDE_LAB_BROKER` a broker at port 1883 that both
+//! the node and this machine reach. Tests that pull links and end processes do nothing there. The others remove all
+//! EdgeModels and CameraStreams of the namespace `lineside`, and label the node.
+//!
 //! All tests of a run share one lab and take turns: whoever holds it has it alone. It is started when it is first asked for
 //! and ends with the test process, however that ends. Where the machine lacks the rights or the programs, there is no lab,
 //! and the test says so and does nothing.
@@ -18,7 +23,7 @@ use crate::paho::Paho;
 use crate::plant::utf8;
 use crate::wait::until_within;
 
-/// The edge node.
+/// The edge node of the lab.
 pub const NODE: &str = "edge-1";
 /// Our namespace.
 pub const NAMESPACE: &str = "lineside";
@@ -26,6 +31,9 @@ pub const NAMESPACE: &str = "lineside";
 const BROKER: &str = "10.98.1.1";
 /// Long enough for a pod to come or go on a busy machine.
 const POD_BOUND: Duration = Duration::from_secs(120);
+
+/// What a cluster that was given is asked with.
+const KUBECTL: &str = "target/lab/bin/kubectl";
 
 static LAB: Mutex<Option<Lab>> = Mutex::new(None);
 
@@ -42,13 +50,28 @@ impl std::ops::Deref for Lease {
 
 /// A cluster with one edge node and a broker beside it.
 pub struct Lab {
+    node: String,
+    broker: String,
+    /// `None` is a cluster that was given.
+    own: Option<Own>,
+}
+
+/// What there is of a lab on this machine.
+struct Own {
     folder: PathBuf,
     /// Ends the lab when its input ends, which it does with this process.
     _guard: Child,
 }
 
+fn mode() -> String {
+    std::env::var("LINESIDE_LAB").unwrap_or_default()
+}
+
 /// Why there is no lab on this machine; `None` where there can be one.
 fn missing() -> Option<String> {
+    if mode() == "given" {
+        return (!crate::root().join(KUBECTL).exists()).then(|| "there is no kubectl; run `make lab-tools`".to_owned());
+    }
     let is_root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.starts_with(b"0\n"));
     if !is_root {
         return Some("it takes root".to_owned());
@@ -74,10 +97,10 @@ impl Lab {
     /// and the link is up. `None` where this machine can have none.
     ///
     /// # Panics
-    /// When it does not come up; also when `LINESIDE_LAB=required` and there can be none.
+    /// When it does not come up; also when `LINESIDE_LAB` asks for one and there can be none.
     pub fn take() -> Option<Lease> {
         if let Some(reason) = missing() {
-            assert!(std::env::var("LINESIDE_LAB").as_deref() != Ok("required"), "there is no lab: {reason}");
+            assert!(mode().is_empty(), "there is no lab: {reason}");
             eprintln!("skipped, for there is no lab on this machine: {reason}");
             return None;
         }
@@ -93,7 +116,7 @@ impl Lab {
                     }
                 }
                 if let Some(reason) = FAILED.get() {
-                    assert!(std::env::var("LINESIDE_LAB").as_deref() != Ok("required"), "there is no lab: {reason}");
+                    assert!(mode().is_empty(), "there is no lab: {reason}");
                     eprintln!("skipped, for there is no lab on this machine: {reason}");
                     return None;
                 }
@@ -103,7 +126,26 @@ impl Lab {
         Some(Lease(place))
     }
 
+    /// The same for a test that lays hands on the node and its links.
+    ///
+    /// # Panics
+    /// As [`Lab::take`].
+    pub fn take_own() -> Option<Lease> {
+        if mode() == "given" {
+            eprintln!("skipped: it needs a lab on this machine, not a cluster that is given");
+            return None;
+        }
+        Self::take()
+    }
+
     fn start() -> Self {
+        if mode() == "given" {
+            let told = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("LINESIDE_LAB=given needs {name}"));
+            drop(told("KUBECONFIG"));
+            let lab = Self { node: told("LINESIDE_LAB_NODE"), broker: told("LINESIDE_LAB_BROKER"), own: None };
+            lab.reset();
+            return lab;
+        }
         let folder = tempfile::Builder::new().prefix("ll-").tempdir().expect("a temporary folder").keep();
         let guard = script(&folder, &["guard"])
             .stdin(Stdio::piped())
@@ -118,7 +160,7 @@ impl Lab {
         std::fs::write(&broker, format!("listener 1883 {BROKER}\nallow_anonymous true\nmax_queued_messages 0\n"))
             .expect("the folder is ours");
         run(script_at(&folder, "daemon", &["broker", NODE, "mosquitto", "-c", utf8(&broker)]));
-        let lab = Self { folder, _guard: guard };
+        let lab = Self { node: NODE.to_owned(), broker: BROKER.to_owned(), own: Some(Own { folder, _guard: guard }) };
         let data = lab.data();
         let quickstart = data.join("quickstart/frames");
         std::fs::create_dir_all(&quickstart).expect("the folder is ours");
@@ -132,29 +174,37 @@ impl Lab {
 
     /// After a test, however it ended.
     fn reset(&self) {
-        self.wan("up");
+        if self.own.is_some() {
+            self.wan("up");
+        }
         until_within(POD_BOUND, "the API server to answer", || {
             self.kubectl(&["get", "--raw", "/readyz"]).status.success().then_some(())
         });
         if self.kubectl(&["get", "crd", "edgemodels.lineside.dev"]).status.success() {
             self.done(&["delete", "edgemodels,camerastreams", "--all", "-n", NAMESPACE]);
         }
-        self.done(&["uncordon", NODE]);
+        self.done(&["uncordon", &self.node]);
     }
 
     /// The node's folder `/var/lib/lineside`.
     pub fn data(&self) -> PathBuf {
-        self.folder.join(NODE).join("data")
+        self.folder().join(NODE).join("data")
     }
 
     /// A kubeconfig of the administrator.
     pub fn kubeconfig(&self) -> PathBuf {
-        self.folder.join("admin.kubeconfig")
+        self.folder().join("admin.kubeconfig")
     }
 
-    /// A program that runs where the node's network is, or that of the `center`.
+    /// A program that runs where the node's network is, or that of the `center`; of a cluster that was given, here.
     pub fn within(&self, place: &str, program: &[&str]) -> Command {
-        script_at(&self.folder, "exec", &[&[place], program].concat())
+        let Some(own) = &self.own else {
+            let kubectl = crate::root().join(KUBECTL);
+            let mut command = Command::new(if program[0] == "kubectl" { utf8(&kubectl) } else { program[0] });
+            command.args(&program[1..]);
+            return command;
+        };
+        script_at(&own.folder, "exec", &[&[place], program].concat())
     }
 
     /// Runs kubectl.
@@ -218,7 +268,7 @@ impl Lab {
     /// When they do not become ready.
     pub fn install(&self) {
         self.apply_overlay(&[]);
-        self.done(&["label", "node", NODE, "--overwrite", "lineside.dev/edge=true", "lineside.dev/line=a"]);
+        self.done(&["label", "node", &self.node, "--overwrite", "lineside.dev/edge=true", "lineside.dev/line=a"]);
         self.settled();
     }
 
@@ -249,7 +299,7 @@ impl Lab {
             .expect("the folder is ours");
         let config = std::fs::read_to_string(crate::root().join("edge-manifests/base/agent-config.yaml"))
             .expect("the base is committed")
-            .replace("mqtt.plant.local", BROKER)
+            .replace("mqtt.plant.local", &self.broker)
             .replace("site: default", "site: plant");
         std::fs::write(folder.path().join("agent-config.yaml"), config).expect("the folder is ours");
         let kustomization = format!(
@@ -273,39 +323,61 @@ impl Lab {
         let samples = crate::root().join("edge-manifests/samples");
         let read = |name: &str| std::fs::read_to_string(samples.join(name)).expect("the samples are committed");
         let model = read("edgemodel.yaml").replace("\n  version: 1\n", &format!("\n  version: {version}\n"));
-        self.applied(&format!("{model}---\n{}", read("camerastream.yaml")));
+        let stream = read("camerastream.yaml").replace("nodeName: edge-1", &format!("nodeName: {}", self.node));
+        self.applied(&format!("{model}---\n{stream}"));
         version
     }
 
     /// Plugs or pulls (`up` or `down`) the node's link to the control plane.
     pub fn wan(&self, way: &str) {
-        run(script_at(&self.folder, "wan", &[NODE, way]));
+        run(script_at(self.folder(), "wan", &[NODE, way]));
     }
 
     /// Ends the API server and starts it again.
     pub fn restart_api(&self) {
-        run(script_at(&self.folder, "restart", &["api"]));
+        run(script_at(self.folder(), "restart", &["api"]));
     }
 
     /// A subscriber to everything of the node, beside the node and outside of the cluster, with a session.
     pub fn subscribe(&self, session: &str) -> Paho {
-        let access = Access { host: BROKER.to_owned(), ..Access::at(1883) };
+        let access = Access { host: self.broker.clone(), ..Access::at(1883) };
         Paho::start_by(self.within(NODE, &[utf8(&crate::python())]), &access, "lineside/v1/plant/#", Some(session))
     }
 
+    /// The edge node's name.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// The API server's address.
+    ///
+    /// # Panics
+    /// When kubectl does not know it.
+    pub fn server(&self) -> String {
+        self.done(&["config", "view", "--minify", "-o", "jsonpath={.clusters[0].cluster.server}"])
+    }
+
     /// Where all of it lies.
+    ///
+    /// # Panics
+    /// When the cluster was given.
     pub fn folder(&self) -> &Path {
-        &self.folder
+        &self.own.as_ref().expect("the test takes a lab of its own").folder
+    }
+
+    /// Whether it runs on this machine.
+    pub fn is_own(&self) -> bool {
+        self.own.is_some()
     }
 
     /// The broker's host, for a client on the node.
-    pub fn broker_host(&self) -> &'static str {
-        BROKER
+    pub fn broker_host(&self) -> &str {
+        &self.broker
     }
 
     /// The broker's address, for an agent.
     pub fn broker(&self) -> String {
-        format!("mqtt://{BROKER}:1883")
+        format!("mqtt://{}:1883", self.broker)
     }
 
     /// The node's agent's pod; null where there is none.
@@ -332,7 +404,7 @@ impl Lab {
     /// # Panics
     /// When it fails.
     pub fn ctr(&self, arguments: &[&str]) -> String {
-        let socket = self.folder.join(NODE).join("run/containerd.sock");
+        let socket = self.folder().join(NODE).join("run/containerd.sock");
         let output = Command::new("ctr")
             .args(["--address", utf8(&socket), "--namespace", "k8s.io"])
             .args(arguments)
@@ -376,7 +448,7 @@ impl Lab {
 
     /// The status of the node's `EdgeNode`.
     pub fn edge_node(&self) -> Value {
-        self.get(&["edgenodes", NODE, "-n", NAMESPACE])["status"].take()
+        self.get(&["edgenodes", &self.node, "-n", NAMESPACE])["status"].take()
     }
 
     /// The condition `Ready` of an object: status and reason.

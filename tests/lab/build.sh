@@ -20,3 +20,5 @@ if [ ! -x "$out/lab" ] || [ -n "$(find . -name '*.go' -newer "$out/lab" -o -name
 	CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -o "$out/lab" -ldflags "-s -w -X $package.gitVersion=v$version \
 		-X $package.gitMajor=1 -X $package.gitMinor=$minor" .
 fi
+mkdir -p "$out/bin"
+ln -sf ../lab "$out/bin/kubectl"

@@ -42,7 +42,7 @@ fn ahead(status: &Value) -> i64 {
 
 #[test]
 fn an_agent_outside_takes_the_way_there_is_and_follows_whatever_its_clock_says() {
-    let Some(lab) = Lab::take() else { return };
+    let Some(lab) = Lab::take_own() else { return };
     lab.install();
     let token = lab.outsider("far-1");
     let folder = tempfile::tempdir().unwrap();

@@ -44,10 +44,10 @@ fn a_silent_node_is_marked_and_forgotten_once_the_cluster_has_no_such_node() {
     assert!(events.contains("NodeSilent"), "{events}");
     // One that never was a node of this cluster stays until somebody removes it, and so does one whose node is there.
     assert!(!lab.get(&["edgenode", "far-1", "-n", NAMESPACE]).is_null());
-    assert!(!lab.get(&["edgenode", "edge-1", "-n", NAMESPACE]).is_null());
+    assert!(!lab.get(&["edgenode", lab.node(), "-n", NAMESPACE]).is_null());
     lab.done(&["delete", "edgenode", "far-1", "-n", NAMESPACE]);
     set(&[&format!("{}-", patience[0]), &format!("{}-", patience[1])]);
     // The agent takes the mark back with its next word.
-    lab.until("the agent's own word to count again", || (lab.ready("edgenode", "edge-1").0 == "True").then_some(()));
+    lab.until("the agent's own word to count again", || (lab.ready("edgenode", lab.node()).0 == "True").then_some(()));
     lab.until("the model to be ready", || (lab.ready("edgemodel", "surface-defects").0 == "True").then_some(()));
 }

@@ -45,7 +45,7 @@ fn epoch(subscriber: &Paho) -> u64 {
 
 #[test]
 fn a_pod_that_goes_in_whatever_way_comes_back_and_loses_nothing() {
-    let Some(lab) = Lab::take() else { return };
+    let Some(lab) = Lab::take_own() else { return };
     lab.install();
     let subscriber = lab.subscribe("pods");
     lab.apply_samples();
@@ -134,7 +134,7 @@ fn a_pod_that_goes_in_whatever_way_comes_back_and_loses_nothing() {
 
 #[test]
 fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_afterwards() {
-    let Some(lab) = Lab::take() else { return };
+    let Some(lab) = Lab::take_own() else { return };
     lab.install();
     let subscriber = lab.subscribe("link");
     let version = lab.apply_samples();
@@ -191,7 +191,7 @@ fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_aft
 
 #[test]
 fn one_of_two_controllers_leads_and_the_other_takes_over_without_a_flap() {
-    let Some(lab) = Lab::take() else { return };
+    let Some(lab) = Lab::take_own() else { return };
     lab.install();
     let version = lab.apply_samples();
     lab.until("the model to be ready", || (lab.ready("em", "surface-defects").0 == "True").then_some(()));

@@ -7,7 +7,7 @@ RESULTS ?= 100
 # Many tests wait for something most of the time.
 export RUST_TEST_THREADS ?= 4
 APT_PACKAGES := mosquitto mosquitto-clients ffmpeg prometheus python3-venv docker-registry openssl
-LAB_PACKAGES := containerd runc containernetworking-plugins nftables conntrack iproute2 openssl curl ca-certificates faketime
+LAB_PACKAGES := containerd runc containernetworking-plugins nftables conntrack iproute2 openssl curl ca-certificates faketime dnsmasq-base
 LAB ?= target/lab/demo
 TOOLS := mosquitto_sub ffmpeg promtool docker-registry openssl
 VENV := .venv
@@ -48,7 +48,7 @@ test-tools: $(VENV)/.installed ## Install mosquitto, ffmpeg, promtool, docker-re
 # The lab needs root and its own network; where it cannot be had, the tests of the cluster say that they were skipped.
 lab-tools: compiler ## Build the lab's Kubernetes (once, minutes) and the image that its tests run; install what it needs
 	@if [ "$$(id -u)" != 0 ]; then echo 'no lab: it takes root'; else \
-	for tool in containerd runc nft conntrack ip openssl curl faketime; do command -v $$tool >/dev/null || missing=1; done; \
+	for tool in containerd runc nft conntrack ip openssl curl faketime dnsmasq; do command -v $$tool >/dev/null || missing=1; done; \
 	if [ -n "$$missing" ] || [ ! -x /usr/lib/cni/ptp ]; then \
 		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(LAB_PACKAGES); \
 	fi; tests/lab/build.sh && cross/image.sh amd64 dev target/lab/lineside.oci.tar; fi

@@ -76,7 +76,8 @@ async fn serve_at_once(mut wishes: watch::Receiver<Option<Arc<Wishes>>>, board: 
             Object::Model(model) => Some(ModelStatus {
                 name: model.name.clone(),
                 version: model.version,
-                observed_generation: wish.generation,
+                uid: wish.identity.uid.clone(),
+                observed_generation: wish.identity.generation,
                 state: "Ready".to_owned(),
                 serving: Some(Serving {
                     version: model.version,

@@ -15,6 +15,8 @@ pub const ITEMS_MAX: usize = 256;
 pub const TEXT_MAX: usize = 1024;
 /// The condition that says that something works less well than it should.
 pub const DEGRADED: &str = "Degraded";
+/// Why a node is not ready that does not know yet what it is to run.
+pub const NOTHING_ASKED: &str = "NothingAsked";
 /// The condition that says that everything asked for is there.
 pub const READY: &str = "Ready";
 
@@ -98,6 +100,10 @@ pub struct ModelStatus {
     /// The version that is asked for.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub version: u64,
+    /// The uid of the `EdgeModel` that this speaks of, where a cluster asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub uid: Option<String>,
     /// The generation of the `EdgeModel` that this speaks of, where a cluster asks for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
@@ -182,6 +188,10 @@ pub struct StreamStatus {
     /// The model that looks at its frames.
     #[schemars(length(max = 63))]
     pub model: String,
+    /// The uid of the `CameraStream` that this speaks of, where a cluster asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub uid: Option<String>,
     /// The generation of the `CameraStream` that this speaks of, where a cluster asks for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,

@@ -24,14 +24,14 @@ if [ ! -f "$folder/pids/kube-apiserver" ]; then
 	cp -r examples/surface-defects/surface-defects.onnx examples/surface-defects/frames "$folder/edge-1/data/quickstart/"
 fi
 mkdir -p target/lab/demo-site
-sed 's/mqtt.plant.local/10.98.1.1/; s/site: default/site: demo/' edge-manifests/base/agent-config.yaml >target/lab/demo-site/agent-config.yaml
+sed 's/site: default/site: demo/' edge-manifests/base/agent-config.yaml >target/lab/demo-site/agent-config.yaml
 cat >target/lab/demo-site/kustomization.yaml <<'YAML'
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
-namespace: lineside
 resources: [../../../edge-manifests/overlays/k3s-amd64]
 configMapGenerator:
   - name: lineside-agent
+    namespace: lineside
     behavior: merge
     files: [agent-config.yaml]
 YAML

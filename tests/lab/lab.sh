@@ -15,11 +15,12 @@
 # machine's own network is touched. The control plane's namespace has the address 10.99.0.1; each node N has its own,
 # joined to the center by the link `wan` (10.99.N.1 to 10.99.N.2), with the plant's network 10.98.N.0/24 on the node's own
 # bridge `plant` (brokers and cameras of a test listen on 10.98.N.1) and pods in 10.97.N.0/24. Services are 10.96.0.0/16.
-# A node also has its own view of mounts: its /var/lib/lineside is FOLDER/NAME/data, so that nodes do not share it.
+# A node also has its own view of mounts: its /var/lib/lineside is FOLDER/NAME/data, so that nodes do not share it. Pods find
+# names in the plant's DNS, which knows that everything of `plant.local` is 10.98.N.1.
 #
-# It needs root, the Debian packages containerd runc containernetworking-plugins nftables conntrack iproute2, and the
-# program `lab` of this folder (make lab-tools). The machine may withhold rights that a full one has: containerd is told
-# not to touch oom_score_adj, and the store does not wait for the disk.
+# It needs root, the Debian packages containerd runc containernetworking-plugins nftables conntrack iproute2 dnsmasq-base,
+# and the program `lab` of this folder (make lab-tools). The machine may withhold rights that a full one has: containerd is
+# told not to touch oom_score_adj, and the store does not wait for the disk.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -199,11 +200,21 @@ node() {
 	      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
 	        SystemdCgroup = false
 	TOML
-	: >"$own/resolv.conf"
+	echo "nameserver 10.98.$number.1" >"$own/resolv.conf"
+	start "$name-dns" "$name" dnsmasq --keep-in-foreground --conf-file=/dev/null --pid-file= --user=root --no-resolv --no-hosts \
+		--bind-interfaces --listen-address="10.98.$number.1" --address="/plant.local/10.98.$number.1"
 	# Each kubelet has a branch of the control groups of its own: it ends whatever it finds in its branch and does not know.
-	for controller in /sys/fs/cgroup/*/; do
-		case $controller in */unified/) ;; *) mkdir -p "$controller/$id-$name" ;; esac
-	done
+	if [ -f /sys/fs/cgroup/cgroup.controllers ]; then
+		# Cgroups v2. This was written from the documentation: the machines of this project have v1.
+		for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
+			echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control || true
+		done
+		mkdir -p "/sys/fs/cgroup/$id-$name"
+	else
+		for controller in /sys/fs/cgroup/*/; do
+			case $controller in */unified/) ;; *) mkdir -p "$controller/$id-$name" ;; esac
+		done
+	fi
 	if [ -f /sys/fs/cgroup/cpuset/cpuset.cpus ]; then
 		cat /sys/fs/cgroup/cpuset/cpuset.cpus >"/sys/fs/cgroup/cpuset/$id-$name/cpuset.cpus"
 		cat /sys/fs/cgroup/cpuset/cpuset.mems >"/sys/fs/cgroup/cpuset/$id-$name/cpuset.mems"

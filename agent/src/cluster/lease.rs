@@ -59,7 +59,7 @@ impl Lease {
     /// # Errors
     /// When the cluster cannot be asked; whether we still lead is then told by [`Lease::leads`].
     pub async fn attend(&mut self, cluster: &Cluster) -> Result<Term, Trouble> {
-        let api: Api<Object> = Api::namespaced(cluster.client()?, cluster.namespace());
+        let api: Api<Object> = Api::namespaced(cluster.client().await?, cluster.namespace());
         let asked = Instant::now();
         let found = cluster.ask(DEADLINE, api.get_opt(&self.name)).await?;
         let Some(mut object) = found else {
@@ -92,7 +92,7 @@ impl Lease {
             return Ok(());
         }
         self.renewed = None;
-        let api: Api<Object> = Api::namespaced(cluster.client()?, cluster.namespace());
+        let api: Api<Object> = Api::namespaced(cluster.client().await?, cluster.namespace());
         let Some(mut object) = cluster.ask(DEADLINE, api.get_opt(&self.name)).await? else { return Ok(()) };
         if let Some(spec) = object.spec.as_mut().filter(|spec| spec.holder_identity.as_deref() == Some(&self.identity))
         {

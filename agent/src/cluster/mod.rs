@@ -28,6 +28,7 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Config, ResourceExt as _};
 use serde::Serialize;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 use crate::config::cluster::Access;
 use crate::plan::asked::document;
@@ -51,6 +52,9 @@ const RENEW_EVERY: Duration = Duration::from_secs(3);
 const CONTEXT_PATIENCE: Duration = Duration::from_secs(20);
 /// Objects and reasons of which it is remembered what was said.
 const NOTES_MAX: usize = 1024;
+/// Bytes of an Event's note, and of the name of who says it, that the API server takes.
+const NOTE_BYTES_MAX: usize = 1024;
+const INSTANCE_BYTES_MAX: usize = 128;
 /// The namespace where none is named.
 const NAMESPACE: &str = "lineside";
 /// Where a pod finds the namespace it is in.
@@ -234,11 +238,9 @@ pub struct Cluster {
     namespace: String,
     /// Who speaks, for field managers and events.
     reporter: Reporter,
-    /// The trouble is why there is none: a program that the kubeconfig names for credentials may fail while the network does.
-    way: Mutex<Result<Way, Trouble>>,
+    line: tokio::sync::Mutex<Line>,
     /// What was said last, by object and reason.
     notes: Mutex<HashMap<(Kind, String, &'static str), String>>,
-    renewal: tokio::sync::Mutex<Renewal>,
     context: AtomicUsize,
     era: AtomicU64,
     /// Milliseconds after `begun` at which the server answered last.
@@ -253,9 +255,16 @@ struct Way {
     recorder: Recorder,
 }
 
-struct Renewal {
-    last: Instant,
+/// The connections there are. They are made when they are first needed: a program that the kubeconfig names for credentials
+/// may fail, or hang, while the network does, and an agent has to start all the same.
+struct Line {
+    way: Option<Way>,
+    /// Connections that are still being made, by context. Such a program is not started anew while it runs.
+    pending: HashMap<usize, JoinHandle<kube::Result<Client>>>,
+    renewed: Instant,
     in_context_since: Instant,
+    /// What was said last about why there is no connection.
+    trouble: Option<String>,
 }
 
 impl Cluster {
@@ -263,9 +272,12 @@ impl Cluster {
     /// them.
     ///
     /// # Errors
-    /// When there is no service account, or the kubeconfig cannot be read or lacks a context.
+    /// When there is no service account, or the kubeconfig cannot be read or lacks one of the contexts.
     pub async fn new(access: Access, speaker: &str, instance: &str) -> Result<Self, Trouble> {
         let config = configuration(&access, 0).await?;
+        for context in 1..access.contexts.len() {
+            configuration(&access, context).await?;
+        }
         let namespace = match (&access.namespace, &access.kubeconfig) {
             (Some(namespace), _) => namespace.clone(),
             (None, Some(_)) if config.default_namespace != "default" => config.default_namespace.clone(),
@@ -274,19 +286,21 @@ impl Cluster {
                 .map(|text| text.trim().to_owned())
                 .unwrap_or_else(|_| NAMESPACE.to_owned()),
         };
-        let reporter = Reporter { controller: speaker.to_owned(), instance: Some(instance.to_owned()) };
-        let way = connect(config, &reporter).await;
-        if let Err(trouble) = &way {
-            tracing::warn!(%trouble, "there is no way into the cluster yet");
-        }
+        let instance = shortened(instance, INSTANCE_BYTES_MAX).to_owned();
+        let reporter = Reporter { controller: speaker.to_owned(), instance: Some(instance) };
         let now = Instant::now();
         Ok(Self {
             access,
             namespace,
             reporter,
             notes: Mutex::default(),
-            way: Mutex::new(way),
-            renewal: tokio::sync::Mutex::new(Renewal { last: now, in_context_since: now }),
+            line: tokio::sync::Mutex::new(Line {
+                way: None,
+                pending: HashMap::new(),
+                renewed: now,
+                in_context_since: now,
+                trouble: None,
+            }),
             context: AtomicUsize::new(0),
             era: AtomicU64::new(0),
             answered: AtomicU64::new(0),
@@ -310,21 +324,32 @@ impl Cluster {
     }
 
     /// Gives up the connections there are and makes new ones, with credentials read anew. Where the present context has
-    /// failed for a while and there are others, the next one is taken.
+    /// failed for a while and there are others, the next one is taken that can be had.
     pub async fn renew(&self) {
-        let mut renewal = self.renewal.lock().await;
+        let mut line = self.line.lock().await;
         let now = Instant::now();
-        if now.duration_since(renewal.last) < RENEW_EVERY {
+        if now.duration_since(line.renewed) < RENEW_EVERY {
             return;
         }
-        renewal.last = now;
+        line.renewed = now;
         let contexts = self.access.contexts.len().max(1);
-        let failing = self.silent_for().min(now.duration_since(renewal.in_context_since));
         let present = self.context.load(Ordering::Relaxed);
-        let next = if failing >= CONTEXT_PATIENCE { (present + 1) % contexts } else { present };
-        match self.open(next).await {
-            Ok(way) => self.take(way, next, &mut renewal),
-            Err(trouble) => tracing::warn!(%trouble, "the way into the cluster cannot be made anew"),
+        let failing = self.silent_for().min(now.duration_since(line.in_context_since));
+        let candidates: Vec<usize> = match failing >= CONTEXT_PATIENCE {
+            true => (1..=contexts).map(|step| (present + step) % contexts).collect(),
+            false => vec![present],
+        };
+        for context in candidates {
+            match self.open(&mut line, context).await {
+                Ok(way) => return self.take(way, context, &mut line),
+                Err(trouble) => {
+                    let text = trouble.to_string();
+                    if line.trouble.as_ref() != Some(&text) {
+                        tracing::warn!(%trouble, "the way into the cluster cannot be made anew");
+                        line.trouble = Some(text);
+                    }
+                }
+            }
         }
     }
 
@@ -333,38 +358,67 @@ impl Cluster {
         if self.context.load(Ordering::Relaxed) == 0 {
             return;
         }
-        let Ok(way) = self.open(0).await else { return };
+        let opened = {
+            let mut line = self.line.lock().await;
+            self.open(&mut line, 0).await
+        };
+        let Ok(way) = opened else { return };
         let api: Api<DynamicObject> =
             Api::namespaced_with(way.client.clone(), &self.namespace, &Kind::EdgeModel.resource());
         if matches!(tokio::time::timeout(DEADLINE, api.list(&ListParams::default().limit(1))).await, Ok(Ok(_))) {
-            let mut renewal = self.renewal.lock().await;
-            self.take(way, 0, &mut renewal);
+            let mut line = self.line.lock().await;
+            self.take(way, 0, &mut line);
         }
     }
 
-    async fn open(&self, context: usize) -> Result<Way, Trouble> {
-        connect(configuration(&self.access, context).await?, &self.reporter).await
+    /// Makes connections by a context. The caller holds the line, so that this is done once at a time.
+    async fn open(&self, line: &mut Line, context: usize) -> Result<Way, Trouble> {
+        let mut making = match line.pending.remove(&context) {
+            Some(making) => making,
+            None => {
+                let config = configuration(&self.access, context).await?;
+                tokio::task::spawn_blocking(|| Client::try_from(config))
+            }
+        };
+        match tokio::time::timeout(DEADLINE, &mut making).await {
+            Ok(Ok(Ok(client))) => Ok(Way { recorder: Recorder::new(client.clone(), self.reporter.clone()), client }),
+            Ok(Ok(Err(error))) => Err(Trouble::new(error)),
+            Ok(Err(error)) => Err(Trouble::unreachable(error.to_string())),
+            Err(_) => {
+                line.pending.insert(context, making);
+                Err(Trouble::unreachable(format!("no credentials within {} s", DEADLINE.as_secs())))
+            }
+        }
     }
 
-    fn take(&self, way: Way, context: usize, renewal: &mut Renewal) {
+    fn take(&self, way: Way, context: usize, line: &mut Line) {
         if self.context.swap(context, Ordering::Relaxed) != context {
             tracing::warn!(context = self.access.contexts.get(context), "another context of the kubeconfig is taken");
-            renewal.in_context_since = Instant::now();
+            line.in_context_since = Instant::now();
             self.era.fetch_add(1, Ordering::Release);
         }
-        *self.way.lock().unwrap_or_else(PoisonError::into_inner) = Ok(way);
+        line.trouble = None;
+        line.way = Some(way);
     }
 
-    fn way(&self) -> Result<Way, Trouble> {
-        self.way.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// The connections there are; where there are none yet, they are made.
+    async fn way(&self) -> Result<Way, Trouble> {
+        let mut line = self.line.lock().await;
+        if let Some(way) = &line.way {
+            return Ok(way.clone());
+        }
+        let context = self.context.load(Ordering::Relaxed);
+        let way = self.open(&mut line, context).await?;
+        self.take(way.clone(), context, &mut line);
+        Ok(way)
     }
 
-    fn client(&self) -> Result<Client, Trouble> {
-        Ok(self.way()?.client)
+    async fn client(&self) -> Result<Client, Trouble> {
+        Ok(self.way().await?.client)
     }
 
-    fn api(&self, kind: Kind) -> Result<Api<DynamicObject>, Trouble> {
-        Ok(Api::namespaced_with(self.client()?, &self.namespace, &kind.resource()))
+    async fn api(&self, kind: Kind) -> Result<Api<DynamicObject>, Trouble> {
+        Ok(Api::namespaced_with(self.client().await?, &self.namespace, &kind.resource()))
     }
 
     /// Waits for an answer, but not for ever.
@@ -392,7 +446,7 @@ impl Cluster {
     /// # Errors
     /// See [`TroubleKind`].
     pub async fn list(&self, kind: Kind) -> Result<(Vec<Item>, String), Trouble> {
-        let api = self.api(kind)?;
+        let api = self.api(kind).await?;
         let mut params = ListParams::default().limit(PAGE);
         let mut items = Vec::new();
         loop {
@@ -412,7 +466,7 @@ impl Cluster {
     /// See [`TroubleKind`].
     pub async fn watch(&self, kind: Kind, version: &str) -> Result<Changes, Trouble> {
         let params = WatchParams::default().timeout(WATCH_SECONDS);
-        let api = self.api(kind)?;
+        let api = self.api(kind).await?;
         let events = self.ask(DEADLINE, api.watch(&params, version)).await?;
         let events = Box::pin(events);
         Ok(Box::pin(futures_util::stream::unfold(Some(events), move |events| async move {
@@ -446,7 +500,7 @@ impl Cluster {
     /// # Errors
     /// See [`TroubleKind`].
     pub async fn node(&self, name: &str) -> Result<Option<NodeFacts>, Trouble> {
-        let api: Api<Node> = Api::all(self.client()?);
+        let api: Api<Node> = Api::all(self.client().await?);
         let found = self.ask(DEADLINE, api.get_metadata_opt(name)).await?;
         Ok(found.map(|node| NodeFacts {
             uid: node.metadata.uid.unwrap_or_default(),
@@ -454,14 +508,14 @@ impl Cluster {
         }))
     }
 
-    /// Says how a node stands, in the `EdgeNode` of its name, which is made where it is missing.
+    /// Says how a node stands, in the `EdgeNode` of its name, which is made where it is missing. Its uid is returned.
     ///
     /// # Errors
     /// See [`TroubleKind`].
-    pub async fn report(&self, node: &str, status: &NodeStatus) -> Result<(), Trouble> {
+    pub async fn report(&self, node: &str, status: &NodeStatus) -> Result<Option<String>, Trouble> {
         match self.apply_status(Kind::EdgeNode, node, status).await {
             Err(trouble) if trouble.kind == TroubleKind::NotFound => {
-                let api = self.api(Kind::EdgeNode)?;
+                let api = self.api(Kind::EdgeNode).await?;
                 let bare = object(Kind::EdgeNode, node);
                 self.ask(DEADLINE, api.patch(node, &self.applying(), &Patch::Apply(&bare))).await?;
                 self.apply_status(Kind::EdgeNode, node, status).await
@@ -470,15 +524,23 @@ impl Cluster {
         }
     }
 
-    /// Writes an object's status by server-side apply. What another speaker has written beside it stays.
+    /// Writes an object's status by server-side apply, and returns the object's uid. What another speaker has written beside
+    /// it stays.
     ///
     /// # Errors
     /// See [`TroubleKind`].
-    pub async fn apply_status(&self, kind: Kind, name: &str, status: &impl Serialize) -> Result<(), Trouble> {
+    pub async fn apply_status(
+        &self,
+        kind: Kind,
+        name: &str,
+        status: &impl Serialize,
+    ) -> Result<Option<String>, Trouble> {
         let mut patch = object(kind, name);
         patch["status"] = serde_json::to_value(status).unwrap_or_default();
-        let api = self.api(kind)?;
-        self.ask(DEADLINE, api.patch_status(name, &self.applying(), &Patch::Apply(&patch))).await.map(drop)
+        leave_out_empty(&mut patch["status"]);
+        let api = self.api(kind).await?;
+        let written = self.ask(DEADLINE, api.patch_status(name, &self.applying(), &Patch::Apply(&patch))).await?;
+        Ok(written.metadata.uid)
     }
 
     fn applying(&self) -> PatchParams {
@@ -492,7 +554,7 @@ impl Cluster {
     pub async fn delete(&self, kind: Kind, name: &str, uid: &str) -> Result<(), Trouble> {
         let preconditions = Preconditions { uid: Some(uid.to_owned()), resource_version: None };
         let params = DeleteParams::default().preconditions(preconditions);
-        let api = self.api(kind)?;
+        let api = self.api(kind).await?;
         self.ask(DEADLINE, api.delete(name, &params)).await.map(drop)
     }
 
@@ -504,7 +566,7 @@ impl Cluster {
         let event = Event {
             type_: if saying.is_warning { EventType::Warning } else { EventType::Normal },
             reason: saying.reason.to_owned(),
-            note: Some(saying.note.chars().take(1000).collect()),
+            note: Some(shortened(&saying.note, NOTE_BYTES_MAX).to_owned()),
             action: "Observe".to_owned(),
             secondary: None,
         };
@@ -526,13 +588,16 @@ impl Cluster {
             }
             notes.insert(key, saying.note.clone()).is_none_or(|before| before == saying.note)
         };
-        let recorder = {
-            let mut way = self.way.lock().unwrap_or_else(PoisonError::into_inner);
-            let way = way.as_mut().map_err(|trouble| trouble.clone())?;
-            if !is_same {
-                way.recorder = Recorder::new(way.client.clone(), self.reporter.clone());
+        let way = self.way().await?;
+        let recorder = match is_same {
+            true => way.recorder,
+            false => {
+                let recorder = Recorder::new(way.client, self.reporter.clone());
+                if let Some(way) = &mut self.line.lock().await.way {
+                    way.recorder = recorder.clone();
+                }
+                recorder
             }
-            way.recorder.clone()
         };
         self.ask(DEADLINE, recorder.publish(&event, &about)).await
     }
@@ -567,13 +632,31 @@ async fn configuration(access: &Access, context: usize) -> Result<Config, Troubl
     Ok(config)
 }
 
-/// Makes the connections. A program that the kubeconfig names for credentials is run for it, which may take its time.
-async fn connect(config: Config, reporter: &Reporter) -> Result<Way, Trouble> {
-    let made = tokio::task::spawn_blocking(|| Client::try_from(config));
-    match tokio::time::timeout(DEADLINE, made).await {
-        Ok(Ok(Ok(client))) => Ok(Way { recorder: Recorder::new(client.clone(), reporter.clone()), client }),
-        Ok(Ok(Err(error))) => Err(Trouble::new(error)),
-        Ok(Err(error)) => Err(Trouble::unreachable(error.to_string())),
-        Err(_) => Err(Trouble::unreachable(format!("no credentials within {} s", DEADLINE.as_secs()))),
+/// A list or map that server-side apply empties becomes null, which the schema may refuse. What is empty is not said.
+fn leave_out_empty(value: &mut Value) {
+    let is_empty = |value: &Value| {
+        value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(serde_json::Map::is_empty)
+    };
+    if let Some(fields) = value.as_object_mut() {
+        fields.values_mut().for_each(leave_out_empty);
+        fields.retain(|_, value| !is_empty(value));
+    }
+}
+
+/// The front of a text that has so many bytes at most.
+fn shortened(text: &str, bytes_max: usize) -> &str {
+    &text[..text.floor_char_boundary(bytes_max)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_lists_and_maps_are_not_said_and_texts_end_at_a_character() {
+        let mut value = json!({"a": [], "b": {"c": {}, "d": 1}, "e": [{"f": []}], "g": ""});
+        leave_out_empty(&mut value);
+        assert_eq!(value, json!({"b": {"d": 1}, "e": [{"f": []}], "g": ""}));
+        assert_eq!((shortened("aé", 2), shortened("aé", 3), shortened("", 5)), ("a", "aé", ""));
     }
 }

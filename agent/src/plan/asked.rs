@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::desired::{Desired, Node, Refused, Wish, Wishes};
+use super::desired::{Desired, Identity, Node, Refused, Wish, Wishes};
 use crate::config::manifest::{Object, read_object};
 
 /// One object as the cluster holds it.
@@ -25,6 +25,12 @@ pub struct Given {
     pub generation: Option<i64>,
     /// All of it, as a file of manifests has it.
     pub document: Value,
+}
+
+impl Given {
+    fn identity(&self) -> Identity {
+        Identity { uid: Some(self.uid.clone()), generation: self.generation }
+    }
 }
 
 /// Everything that was heard of.
@@ -62,7 +68,7 @@ impl Asked {
         let known = match read_object(given.document.clone()) {
             Ok(object) => Known { uid, generation, good: Some((given, object)), refused: None },
             Err(reasons) => {
-                let refused = Refused::new(&given.kind, &given.name, generation, &given.document, reasons);
+                let refused = Refused::new(&given.kind, &given.name, given.identity(), &given.document, reasons);
                 Known { uid, generation, good: before, refused: Some(refused) }
             }
         };
@@ -94,7 +100,7 @@ impl Asked {
         let wish = |(given, object): &(Given, Object)| Wish {
             object: object.clone(),
             place: format!("the cluster's {} {}", given.kind, given.name),
-            generation: given.generation,
+            identity: given.identity(),
         };
         Wishes {
             objects: good.filter(|(_, object)| Desired::concerns(object, node)).map(wish).collect(),
@@ -147,8 +153,8 @@ mod tests {
     fn wishes(asked: &Asked) -> (Vec<i64>, Vec<i64>) {
         let wishes = asked.wishes(&node("edge-1"), &BTreeMap::new(), true);
         (
-            wishes.objects.iter().filter_map(|wish| wish.generation).collect(),
-            wishes.refused.iter().filter_map(|refused| refused.generation).collect(),
+            wishes.objects.iter().filter_map(|wish| wish.identity.generation).collect(),
+            wishes.refused.iter().filter_map(|refused| refused.identity.generation).collect(),
         )
     }
 

@@ -36,7 +36,16 @@ pub struct Wish {
     pub object: Object,
     /// Where it stands, for people.
     pub place: String,
-    /// Its generation, in a cluster.
+    /// Which object of a cluster it is.
+    pub identity: Identity,
+}
+
+/// Which of all objects that ever bore a name is meant, and how often its spec had been changed; nothing without a cluster.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The object.
+    pub uid: Option<String>,
+    /// Its generation.
     pub generation: Option<i64>,
 }
 
@@ -47,8 +56,8 @@ pub struct Refused {
     pub kind: String,
     /// Its name.
     pub name: String,
-    /// Its generation.
-    pub generation: Option<i64>,
+    /// Which object of a cluster it is.
+    pub identity: Identity,
     /// The version it asks for, where it says.
     pub version: Option<u64>,
     /// Every mistake in it.
@@ -59,13 +68,13 @@ pub struct Refused {
 
 impl Refused {
     /// An object as it came, with what is wrong with it.
-    pub fn new(kind: &str, name: &str, generation: Option<i64>, document: &Value, reasons: Vec<String>) -> Self {
+    pub fn new(kind: &str, name: &str, identity: Identity, document: &Value, reasons: Vec<String>) -> Self {
         let spec = |pointer: &str| document.pointer(&format!("/spec/{pointer}"));
         let selector = spec("nodeSelector").and_then(Value::as_object).into_iter().flatten();
         Self {
             kind: kind.to_owned(),
             name: name.to_owned(),
-            generation,
+            identity,
             version: spec("version").and_then(Value::as_u64),
             reasons,
             selector: selector.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),

@@ -1,7 +1,7 @@
 //! What an operator should be told when a node's status has changed: at most one notice for each thing that changed.
 
 use super::ModelState;
-use crate::status::{NodeStatus, READY};
+use crate::status::{Condition, NOTHING_ASKED, NodeStatus, READY};
 
 /// What a notice is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,6 +103,15 @@ fn reason_of(reason: &str) -> &'static str {
     KNOWN.into_iter().find(|known| *known == reason).unwrap_or("Degraded")
 }
 
+/// Whether everything that is asked for stands as it will for a while: nothing is on its way any more.
+pub fn has_settled(status: &NodeStatus) -> bool {
+    let is_asked = |condition: &Condition| condition.kind == READY && condition.reason != NOTHING_ASKED;
+    let ends = [ModelState::Ready, ModelState::Failed, ModelState::Quarantined].map(ModelState::name);
+    status.conditions.iter().any(is_asked)
+        && status.models.iter().all(|model| ends.contains(&model.state.as_str()))
+        && status.streams.iter().all(|stream| stream.up || stream.reason.is_some())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,6 +146,20 @@ mod tests {
         assert!(reasons(Some(&bad), &bad).is_empty());
         assert_eq!(reasons(None, &bad), ["Failed", "NoFrames"]);
         assert_eq!(reasons(Some(&bad), &status("Ready", 2, true)), ["FramesCome"]);
+    }
+
+    #[test]
+    fn a_node_has_settled_when_nothing_is_on_its_way() {
+        let with = |state: &str, up: bool, reason: &str| {
+            let mut status = status(state, 1, up);
+            status.conditions = vec![Condition::new(READY, true, reason, "")];
+            status.streams[0].reason = None;
+            has_settled(&status)
+        };
+        assert!(with("Ready", true, "ModelsServe") && with("Quarantined", true, "ModelsMissing"));
+        assert!(!with("Warming", true, "ModelsMissing") && !with("Ready", false, "ModelsServe"));
+        assert!(!with("Ready", true, NOTHING_ASKED), "it does not know yet");
+        assert!(!has_settled(&NodeStatus::default()), "nobody has looked yet");
     }
 
     #[test]

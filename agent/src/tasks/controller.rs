@@ -30,6 +30,8 @@ const HEARD_MAX: usize = 256;
 const ROUND_EVERY: Duration = Duration::from_secs(2);
 /// A round's writes end after this, so that the lease is attended to in time; the rest is written in the next.
 const WRITE_MAX: Duration = Duration::from_secs(2);
+/// Different troubles that are remembered.
+const TROUBLES_MAX: usize = 64;
 /// The connection is doubted after this long without an answer.
 const DOUBT_AFTER: Duration = Duration::from_secs(20);
 
@@ -56,7 +58,8 @@ pub struct Controller {
     /// Since when nodes are listened to without a break.
     hears_nodes_since: Option<Instant>,
     was_leading: bool,
-    trouble: Option<String>,
+    /// What was said already of what the cluster does not do.
+    troubles: BTreeSet<String>,
 }
 
 /// A node as it was seen last.
@@ -89,7 +92,7 @@ impl Controller {
             heard_all: BTreeSet::new(),
             hears_nodes_since: None,
             was_leading: false,
-            trouble: None,
+            troubles: BTreeSet::new(),
         }
     }
 
@@ -141,7 +144,7 @@ impl Controller {
                 }
                 self.heard_all.insert(kind);
                 self.on_word(kind);
-                self.trouble = None;
+                self.troubles.clear();
                 items.into_iter().for_each(|item| self.put(kind, item));
             }
             Heard::Put(kind, item) => self.put(kind, item),
@@ -159,7 +162,7 @@ impl Controller {
     }
 
     fn put(&mut self, kind: Kind, item: Item) {
-        let subject = || Subject::new(&item.name, item.generation, &item.document);
+        let subject = || Subject::new(&item.name, &item.uid, item.generation, &item.document);
         match kind {
             Kind::EdgeModel => {
                 let mut status: EdgeModelStatus = read(&item.status);
@@ -187,11 +190,13 @@ impl Controller {
         }
     }
 
+    /// Says what is wrong, once until all objects of some kind could be listed again.
     fn tell(&mut self, trouble: &Trouble) {
-        let text = trouble.to_string();
-        if self.trouble.as_ref() != Some(&text) {
+        if self.troubles.len() >= TROUBLES_MAX {
+            self.troubles.clear();
+        }
+        if self.troubles.insert(trouble.to_string()) {
             tracing::warn!(%trouble, "the cluster does not do what it is asked for");
-            self.trouble = Some(text);
         }
     }
 
@@ -250,8 +255,9 @@ impl Controller {
             if Instant::now() >= end {
                 return Ok(());
             }
-            self.write(Kind::EdgeModel, &name, &status).await?;
-            if let Some((_, known)) = self.models.get_mut(&name) {
+            if self.write(Kind::EdgeModel, &name, &status).await?
+                && let Some((_, known)) = self.models.get_mut(&name)
+            {
                 *known = status;
             }
         }
@@ -259,28 +265,30 @@ impl Controller {
             if Instant::now() >= end {
                 return Ok(());
             }
-            self.write(Kind::CameraStream, &name, &status).await?;
-            if let Some((_, known)) = self.streams.get_mut(&name) {
+            if self.write(Kind::CameraStream, &name, &status).await?
+                && let Some((_, known)) = self.streams.get_mut(&name)
+            {
                 *known = status;
             }
         }
         Ok(())
     }
 
-    async fn write(&mut self, kind: Kind, name: &str, status: &impl serde::Serialize) -> Result<(), Trouble> {
+    /// Writes a status. `false` where it was not taken, which holds up no other: the object is gone, as the watch will say,
+    /// or the server refuses, which is told and tried again in the next round.
+    async fn write(&mut self, kind: Kind, name: &str, status: &impl serde::Serialize) -> Result<bool, Trouble> {
         match self.cluster.apply_status(kind, name, status).await {
-            // It was removed meanwhile; the watch will say so.
-            Err(trouble) if trouble.kind == TroubleKind::NotFound => Ok(()),
-            // Neither does one that is refused hold up the others; it is told of, and tried again in the next round.
+            Ok(_) => {
+                self.metrics.writes.inc();
+                Ok(true)
+            }
+            Err(trouble) if trouble.kind == TroubleKind::NotFound => Ok(false),
             Err(trouble) if matches!(trouble.kind, TroubleKind::Refused | TroubleKind::Conflict) => {
                 self.metrics.failures.inc();
                 self.tell(&trouble);
-                Ok(())
+                Ok(false)
             }
-            outcome => {
-                self.metrics.writes.inc();
-                outcome
-            }
+            Err(trouble) => Err(trouble),
         }
     }
 
@@ -300,7 +308,9 @@ impl Controller {
             let message = format!("nothing was heard of its agent for {} s", self.patience.silent_after.as_secs());
             let mut mark = [Condition::new(READY, false, "NodeSilent", message.clone()).unknown()];
             date(&mut mark, &before, &clock::rfc3339(SystemTime::now()));
-            self.write(Kind::EdgeNode, &name, &serde_json::json!({"conditions": mark})).await?;
+            if !self.write(Kind::EdgeNode, &name, &serde_json::json!({"conditions": mark})).await? {
+                continue;
+            }
             if let Some(seen) = self.nodes.get_mut(&name) {
                 seen.status.conditions.retain(|condition| condition.kind != READY);
                 seen.status.conditions.extend(mark);

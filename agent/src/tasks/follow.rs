@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::base::metrics::Metrics;
 use crate::manifests::{Finding, Folder};
-use crate::plan::desired::{Wish, Wishes};
+use crate::plan::desired::{Identity, Wish, Wishes};
 
 /// How often the manifests are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -61,7 +61,7 @@ fn asked_for(folder: &Folder) -> Wishes {
     let wish = |(path, object): (&Path, &crate::config::manifest::Object)| Wish {
         object: object.clone(),
         place: path.display().to_string(),
-        generation: None,
+        identity: Identity::default(),
     };
     Wishes { objects: folder.objects().map(wish).collect(), is_certain: folder.is_certain(), ..Wishes::default() }
 }

@@ -43,7 +43,8 @@ fn a_server_in_trouble_gets_few_lists_and_the_final_state_is_right() {
         let lists = api.lists(kind);
         let closest = lists.windows(2).map(|pair| pair[1] - pair[0]).min().unwrap_or(Duration::MAX);
         eprintln!("{} lists of {kind}, {:.1} s apart at least", lists.len(), closest.as_secs_f64());
-        assert!(closest >= Duration::from_secs(10), "{closest:?}");
+        // They leave ten seconds apart, and may take differently long to arrive.
+        assert!(closest >= Duration::from_millis(9500), "{closest:?}");
     }
 }
 
@@ -107,7 +108,7 @@ fn an_agent_whose_credentials_cannot_be_had_serves_and_follows_once_they_can() {
     std::fs::write(&kubeconfig, text.to_string()).unwrap();
     let agent = Agent::follow(&kubeconfig, &plant.data(), "mqtt://127.0.0.1:1");
     until_true("the model to serve from memory", || model(&agent, "parts")["serving"]["version"] == 1);
-    agent.wait_for_log("there is no way into the cluster yet");
+    agent.wait_for_log("the cluster cannot be listened to, what it asked for last stays in force");
     api.put("edgemodels", "parts", 2, &spec(2));
     let credential = json!({"kind": "ExecCredential", "apiVersion": version, "status": {"token": "t"}});
     std::fs::write(&granted, credential.to_string()).unwrap();

@@ -25,7 +25,7 @@ fn a_silent_node_is_marked_and_forgotten_once_the_cluster_has_no_such_node() {
         lab.done(&[&["set", "env", "deployment/lineside-controller", "-n", NAMESPACE], values].concat());
         lab.settled();
     };
-    set(&[&format!("{}=20", patience[0]), &format!("{}=30", patience[1])]);
+    set(&[&format!("{}=20", patience[0]), &format!("{}=60", patience[1])]);
     ghost(&lab, "gone-1", r#","nodeUID":"00000000-0000-0000-0000-000000000000""#);
     ghost(&lab, "far-1", "");
     lab.apply_samples();

@@ -51,6 +51,24 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
             .filter(|events| events.contains(&format!("version {version} serves on {}", lab.node())))
     });
     eprintln!("{events}");
+    // What is said of a node is shown where people look.
+    lab.done(&[
+        "patch",
+        "cam",
+        "line-1",
+        "-n",
+        NAMESPACE,
+        "--type=merge",
+        "--patch",
+        r#"{"spec":{"source":{"uri":"dir:///none"}}}"#,
+    ]);
+    lab.until("an Event about the node that kubectl describe shows", || {
+        lab.done(&["describe", "en", lab.node(), "-n", NAMESPACE]).contains("StreamDown").then_some(())
+    });
+    let uri = "dir:///var/lib/lineside/quickstart/frames?loop=true";
+    let back = format!(r#"{{"spec":{{"source":{{"uri":"{uri}"}}}}}}"#);
+    lab.done(&["patch", "cam", "line-1", "-n", NAMESPACE, "--type=merge", "--patch", &back]);
+    lab.until("the stream to be ready again", || (lab.ready("camerastream", "line-1").0 == "True").then_some(()));
 
     // An edit to version 2 swaps, and no number is missing.
     lab.done(&["patch", "em", "surface-defects", "-n", NAMESPACE, "--type=merge", "--patch", &patch(version + 1)]);
@@ -72,12 +90,8 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     // A deletion unloads; the file stays until the quota wants its room.
     let blobs = lab.edge_node()["store"]["blobs"].clone();
     lab.done(&["delete", "-k", lineside_tests::root().join("edge-manifests/samples").to_str().unwrap()]);
-    let node = lab.until("the node to run nothing", || {
-        Some(lab.edge_node()).filter(|node| {
-            node["models"].as_array().is_some_and(Vec::is_empty)
-                && node["streams"].as_array().is_some_and(Vec::is_empty)
-        })
-    });
+    lab.until("the node to run nothing", || lab.runs_nothing(true).then_some(()));
+    let node = lab.edge_node();
     assert!(blobs.as_u64() >= Some(1) && node["store"]["blobs"] == blobs, "{blobs} {node}");
     let events = subscriber.payloads(&format!("/{}/event", lab.node()));
     assert!(events.iter().any(|event| event["kind"] == "model" || event["event"].is_string()), "{events:#?}");

@@ -40,6 +40,8 @@ pub struct NodeView<'a> {
 pub struct Subject {
     /// Its name.
     pub name: String,
+    /// Which of all objects that ever bore its name it is.
+    pub uid: String,
     /// How often its spec was changed.
     pub generation: Option<i64>,
     version: Option<u64>,
@@ -50,16 +52,22 @@ pub struct Subject {
 impl Subject {
     /// Reads what is needed of an object. What is missing or of another type counts as not said: the API server has
     /// validated the rest.
-    pub fn new(name: &str, generation: Option<i64>, document: &Value) -> Self {
+    pub fn new(name: &str, uid: &str, generation: Option<i64>, document: &Value) -> Self {
         let spec = |field: &str| document.pointer(&format!("/spec/{field}"));
         let labels = spec("nodeSelector").and_then(Value::as_object).into_iter().flatten();
         Self {
             name: name.to_owned(),
+            uid: uid.to_owned(),
             generation,
             version: spec("version").and_then(Value::as_u64),
             selector: labels.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),
             node_name: spec("nodeName").and_then(Value::as_str).map(str::to_owned),
         }
+    }
+
+    /// Whether what a node says is of this very object, as it is now.
+    fn is_meant(&self, uid: Option<&str>, generation: Option<i64>) -> bool {
+        uid.is_none_or(|uid| uid == self.uid) && generation >= self.generation
     }
 
     fn concerns(&self, node: &NodeView<'_>) -> bool {
@@ -80,7 +88,7 @@ enum Standing<'a> {
 pub fn model(subject: &Subject, nodes: &[NodeView<'_>], before: &EdgeModelStatus, now: &str) -> EdgeModelStatus {
     let stands = nodes.iter().filter(|node| subject.concerns(node)).map(|node| {
         let said = node.status.models.iter().find(|model| model.name == subject.name);
-        let Some(said) = said.filter(|said| said.observed_generation >= subject.generation) else {
+        let Some(said) = said.filter(|said| subject.is_meant(said.uid.as_deref(), said.observed_generation)) else {
             return (node.name, if node.is_silent { Standing::Silent } else { Standing::Pending });
         };
         let standing = if node.is_silent {
@@ -105,7 +113,7 @@ pub fn stream(subject: &Subject, nodes: &[NodeView<'_>], before: &CameraStreamSt
         .filter(|node| subject.concerns(node))
         .map(|node| {
             let said = node.status.streams.iter().find(|stream| stream.name == subject.name);
-            let standing = match said.filter(|said| said.observed_generation >= subject.generation) {
+            let standing = match said.filter(|said| subject.is_meant(said.uid.as_deref(), said.observed_generation)) {
                 _ if node.is_silent => Standing::Silent,
                 Some(said) if said.up => Standing::Ready,
                 Some(said) => said.reason.as_deref().map_or(Standing::Pending, Standing::Failed),
@@ -217,7 +225,7 @@ mod tests {
     }
 
     fn subject() -> Subject {
-        Subject::new("m", Some(4), &json!({"spec": {"version": 3, "nodeSelector": {"line": "a"}}}))
+        Subject::new("m", "u", Some(4), &json!({"spec": {"version": 3, "nodeSelector": {"line": "a"}}}))
     }
 
     fn ready(status: &EdgeModelStatus) -> (&str, &str) {
@@ -239,6 +247,10 @@ mod tests {
         assert_eq!(model(&subject(), &all[..1], &status, "t3"), status, "what stays the same is not written again");
         assert_eq!(ready(&model(&subject(), &all[1..2], &status, "t3")), ("False", "NodesPending"));
         assert_eq!(ready(&model(&subject(), &all[3..], &status, "t3")), ("False", "NoNodes"));
+        let mut of_another = node("a", "Ready", 3, 9);
+        of_another.models[0].uid = Some("before".into());
+        let views = [view("n1", &of_another, false)];
+        assert_eq!(ready(&model(&subject(), &views, &status, "t3")), ("False", "NodesPending"), "it was made anew");
     }
 
     #[test]
@@ -251,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_stream_on_a_node_that_is_not_there_is_told() {
-        let on = |name: &str| Subject::new("s", Some(1), &json!({"spec": {"nodeName": name}}));
+        let on = |name: &str| Subject::new("s", "u", Some(1), &json!({"spec": {"nodeName": name}}));
         let good = node("a", "Ready", 3, 4);
         let all = [view("n1", &good, false)];
         let status = stream(&on("n1"), &all, &CameraStreamStatus::default(), "t");

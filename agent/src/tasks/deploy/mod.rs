@@ -29,7 +29,7 @@ use crate::last_good::LastGood;
 use crate::message::Event;
 use crate::outbox::Outbox;
 use crate::plan::ModelState;
-use crate::plan::desired::{Desired, Node, Wish, Wishes};
+use crate::plan::desired::{Desired, Identity, Node, Wish, Wishes};
 use crate::plan::diff::{Observed, ObservedModel, Step, diff};
 use crate::roster::{Roster, Streams};
 use crate::serve::health::Health;
@@ -62,8 +62,8 @@ pub struct Deploy {
     has_cluster: bool,
     /// What was asked for last.
     asked: Option<Arc<Wishes>>,
-    /// The generations of what is desired, by kind and name.
-    generations: BTreeMap<(&'static str, String), i64>,
+    /// Which objects of a cluster are desired, by kind and name.
+    identities: BTreeMap<(&'static str, String), Identity>,
     way: Arc<Way>,
     metrics: Metrics,
     health: Arc<Health>,
@@ -180,7 +180,7 @@ impl Deploy {
             again: parts.again,
             has_cluster: parts.has_cluster,
             asked: None,
-            generations: BTreeMap::new(),
+            identities: BTreeMap::new(),
             way: Arc::new(way),
             metrics: parts.metrics,
             health: parts.health,
@@ -248,9 +248,9 @@ impl Deploy {
         self.node.labels.clone_from(&wishes.labels);
         self.node.labels.extend(self.labels.clone());
         let mut desired = Desired::default();
-        let mut generations = BTreeMap::new();
+        let mut identities = BTreeMap::new();
         let mut doubled = BTreeSet::new();
-        for Wish { object, place, generation } in &wishes.objects {
+        for Wish { object, place, identity } in &wishes.objects {
             let (kind, name) = object.key();
             if !desired.add(object.clone(), &self.node) {
                 let what = format!("{kind} {name} in {place}");
@@ -260,13 +260,11 @@ impl Deploy {
                 doubled.insert(what);
                 continue;
             }
-            if let Some(generation) = generation {
-                generations.insert((kind, name.to_owned()), *generation);
-            }
+            identities.insert((kind, name.to_owned()), identity.clone());
         }
         self.doubled = doubled;
         desired.streams.retain(|name, _| !self.paused.contains(name));
-        (self.desired, self.generations, self.asked) = (desired, generations, Some(wishes));
+        (self.desired, self.identities, self.asked) = (desired, identities, Some(wishes));
     }
 
     /// Brings what is observed in line with what is asked for. What a fresh and certain word does not name is forgotten.

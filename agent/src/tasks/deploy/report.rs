@@ -8,11 +8,12 @@ use crate::base::clock;
 use crate::config::ModelManifest;
 use crate::message::Event;
 use crate::plan::ModelState;
-use crate::plan::desired::Refused;
+use crate::plan::desired::{Identity, Refused};
 use crate::serve::health::ModelHealth;
 use crate::serve::status::Standing;
 use crate::status::{
-    Condition, DEGRADED, ITEMS_MAX, ModelStatus, READY, Serving, SpoolStatus, StreamStatus, degrade, shortened,
+    Condition, DEGRADED, ITEMS_MAX, ModelStatus, NOTHING_ASKED, READY, Serving, SpoolStatus, StreamStatus, degrade,
+    shortened,
 };
 use crate::trust::has_expired;
 
@@ -72,12 +73,15 @@ impl Deploy {
     /// How the streams stand that are asked for.
     fn streams(&self, refused: &[Refused]) -> Vec<StreamStatus> {
         let members = self.members.borrow();
-        let generation = |name: &str| self.generations.get(&("CameraStream", name.to_owned())).copied();
-        let paused = self.paused.iter().map(|name| StreamStatus {
-            name: name.clone(),
-            observed_generation: generation(name),
-            reason: Some("an operator has paused it".to_owned()),
-            ..StreamStatus::default()
+        let paused = self.paused.iter().map(|name| {
+            let Identity { uid, generation } = self.identity("CameraStream", name);
+            StreamStatus {
+                name: name.clone(),
+                uid,
+                observed_generation: generation,
+                reason: Some("an operator has paused it".to_owned()),
+                ..StreamStatus::default()
+            }
         });
         let desired = self.desired.streams.values().map(|stream| {
             let member = members.get(&stream.name);
@@ -89,10 +93,12 @@ impl Deploy {
                 Some(member) if !up => member.reason.clone(),
                 _ => None,
             };
+            let Identity { uid, generation } = self.identity("CameraStream", &stream.name);
             StreamStatus {
                 name: stream.name.clone(),
                 model: stream.model.clone(),
-                observed_generation: generation(&stream.name),
+                uid,
+                observed_generation: generation,
                 up,
                 reason: reason.as_deref().map(shortened),
             }
@@ -100,15 +106,13 @@ impl Deploy {
         let mut streams: Vec<StreamStatus> = desired.chain(paused).collect();
         for refused in refused.iter().filter(|refused| refused.kind == "CameraStream") {
             let reason = Some(shortened(&format!("refused: {}", refused.reasons.join("; "))));
-            match streams.iter_mut().find(|stream| stream.name == refused.name) {
-                Some(stream) => (stream.reason, stream.observed_generation) = (reason, refused.generation),
-                None => streams.push(StreamStatus {
-                    name: refused.name.clone(),
-                    observed_generation: refused.generation,
-                    reason,
-                    ..StreamStatus::default()
-                }),
-            }
+            let index = streams.iter().position(|stream| stream.name == refused.name).unwrap_or_else(|| {
+                streams.push(StreamStatus { name: refused.name.clone(), ..StreamStatus::default() });
+                streams.len() - 1
+            });
+            let stream = &mut streams[index];
+            let Identity { uid, generation } = refused.identity.clone();
+            (stream.reason, stream.uid, stream.observed_generation) = (reason, uid, generation);
         }
         streams.sort_by(|one, other| one.name.cmp(&other.name));
         streams
@@ -137,7 +141,13 @@ impl Deploy {
         }
     }
 
+    /// Which object of the cluster is followed; nothing without one.
+    fn identity(&self, kind: &'static str, name: &str) -> Identity {
+        self.identities.get(&(kind, name.to_owned())).cloned().unwrap_or_default()
+    }
+
     fn status(&self, wanted: &ModelManifest, state: ModelState, reason: Option<String>) -> ModelStatus {
+        let Identity { uid, generation } = self.identity("EdgeModel", &wanted.name);
         let brought = self.serving.get(&wanted.name);
         let figures = brought.map(|brought| &brought.figures);
         let errand = self.errands.get(&wanted.name).filter(|_| state == ModelState::Downloading);
@@ -149,7 +159,8 @@ impl Deploy {
                 (digest, _) => digest.map(|digest| digest.to_string()),
             },
             state: state.name().to_owned(),
-            observed_generation: self.generations.get(&("EdgeModel", wanted.name.clone())).copied(),
+            uid,
+            observed_generation: generation,
             serving: brought.map(|brought| Serving {
                 version: brought.info.version,
                 digest: brought.info.digest.clone(),
@@ -226,7 +237,7 @@ impl Deploy {
         let missing: Vec<&str> =
             models.iter().filter(|model| model.serving.is_none()).map(|model| model.name.as_str()).collect();
         match (&self.asked, missing.as_slice()) {
-            (None, _) => Condition::new(READY, false, "NothingAsked", "nobody has said yet what is to run here"),
+            (None, _) => Condition::new(READY, false, NOTHING_ASKED, "nobody has said yet what is to run here"),
             (Some(_), []) => Condition::new(READY, true, "ModelsServe", format!("{} models serve", models.len())),
             (Some(_), missing) => {
                 let message = format!("no version serves of {}", missing.join(", "));
@@ -315,6 +326,7 @@ fn tell_refused(models: &mut Vec<ModelStatus>, refused: &Refused) {
     let model = &mut models[index];
     model.state = ModelState::Failed.name().to_owned();
     model.version = refused.version.unwrap_or(model.version);
-    model.observed_generation = refused.generation;
+    let Identity { uid, generation } = refused.identity.clone();
+    (model.uid, model.observed_generation) = (uid, generation);
     model.reason = Some(shortened(&format!("refused: {}", refused.reasons.join("; "))));
 }

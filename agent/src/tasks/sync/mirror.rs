@@ -10,7 +10,8 @@
 //!
 //! A list costs the server much and a watch little, so there is at most one list in ten seconds whatever the server
 //! answers, and a watch that broke goes on from the version it had. A watch that breaks three times in a row before
-//! anything came is not believed to get over it, and a list is made.
+//! anything came is not believed to get over it, and a list is made. A list that is refused takes nothing away: where there
+//! is a version, the watch goes on from it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +27,8 @@ use crate::cluster::{Change, Cluster, Item, Kind, Trouble, TroubleKind};
 const LIST_EVERY_MIN: Duration = Duration::from_secs(10);
 /// A list is made after this even when all seems well: a watch that has lost something would never tell.
 const LIST_EVERY: Duration = Duration::from_secs(600);
+/// And when one was refused, while a watch can go on.
+const LIST_AGAIN: Duration = Duration::from_secs(60);
 /// A server that is busy is not believed to be so for longer.
 const BUSY_MAX: Duration = Duration::from_secs(60);
 /// Watches that break at once, one after the other, until a list is made.
@@ -58,7 +61,8 @@ pub async fn mirror(cluster: Arc<Cluster>, kind: Kind, heard: mpsc::Sender<Heard
         if cluster.era() != era {
             (version, era) = (None, cluster.era());
         }
-        let outcome = match version.take().filter(|_| Instant::now() < list_again && broken < BROKEN_MAX) {
+        let may_watch = Instant::now() < list_again && broken < BROKEN_MAX;
+        let outcome = match version.clone().filter(|_| may_watch) {
             None => {
                 if let Some(listed) = listed {
                     tokio::time::sleep_until(listed + LIST_EVERY_MIN + jitter(LIST_EVERY_MIN / 5)).await;
@@ -71,16 +75,27 @@ pub async fn mirror(cluster: Arc<Cluster>, kind: Kind, heard: mpsc::Sender<Heard
                         list_again = Instant::now() + LIST_EVERY - jitter(LIST_EVERY / 5);
                         heard.send(Heard::All(kind, items)).await.map_err(drop).map_or(Ok(true), |()| Ok(false))
                     }
-                    Err(trouble) => Err(trouble),
+                    Err(trouble) => {
+                        // A server that has no time for a list may have some for a watch, which goes on from where it was.
+                        list_again = Instant::now() + LIST_AGAIN + jitter(LIST_AGAIN / 5);
+                        if trouble.kind == TroubleKind::Expired {
+                            version = None;
+                        }
+                        Err(trouble)
+                    }
                 }
             }
             Some(from) => {
-                let mut from = Some(from);
+                let before = Some(from);
+                let mut from = before.clone();
                 let watched = tokio::select! {
                     watched = watch(&cluster, kind, &mut from, &heard) => watched,
                     () = doubt.notified() => Ok(true),
                     () = tokio::time::sleep_until(list_again) => Ok(true),
                 };
+                if from != before {
+                    broken = 0;
+                }
                 version = from;
                 match watched {
                     Ok(came) => Ok(!came),

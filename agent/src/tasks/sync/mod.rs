@@ -96,7 +96,8 @@ impl ClusterSync {
             uids,
             node_uid,
             doubt,
-            trouble: None,
+            troubles: BTreeMap::new(),
+            node_trouble: None,
         };
         // Whatever it waits for, it waits no longer than the agent runs.
         tokio::select! {
@@ -124,8 +125,10 @@ struct Listener {
     uids: Uids,
     node_uid: Arc<Mutex<Option<String>>>,
     doubt: Arc<Notify>,
-    /// What was said last about why the cluster cannot be listened to.
-    trouble: Option<String>,
+    /// What was said last about why a kind cannot be listened to.
+    troubles: BTreeMap<Kind, String>,
+    /// What was said last about why the node cannot be looked at.
+    node_trouble: Option<String>,
 }
 
 impl Listener {
@@ -195,9 +198,9 @@ impl Listener {
         }
         match heard {
             Heard::Nothing(_) => false,
-            Heard::Trouble(_, trouble) => {
+            Heard::Trouble(kind, trouble) => {
                 let text = trouble.to_string();
-                if self.trouble.as_ref() != Some(&text) {
+                if self.troubles.get(&kind) != Some(&text) {
                     let advice = match trouble.kind {
                         TroubleKind::NotFound => {
                             "the kinds of lineside.dev are not there; apply what `lineside crd` prints"
@@ -206,13 +209,13 @@ impl Listener {
                         _ => "it is tried again",
                     };
                     tracing::warn!(%trouble, advice, "the cluster cannot be listened to, what it asked for last stays in force");
-                    self.trouble = Some(text);
+                    self.troubles.insert(kind, text);
                 }
                 self.sync.metrics.sync_failures.inc();
                 false
             }
             Heard::All(kind, items) => {
-                if self.trouble.take().is_some() || !self.heard_all.contains(&kind) {
+                if self.troubles.remove(&kind).is_some() || !self.heard_all.contains(&kind) {
                     tracing::info!(kind = kind.name(), objects = items.len(), "the cluster is heard");
                 }
                 let is_first = self.heard_all.insert(kind);
@@ -234,13 +237,18 @@ impl Listener {
                 return false;
             }
             Err(trouble) => {
-                tracing::warn!(%trouble, "the node's labels cannot be looked at; those that are known stay in force");
+                let text = trouble.to_string();
+                if self.node_trouble.as_ref() != Some(&text) {
+                    tracing::warn!(%trouble, "the node's labels cannot be looked at; those that are known stay in force");
+                    self.node_trouble = Some(text);
+                }
                 // A refusal does not go away by itself; what is for every node, or for this one by name, is to run all the same.
                 let is_news = trouble.kind == TroubleKind::Refused && !self.knows_labels;
                 self.knows_labels |= is_news;
                 return is_news;
             }
         };
+        self.node_trouble = None;
         let Some(facts) = facts else {
             // No node of this cluster, or one that is being registered anew. The labels there were stay, since a model that
             // is unloaded by mistake costs more than one that stays too long.

@@ -1,7 +1,7 @@
 //! How this node stands, told to the cluster: the status of its `EdgeNode`, and Events.
 //!
 //! The status is written when it has changed, at most every ten seconds, and once a minute in any case, so that a silent
-//! agent can be told from one with nothing to say. Events are made of what changed between two writes, by
+//! agent can be told from one with nothing to say. The first after a start waits a moment for the models. Events are made of what changed between two writes, by
 //! [`notices`](crate::plan::notices), and are few: a burst of twenty, then one in ten seconds.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::Uids;
 use crate::base::clock;
 use crate::cluster::{Cluster, Kind, Saying, TroubleKind};
-use crate::plan::notices::{About, Notice, notices};
+use crate::plan::notices::{About, Notice, has_settled, notices};
 use crate::serve::status::Board;
 use crate::status::NodeStatus;
 
@@ -21,6 +21,8 @@ use crate::status::NodeStatus;
 const WRITE_EVERY_MIN: Duration = Duration::from_secs(10);
 /// And at most this far.
 const WRITE_EVERY: Duration = Duration::from_secs(60);
+/// The first word waits so long for the models to stand at most.
+const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// Events said at once at most; what is over is in the status all the same.
 const EVENTS_BURST: f64 = 20.0;
 /// Time in which another Event may be said.
@@ -36,6 +38,11 @@ pub(super) async fn tell(
     stop: CancellationToken,
 ) {
     let mut changed = board.follow();
+    tokio::select! {
+        () = stop.cancelled() => return,
+        () = settled(&board) => {}
+        () = tokio::time::sleep(SETTLE_MAX) => {}
+    }
     changed.mark_changed();
     let mut written: Option<NodeStatus> = None;
     let mut refused: Option<String> = None;
@@ -57,7 +64,7 @@ pub(super) async fn tell(
             outcome = cluster.report(&node, &status) => outcome,
         };
         match outcome {
-            Ok(()) => {
+            Ok(uid) => {
                 if refused.take().is_some() {
                     tracing::info!("the node's status is told to the cluster again");
                 }
@@ -66,7 +73,7 @@ pub(super) async fn tell(
                 for notice in said.into_iter().filter(|_| purse.take()) {
                     let was_said = tokio::select! {
                         () = stop.cancelled() => return,
-                        was_said = say(&cluster, &node, &uids, notice) => was_said,
+                        was_said = say(&cluster, &node, uid.as_deref(), &uids, notice) => was_said,
                     };
                     // The rest is in the status all the same, and the next status must not wait for a dead link.
                     if !was_said {
@@ -81,7 +88,10 @@ pub(super) async fn tell(
                     refused = Some(text);
                 }
                 if trouble.kind == TroubleKind::Unreachable {
-                    cluster.renew().await;
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = cluster.renew() => {}
+                    }
                 }
                 changed.mark_changed();
             }
@@ -94,14 +104,27 @@ pub(super) async fn tell(
     }
 }
 
+/// Waits until the node stands as it will: a model that is still on its way in the first second after a start is no news.
+async fn settled(board: &Board) {
+    let mut changed = board.follow();
+    while !tokio::task::block_in_place(|| has_settled(&board.get())) {
+        if changed.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Says one. `false` when the cluster does not answer.
-async fn say(cluster: &Cluster, node: &str, uids: &Uids, notice: Notice) -> bool {
+async fn say(cluster: &Cluster, node: &str, uid: Option<&str>, uids: &Uids, notice: Notice) -> bool {
     let (kind, name) = match notice.about {
         About::Node => (Kind::EdgeNode, node.to_owned()),
         About::Model(name) => (Kind::EdgeModel, name),
         About::Stream(name) => (Kind::CameraStream, name),
     };
-    let uid = uids.lock().unwrap_or_else(PoisonError::into_inner).get(&(kind.name(), name.clone())).cloned();
+    let uid = match kind {
+        Kind::EdgeNode => uid.map(str::to_owned),
+        _ => uids.lock().unwrap_or_else(PoisonError::into_inner).get(&(kind.name(), name.clone())).cloned(),
+    };
     let saying = Saying { is_warning: notice.is_warning, reason: notice.reason, note: notice.note, kind, name, uid };
     match cluster.say(&saying).await {
         Ok(()) => true,

@@ -115,6 +115,10 @@ pub struct ModelStatus {
     /// `Quarantined`.
     #[schemars(length(max = 32))]
     pub state: String,
+    /// How far that version came before it failed: one of the states above.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub failed_while: Option<String>,
     /// What serves, which may be an earlier version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serving: Option<Serving>,

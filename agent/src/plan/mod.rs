@@ -7,8 +7,8 @@ pub mod exception;
 pub mod notices;
 pub mod rollout;
 
-/// Where a model version stands on this node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where a model version stands on this node, in the order of its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ModelState {
     /// Wanted, and waiting for its turn.
     Pending,
@@ -29,6 +29,27 @@ pub enum ModelState {
 }
 
 impl ModelState {
+    /// Whether it was given up, for now or for good.
+    pub fn has_failed(self) -> bool {
+        matches!(self, Self::Failed | Self::Quarantined)
+    }
+
+    /// The state of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.name() == name)
+    }
+
+    const ALL: [Self; 8] = [
+        Self::Pending,
+        Self::Downloading,
+        Self::Verifying,
+        Self::Vetting,
+        Self::Warming,
+        Self::Ready,
+        Self::Failed,
+        Self::Quarantined,
+    ];
+
     /// As it stands in status and metrics.
     pub fn name(self) -> &'static str {
         match self {

@@ -87,6 +87,27 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && message.contains("set spec.rollback: true"), "{message}");
 
+    for step in ["Downloaded", "Verified", "Compatible", "Loaded"] {
+        lab.done(&["wait", "em/surface-defects", "-n", NAMESPACE, &format!("--for=condition={step}"), "--timeout=60s"]);
+    }
+
+    // A version whose file is not there is told where people look, and the one before serves on.
+    let missing = format!(
+        r#"{{"spec":{{"version":{},"source":{{"uri":"file:///var/lib/lineside/quickstart/none.onnx"}}}}}}"#,
+        version + 2
+    );
+    lab.done(&["patch", "em", "surface-defects", "-n", NAMESPACE, "--type=merge", "--patch", &missing]);
+    let message = lab.until("the missing file to be told", || {
+        let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
+        let conditions = model["status"]["conditions"].as_array()?.clone();
+        let downloaded = conditions.into_iter().find(|condition| condition["type"] == "Downloaded")?;
+        (downloaded["reason"] == "NodesFailed").then(|| downloaded["message"].to_string())
+    });
+    assert!(message.contains(lab.node()), "{message}");
+    let before = subscriber.results().len();
+    lab.until("results to go on", || (subscriber.results().len() > before + 5).then_some(()));
+    assert_eq!(versions(&subscriber.results()), [version, version + 1]);
+
     // A deletion unloads; the file stays until the quota wants its room.
     let blobs = lab.edge_node()["store"]["blobs"].clone();
     lab.done(&["delete", "-k", lineside_tests::root().join("edge-manifests/samples").to_str().unwrap()]);

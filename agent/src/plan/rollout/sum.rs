@@ -11,7 +11,8 @@ use serde_json::Value;
 use crate::plan::ModelState;
 use crate::plan::desired::selects;
 use crate::status::{
-    CameraStreamStatus, Condition, DEGRADED, EdgeModelStatus, NodeCounts, NodeStatus, READY, date, shortened,
+    CameraStreamStatus, Condition, DEGRADED, EdgeModelStatus, ModelStatus, NodeCounts, NodeStatus, READY, date,
+    shortened,
 };
 
 /// Nodes named in a message at most.
@@ -19,9 +20,19 @@ const NAMED_MAX: usize = 5;
 /// The condition that says that nodes are on their way to what is asked for.
 const PROGRESSING: &str = "Progressing";
 
+/// What a version has behind it on a node once it is in the state beside or further on, as conditions of an `EdgeModel`.
+const STEPS: [(&str, ModelState); 4] = [
+    ("Downloaded", ModelState::Verifying),
+    ("Verified", ModelState::Vetting),
+    ("Compatible", ModelState::Warming),
+    ("Loaded", ModelState::Ready),
+];
+
 /// Keeps of a status's conditions those that are written here; others are somebody else's, and no difference to us.
 pub fn own(conditions: &mut Vec<Condition>) {
-    conditions.retain(|condition| [READY, PROGRESSING, DEGRADED].contains(&condition.kind.as_str()));
+    let steps = STEPS.map(|(kind, _)| kind);
+    conditions
+        .retain(|condition| [&[READY, PROGRESSING, DEGRADED], &steps[..]].concat().contains(&condition.kind.as_str()));
 }
 
 /// A node, as far as the sums need it.
@@ -86,24 +97,58 @@ enum Standing<'a> {
 
 /// A model on all nodes. `now` dates what has changed since `before`.
 pub fn model(subject: &Subject, nodes: &[NodeView<'_>], before: &EdgeModelStatus, now: &str) -> EdgeModelStatus {
+    let mut came = Vec::new();
     let stands = nodes.iter().filter(|node| subject.concerns(node)).map(|node| {
         let said = node.status.models.iter().find(|model| model.name == subject.name);
-        let Some(said) = said.filter(|said| subject.is_meant(said.uid.as_deref(), said.observed_generation)) else {
+        let said = said.filter(|said| subject.is_meant(said.uid.as_deref(), said.observed_generation));
+        came.push((node.name, said.map_or((0, false), way_come)));
+        let Some(said) = said else {
             return (node.name, if node.is_silent { Standing::Silent } else { Standing::Pending });
         };
+        let state = ModelState::named(&said.state);
         let standing = if node.is_silent {
             Standing::Silent
-        } else if said.state == ModelState::Ready.name() && Some(said.version) == subject.version {
+        } else if state == Some(ModelState::Ready) && Some(said.version) == subject.version {
             Standing::Ready
-        } else if [ModelState::Failed, ModelState::Quarantined].map(ModelState::name).contains(&said.state.as_str()) {
+        } else if state.is_some_and(ModelState::has_failed) {
             Standing::Failed(said.reason.as_deref().unwrap_or_default())
         } else {
             Standing::Pending
         };
         (node.name, standing)
     });
-    let (nodes, conditions) = sum(subject, stands.collect(), ["AllNodesServe", "serves"], &before.conditions, now);
+    let stands = stands.collect();
+    let (nodes, mut conditions) = sum(stands, ["AllNodesServe", "serves"]);
+    conditions.extend(STEPS.iter().enumerate().map(|(index, (kind, _))| step(kind, index + 1, &came)));
+    settle(&mut conditions, subject, &before.conditions, now);
     EdgeModelStatus { observed_generation: subject.generation, nodes, conditions }
+}
+
+/// How many of the [`STEPS`] a version has behind it, and whether it failed at the next.
+fn way_come(said: &ModelStatus) -> (usize, bool) {
+    let state = ModelState::named(&said.state).unwrap_or(ModelState::Pending);
+    let failed_while = said.failed_while.as_deref().and_then(ModelState::named).unwrap_or(ModelState::Pending);
+    let came_to = if state.has_failed() { failed_while } else { state };
+    (STEPS.iter().filter(|(_, from)| came_to >= *from).count(), state.has_failed())
+}
+
+/// Whether all nodes have so many steps behind them.
+fn step(kind: &str, steps: usize, came: &[(&str, (usize, bool))]) -> Condition {
+    let done = came.iter().filter(|(_, (behind, _))| *behind >= steps).count();
+    let failed =
+        came.iter().filter(|(_, (behind, has_failed))| *has_failed && behind + 1 == steps).map(|(name, _)| *name);
+    let failed: Vec<&str> = failed.take(NAMED_MAX).collect();
+    let reason = match (came.len(), failed.is_empty()) {
+        (0, _) => "NoNodes",
+        (all, _) if done == all => "OnAllNodes",
+        (_, false) => "NodesFailed",
+        _ => "NodesPending",
+    };
+    let message = match failed.as_slice() {
+        [] => format!("on {done} of {} nodes", came.len()),
+        names => shortened(&format!("on {done} of {} nodes; it failed on {}", came.len(), names.join(", "))),
+    };
+    Condition::new(kind, reason == "OnAllNodes", reason, message)
 }
 
 /// A stream on the nodes that play it.
@@ -126,17 +171,12 @@ pub fn stream(subject: &Subject, nodes: &[NodeView<'_>], before: &CameraStreamSt
     if let (Some(name), true) = (&subject.node_name, stands.is_empty()) {
         stands.push((name.as_str(), Standing::Failed("no agent of this name has reported")));
     }
-    let (nodes, conditions) = sum(subject, stands, ["FramesCome", "plays"], &before.conditions, now);
+    let (nodes, mut conditions) = sum(stands, ["FramesCome", "plays"]);
+    settle(&mut conditions, subject, &before.conditions, now);
     CameraStreamStatus { observed_generation: subject.generation, nodes, conditions }
 }
 
-fn sum(
-    subject: &Subject,
-    stands: Vec<(&str, Standing<'_>)>,
-    [reason, verb]: [&str; 2],
-    before: &[Condition],
-    now: &str,
-) -> (NodeCounts, Vec<Condition>) {
+fn sum(stands: Vec<(&str, Standing<'_>)>, [reason, verb]: [&str; 2]) -> (NodeCounts, Vec<Condition>) {
     let whole = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
     let count = |is: fn(&Standing<'_>) -> bool| whole(stands.iter().filter(|(_, standing)| is(standing)).count());
     let counts = NodeCounts {
@@ -188,9 +228,12 @@ fn sum(
         (0, _) => Condition::new(DEGRADED, true, "NodesSilent", silent_names),
         _ => Condition::new(DEGRADED, true, "NodesFailed", failed_names),
     });
-    conditions.iter_mut().for_each(|condition| condition.observed_generation = subject.generation);
-    date(&mut conditions, before, now);
     (counts, conditions)
+}
+
+fn settle(conditions: &mut [Condition], subject: &Subject, before: &[Condition], now: &str) {
+    conditions.iter_mut().for_each(|condition| condition.observed_generation = subject.generation);
+    date(conditions, before, now);
 }
 
 #[cfg(test)]
@@ -198,7 +241,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::status::{ModelStatus, StreamStatus};
+    use crate::status::StreamStatus;
 
     fn node(line: &str, state: &str, version: u64, generation: i64) -> NodeStatus {
         let mut status = NodeStatus::default();
@@ -251,6 +294,37 @@ mod tests {
         of_another.models[0].uid = Some("before".into());
         let views = [view("n1", &of_another, false)];
         assert_eq!(ready(&model(&subject(), &views, &status, "t3")), ("False", "NodesPending"), "it was made anew");
+    }
+
+    #[test]
+    fn each_step_of_a_version_is_a_condition() {
+        let steps = |states: &[(&str, Option<&str>)]| -> Vec<(String, String)> {
+            let nodes: Vec<NodeStatus> = states
+                .iter()
+                .map(|(state, failed_while)| {
+                    let mut status = node("a", state, 3, 4);
+                    status.models[0].failed_while = failed_while.map(str::to_owned);
+                    status
+                })
+                .collect();
+            let views: Vec<NodeView<'_>> = nodes.iter().map(|status| view("n", status, false)).collect();
+            let status = model(&subject(), &views, &EdgeModelStatus::default(), "t");
+            let of = |(kind, _): &(&str, ModelState)| {
+                let condition = status.conditions.iter().find(|condition| condition.kind == *kind).unwrap();
+                (condition.status.clone(), condition.reason.clone())
+            };
+            STEPS.iter().map(of).collect()
+        };
+        let all =
+            |statuses: [(&str, &str); 4]| statuses.map(|(one, other)| (one.to_owned(), other.to_owned())).to_vec();
+        let (yes, no) = (("True", "OnAllNodes"), ("False", "NodesPending"));
+        assert_eq!(steps(&[("Ready", None), ("Ready", None)]), all([yes; 4]));
+        assert_eq!(steps(&[("Ready", None), ("Vetting", None)]), all([yes, yes, no, no]));
+        assert_eq!(steps(&[("Downloading", None)]), all([no; 4]));
+        let failed = ("False", "NodesFailed");
+        assert_eq!(steps(&[("Quarantined", Some("Vetting"))]), all([yes, yes, failed, no]));
+        assert_eq!(steps(&[("Failed", Some("Downloading"))]), all([failed, no, no, no]));
+        assert_eq!(steps(&[]), all([("False", "NoNodes"); 4]));
     }
 
     #[test]

@@ -110,6 +110,8 @@ struct UnderWay {
 struct Failures {
     backoff: Backoff,
     version: u64,
+    /// How far it came.
+    stage: ModelState,
     setback: Setback,
 }
 
@@ -385,7 +387,7 @@ impl Deploy {
 
     fn on_loaded(&mut self, loaded: Loaded) {
         let Loaded { manifest, is_restored, outcome } = loaded;
-        self.errands.remove(&manifest.name);
+        let stage = self.errands.remove(&manifest.name).map_or(ModelState::Pending, |errand| errand.stage.get());
         let model = self.observed.models.entry(manifest.name.clone()).or_default();
         model.loading = None;
         if self.slots.get(&manifest.name).is_some_and(|slot| slot.serving().is_none()) {
@@ -421,7 +423,7 @@ impl Deploy {
                     "what served last cannot be restored, trying again later"
                 );
             }
-            Err(setback) => self.on_failed(manifest, setback),
+            Err(setback) => self.on_failed(manifest, stage, setback),
         }
     }
 
@@ -465,10 +467,11 @@ impl Deploy {
         model.serving = Some(manifest);
     }
 
-    fn on_failed(&mut self, manifest: ModelManifest, setback: Setback) {
+    fn on_failed(&mut self, manifest: ModelManifest, stage: ModelState, setback: Setback) {
         let failures = self.failures.entry(manifest.name.clone()).or_insert_with(|| Failures {
             backoff: Backoff::new(RETRY_FIRST, RETRY_CAP),
             version: 0,
+            stage,
             setback: String::new().into(),
         });
         if failures.version != manifest.version {
@@ -497,7 +500,7 @@ impl Deploy {
             );
         }
         let retry_at = setback.quarantined_after.is_none().then(|| Instant::now() + delay);
-        (failures.version, failures.setback) = (manifest.version, setback);
+        (failures.version, failures.stage, failures.setback) = (manifest.version, stage, setback);
         model.failed = Some((manifest, retry_at));
     }
 

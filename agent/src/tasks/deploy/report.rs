@@ -151,9 +151,11 @@ impl Deploy {
         let brought = self.serving.get(&wanted.name);
         let figures = brought.map(|brought| &brought.figures);
         let errand = self.errands.get(&wanted.name).filter(|_| state == ModelState::Downloading);
+        let failed = self.failures.get(&wanted.name).filter(|_| state.has_failed());
         ModelStatus {
             name: wanted.name.clone(),
             version: wanted.version,
+            failed_while: failed.map(|failures| failures.stage.name().to_owned()),
             digest: match (wanted.digest, brought) {
                 (None, Some(brought)) if state == ModelState::Ready => Some(brought.digest.to_string()),
                 (digest, _) => digest.map(|digest| digest.to_string()),

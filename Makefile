@@ -60,7 +60,7 @@ lab-demo: lab-tools ## The same, with a broker and a camera: verdicts from a pod
 	tests/lab/demo.sh show $(LAB)
 
 fleet: lab-up ## What many agents cost the API server, in the lab (AGENTS=1000)
-	ulimit -n 65536; FLEET_KUBECONFIG=$$(realpath $(LAB))/admin.kubeconfig AGENTS=$(or $(AGENTS),1000) \
+	ulimit -n $$(ulimit -Hn); FLEET_KUBECONFIG=$$(realpath $(LAB))/admin.kubeconfig AGENTS=$(or $(AGENTS),1000) \
 		tests/lab/lab.sh exec $(LAB) center $(CARGO) bench --profile dev -p lineside --bench fleet
 	tests/lab/lab.sh exec $(LAB) center ps -C lineside -o rss,args
 

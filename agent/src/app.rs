@@ -115,7 +115,7 @@ impl App {
             epoch,
             %http,
             brokers = ?config.mqtt.brokers,
-            wishes = ?config.wishes,
+            wishes = %config.wishes,
             waiting = spool.stats().records,
             "lineside starts"
         );

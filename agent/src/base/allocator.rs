@@ -17,7 +17,9 @@ pub fn share_one_heap() {
         return;
     }
     let mut arguments = std::env::args_os();
-    let mut command = Command::new("/proc/self/exe");
+    // By its path, so that `ps` shows the program's name; where there is no such file any more, as what is running.
+    let path = std::env::current_exe().ok().filter(|path| path.exists());
+    let mut command = Command::new(path.unwrap_or_else(|| "/proc/self/exe".into()));
     if let Some(name) = arguments.next() {
         command.arg0(name);
     }

@@ -100,6 +100,15 @@ pub enum WishSource {
     Cluster(Access),
 }
 
+impl std::fmt::Display for WishSource {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Folder(folder) => write!(formatter, "the folder {}", folder.display()),
+            Self::Cluster(access) => write!(formatter, "{access}"),
+        }
+    }
+}
+
 /// How models come to a node, and what they have to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Models {

@@ -12,3 +12,12 @@ pub struct Access {
     /// Where our objects are. `None` is the pod's or context's own namespace, else `lineside`.
     pub namespace: Option<String>,
 }
+
+impl std::fmt::Display for Access {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.kubeconfig {
+            None => write!(formatter, "the cluster this pod is in"),
+            Some(path) => write!(formatter, "the cluster of {}", path.display()),
+        }
+    }
+}

@@ -115,7 +115,7 @@ pub struct ModelStatus {
     /// `Quarantined`.
     #[schemars(length(max = 32))]
     pub state: String,
-    /// How far that version came before it failed: one of the states above.
+    /// How far that version came when it failed last, also while it is tried again: one of the states above.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub failed_while: Option<String>,

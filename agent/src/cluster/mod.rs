@@ -28,7 +28,7 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Config, ResourceExt as _};
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::task::JoinHandle;
+use tokio::sync::oneshot;
 
 use crate::config::cluster::Access;
 use crate::plan::asked::document;
@@ -50,6 +50,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
 const RENEW_EVERY: Duration = Duration::from_secs(3);
 /// A context that has failed for this long makes room for the next.
 const CONTEXT_PATIENCE: Duration = Duration::from_secs(20);
+/// A program for credentials that has not ended after this is started anew.
+const HANGS_AFTER: Duration = Duration::from_secs(600);
 /// Objects and reasons of which it is remembered what was said.
 const NOTES_MAX: usize = 1024;
 /// Bytes of an Event's note, and of the name of who says it, that the API server takes.
@@ -245,6 +247,8 @@ pub struct Cluster {
     era: AtomicU64,
     /// Milliseconds after `begun` at which the server answered last.
     answered: AtomicU64,
+    /// Since when nothing but failures has come of the present context.
+    failing_since: Mutex<Option<Instant>>,
     begun: Instant,
 }
 
@@ -259,10 +263,9 @@ struct Way {
 /// may fail, or hang, while the network does, and an agent has to start all the same.
 struct Line {
     way: Option<Way>,
-    /// Connections that are still being made, by context. Such a program is not started anew while it runs.
-    pending: HashMap<usize, JoinHandle<kube::Result<Client>>>,
+    /// Connections that are still being made, by context, and since when.
+    pending: HashMap<usize, (Instant, oneshot::Receiver<kube::Result<Client>>)>,
     renewed: Instant,
-    in_context_since: Instant,
     /// What was said last about why there is no connection.
     trouble: Option<String>,
 }
@@ -294,16 +297,11 @@ impl Cluster {
             namespace,
             reporter,
             notes: Mutex::default(),
-            line: tokio::sync::Mutex::new(Line {
-                way: None,
-                pending: HashMap::new(),
-                renewed: now,
-                in_context_since: now,
-                trouble: None,
-            }),
+            line: tokio::sync::Mutex::new(Line { way: None, pending: HashMap::new(), renewed: now, trouble: None }),
             context: AtomicUsize::new(0),
             era: AtomicU64::new(0),
             answered: AtomicU64::new(0),
+            failing_since: Mutex::default(),
             begun: now,
         })
     }
@@ -327,21 +325,22 @@ impl Cluster {
     /// failed for a while and there are others, the next one is taken that can be had.
     pub async fn renew(&self) {
         let mut line = self.line.lock().await;
-        let now = Instant::now();
-        if now.duration_since(line.renewed) < RENEW_EVERY {
+        if line.renewed.elapsed() < RENEW_EVERY {
             return;
         }
-        line.renewed = now;
         let contexts = self.access.contexts.len().max(1);
         let present = self.context.load(Ordering::Relaxed);
-        let failing = self.silent_for().min(now.duration_since(line.in_context_since));
-        let candidates: Vec<usize> = match failing >= CONTEXT_PATIENCE {
+        let has_failed_long = self.failing_since().is_some_and(|since| since.elapsed() >= CONTEXT_PATIENCE);
+        let candidates: Vec<usize> = match has_failed_long {
             true => (1..=contexts).map(|step| (present + step) % contexts).collect(),
             false => vec![present],
         };
         for context in candidates {
             match self.open(&mut line, context).await {
-                Ok(way) => return self.take(way, context, &mut line),
+                Ok(way) => {
+                    self.take(way, context, &mut line);
+                    break;
+                }
                 Err(trouble) => {
                     let text = trouble.to_string();
                     if line.trouble.as_ref() != Some(&text) {
@@ -351,6 +350,8 @@ impl Cluster {
                 }
             }
         }
+        // Counted from now: who has waited for the line meanwhile wants nothing else.
+        line.renewed = Instant::now();
     }
 
     /// Goes back to the first context where that can be had again.
@@ -372,20 +373,29 @@ impl Cluster {
     }
 
     /// Makes connections by a context. The caller holds the line, so that this is done once at a time.
+    ///
+    /// A program that hangs has a thread to itself, none of those that load models, and is not started anew for a while.
     async fn open(&self, line: &mut Line, context: usize) -> Result<Way, Trouble> {
-        let mut making = match line.pending.remove(&context) {
-            Some(making) => making,
-            None => {
-                let config = configuration(&self.access, context).await?;
-                tokio::task::spawn_blocking(|| Client::try_from(config))
-            }
+        if line.pending.get(&context).is_none_or(|(since, _)| since.elapsed() >= HANGS_AFTER) {
+            let config = configuration(&self.access, context).await?;
+            line.pending.insert(context, (Instant::now(), in_thread(config)?));
+        }
+        let Some((_, making)) = line.pending.get_mut(&context) else {
+            return Err(Trouble::unreachable("there is no connection"));
         };
-        match tokio::time::timeout(DEADLINE, &mut making).await {
+        let made = tokio::time::timeout(DEADLINE, making).await;
+        if made.is_ok() {
+            line.pending.remove(&context);
+        }
+        match made {
             Ok(Ok(Ok(client))) => Ok(Way { recorder: Recorder::new(client.clone(), self.reporter.clone()), client }),
             Ok(Ok(Err(error))) => Err(Trouble::new(error)),
-            Ok(Err(error)) => Err(Trouble::unreachable(error.to_string())),
+            Ok(Err(_)) => Err(Trouble::unreachable("making the connection panicked")),
             Err(_) => {
-                line.pending.insert(context, making);
+                // The connections there are would start the program too, once their token has run out.
+                if context == self.context.load(Ordering::Relaxed) {
+                    line.way = None;
+                }
                 Err(Trouble::unreachable(format!("no credentials within {} s", DEADLINE.as_secs())))
             }
         }
@@ -394,7 +404,7 @@ impl Cluster {
     fn take(&self, way: Way, context: usize, line: &mut Line) {
         if self.context.swap(context, Ordering::Relaxed) != context {
             tracing::warn!(context = self.access.contexts.get(context), "another context of the kubeconfig is taken");
-            line.in_context_since = Instant::now();
+            *self.failing_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
             self.era.fetch_add(1, Ordering::Release);
         }
         line.trouble = None;
@@ -404,13 +414,21 @@ impl Cluster {
     /// The connections there are; where there are none yet, they are made.
     async fn way(&self) -> Result<Way, Trouble> {
         let mut line = self.line.lock().await;
-        if let Some(way) = &line.way {
-            return Ok(way.clone());
+        self.ready(&mut line).await.cloned()
+    }
+
+    async fn ready<'a>(&self, line: &'a mut Line) -> Result<&'a Way, Trouble> {
+        if line.way.is_none() {
+            let context = self.context.load(Ordering::Relaxed);
+            match self.open(line, context).await {
+                Ok(way) => self.take(way, context, line),
+                Err(trouble) => {
+                    self.failed();
+                    return Err(trouble);
+                }
+            }
         }
-        let context = self.context.load(Ordering::Relaxed);
-        let way = self.open(&mut line, context).await?;
-        self.take(way.clone(), context, &mut line);
-        Ok(way)
+        line.way.as_ref().ok_or_else(|| Trouble::unreachable("there is no connection"))
     }
 
     async fn client(&self) -> Result<Client, Trouble> {
@@ -429,9 +447,9 @@ impl Cluster {
                 Err(Trouble::unreachable(format!("the API server has not answered within {} s", deadline.as_secs())))
             }
         };
-        if !matches!(&outcome, Err(trouble) if matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Busy(_)))
-        {
-            self.heard();
+        match &outcome {
+            Err(trouble) if matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Busy(_)) => self.failed(),
+            _ => self.heard(),
         }
         outcome
     }
@@ -439,6 +457,15 @@ impl Cluster {
     fn heard(&self) {
         let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.answered.store(now, Ordering::Relaxed);
+        *self.failing_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn failed(&self) {
+        self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
+    }
+
+    fn failing_since(&self) -> Option<Instant> {
+        *self.failing_since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All objects of a kind, and the version of the whole.
@@ -588,16 +615,17 @@ impl Cluster {
             }
             notes.insert(key, saying.note.clone()).is_none_or(|before| before == saying.note)
         };
-        let way = self.way().await?;
-        let recorder = match is_same {
-            true => way.recorder,
-            false => {
-                let recorder = Recorder::new(way.client, self.reporter.clone());
-                if let Some(way) = &mut self.line.lock().await.way {
-                    way.recorder = recorder.clone();
-                }
-                recorder
+        let recorder = {
+            let mut line = self.line.lock().await;
+            let way = self.ready(&mut line).await?;
+            let recorder = match is_same {
+                true => way.recorder.clone(),
+                false => Recorder::new(way.client.clone(), self.reporter.clone()),
+            };
+            if let Some(way) = &mut line.way {
+                way.recorder = recorder.clone();
             }
+            recorder
         };
         self.ask(DEADLINE, recorder.publish(&event, &about)).await
     }
@@ -630,6 +658,21 @@ async fn configuration(access: &Access, context: usize) -> Result<Config, Troubl
     // When to try again is decided by whoever asks.
     config.default_retry = false;
     Ok(config)
+}
+
+/// Makes connections in a thread of their own.
+fn in_thread(config: Config) -> Result<oneshot::Receiver<kube::Result<Client>>, Trouble> {
+    let (done, making) = oneshot::channel();
+    let runtime = tokio::runtime::Handle::current();
+    std::thread::Builder::new()
+        .name("credentials".to_owned())
+        .spawn(move || {
+            let _inside = runtime.enter();
+            // Nobody may wait for it any more.
+            drop(done.send(Client::try_from(config)));
+        })
+        .map_err(|error| Trouble::unreachable(format!("no thread can be had: {error}")))?;
+    Ok(making)
 }
 
 /// A list or map that server-side apply empties becomes null, which the schema may refuse. What is empty is not said.

@@ -128,7 +128,8 @@ pub fn model(subject: &Subject, nodes: &[NodeView<'_>], before: &EdgeModelStatus
 fn way_come(said: &ModelStatus) -> (usize, bool) {
     let state = ModelState::named(&said.state).unwrap_or(ModelState::Pending);
     let failed_while = said.failed_while.as_deref().and_then(ModelState::named).unwrap_or(ModelState::Pending);
-    let came_to = if state.has_failed() { failed_while } else { state };
+    // What is tried again has the steps behind it that it had before.
+    let came_to = if state.has_failed() { failed_while } else { state.max(failed_while) };
     (STEPS.iter().filter(|(_, from)| came_to >= *from).count(), state.has_failed())
 }
 
@@ -324,6 +325,7 @@ mod tests {
         let failed = ("False", "NodesFailed");
         assert_eq!(steps(&[("Quarantined", Some("Vetting"))]), all([yes, yes, failed, no]));
         assert_eq!(steps(&[("Failed", Some("Downloading"))]), all([failed, no, no, no]));
+        assert_eq!(steps(&[("Downloading", Some("Vetting"))]), all([yes, yes, no, no]), "it is tried again");
         assert_eq!(steps(&[]), all([("False", "NoNodes"); 4]));
     }
 

@@ -227,11 +227,11 @@ fn settle(
         )
         .into());
     }
+    // From here on it is the model, its manifest or its golden samples.
+    stage.set(ModelState::Vetting);
     let vetting =
         Vetting::new(manifest, digest, way.limits).map_err(|refusal| refused(way, errand, digest, None, refusal))?;
     let trials: Trials = way.store.recall(Kind::Trials, digest).unwrap_or_default();
-    // What was found before is what a trial would find.
-    stage.set(ModelState::Vetting);
     if trials.quarantined && trials.key.as_ref() == Some(vetting.key()) {
         return Err(given_up(&trials, digest));
     }

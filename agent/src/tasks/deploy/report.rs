@@ -151,7 +151,7 @@ impl Deploy {
         let brought = self.serving.get(&wanted.name);
         let figures = brought.map(|brought| &brought.figures);
         let errand = self.errands.get(&wanted.name).filter(|_| state == ModelState::Downloading);
-        let failed = self.failures.get(&wanted.name).filter(|_| state.has_failed());
+        let failed = self.failures.get(&wanted.name).filter(|failures| failures.version == wanted.version);
         ModelStatus {
             name: wanted.name.clone(),
             version: wanted.version,
@@ -330,5 +330,7 @@ fn tell_refused(models: &mut Vec<ModelStatus>, refused: &Refused) {
     model.version = refused.version.unwrap_or(model.version);
     let Identity { uid, generation } = refused.identity.clone();
     (model.uid, model.observed_generation) = (uid, generation);
+    // These are of what it said before.
+    (model.digest, model.failed_while) = (None, None);
     model.reason = Some(shortened(&format!("refused: {}", refused.reasons.join("; "))));
 }

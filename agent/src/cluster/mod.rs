@@ -10,31 +10,31 @@
 
 mod kinds;
 mod lease;
+mod line;
+mod trouble;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt as _};
 use k8s_openapi::api::core::v1::{Node, ObjectReference};
 use kube::api::{
     ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions, WatchEvent, WatchParams,
 };
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use kube::{Api, Client, Config, ResourceExt as _};
+use kube::runtime::events::{Event, EventType, Reporter};
+use kube::{Api, Client, ResourceExt as _};
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
 
 use crate::config::cluster::Access;
 use crate::plan::asked::document;
 use crate::status::NodeStatus;
 pub use kinds::definitions;
 pub use lease::{Lease, Term};
+use line::{Line, configuration};
+pub use trouble::{Trouble, TroubleKind};
 
 /// Every call but a watch has to be answered within this.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -46,12 +46,6 @@ const PAGE: u32 = 500;
 const WATCH_SECONDS: u32 = 60;
 /// A watch that is silent for longer is broken: the server should have ended it.
 const SILENCE_MAX: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
-/// Connections are made anew this far apart at least.
-const RENEW_EVERY: Duration = Duration::from_secs(3);
-/// A context that has failed for this long makes room for the next.
-const CONTEXT_PATIENCE: Duration = Duration::from_secs(20);
-/// A program for credentials that has not ended after this is started anew.
-const HANGS_AFTER: Duration = Duration::from_secs(600);
 /// Objects and reasons of which it is remembered what was said.
 const NOTES_MAX: usize = 1024;
 /// Bytes of an Event's note, and of the name of who says it, that the API server takes.
@@ -136,78 +130,6 @@ pub enum Change {
 /// The changes of a kind, each with the version of the whole from which to go on after it.
 pub type Changes = Pin<Box<dyn Stream<Item = Result<(Change, Option<String>), Trouble>> + Send>>;
 
-/// Why the cluster did not do what it was asked for.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Trouble {
-    /// What to do about it.
-    pub kind: TroubleKind,
-    /// For people.
-    pub message: String,
-}
-
-/// What to do about a [`Trouble`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TroubleKind {
-    /// The version to go on from is too old: list again.
-    Expired,
-    /// There is no such object, or no such kind.
-    NotFound,
-    /// Somebody else was faster.
-    Conflict,
-    /// It is not allowed, or not valid: somebody has to change something first.
-    Refused,
-    /// The server is there and has no time: try again, and not before this.
-    Busy(Duration),
-    /// There was no answer, or none that can be read, or the credentials are not good any more: try again with a new
-    /// connection.
-    Unreachable,
-}
-
-impl std::fmt::Display for Trouble {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(&self.message)
-    }
-}
-
-impl std::error::Error for Trouble {}
-
-impl Trouble {
-    fn unreachable(message: impl Into<String>) -> Self {
-        Self { kind: TroubleKind::Unreachable, message: message.into() }
-    }
-
-    fn new(error: kube::Error) -> Self {
-        let kube::Error::Api(status) = error else {
-            // The causes say what happened: `ServiceError: client error (Connect)` alone says little.
-            let mut message = error.to_string();
-            let mut cause = std::error::Error::source(&error);
-            while let Some(inner) = cause {
-                let text = inner.to_string();
-                if !message.contains(&text) {
-                    message = format!("{message}: {text}");
-                }
-                cause = inner.source();
-            }
-            return Self::unreachable(message);
-        };
-        let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
-        let kind = match status.code {
-            410 => TroubleKind::Expired,
-            404 => TroubleKind::NotFound,
-            409 => TroubleKind::Conflict,
-            // The credentials may have been changed where they lie; a new connection reads them.
-            401 => TroubleKind::Unreachable,
-            429 | 500..=599 => TroubleKind::Busy(Duration::from_secs(u64::from(seconds))),
-            _ => TroubleKind::Refused,
-        };
-        let message = match status.message.as_str() {
-            "" => format!("the API server answers {} {}", status.code, status.reason),
-            message => format!("{message} ({})", status.code),
-        };
-        Self { kind, message }
-    }
-}
-
 /// What the cluster knows of a node.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct NodeFacts {
@@ -236,38 +158,12 @@ pub struct Saying {
 
 /// A way into a cluster.
 pub struct Cluster {
-    access: Access,
     namespace: String,
-    /// Who speaks, for field managers and events.
-    reporter: Reporter,
-    line: tokio::sync::Mutex<Line>,
+    /// Who speaks.
+    field_manager: String,
+    line: Line,
     /// What was said last, by object and reason.
     notes: Mutex<HashMap<(Kind, String, &'static str), String>>,
-    context: AtomicUsize,
-    era: AtomicU64,
-    /// Milliseconds after `begun` at which the server answered last.
-    answered: AtomicU64,
-    /// Since when nothing but failures has come of the present context.
-    failing_since: Mutex<Option<Instant>>,
-    begun: Instant,
-}
-
-/// Connections by one context.
-#[derive(Clone)]
-struct Way {
-    client: Client,
-    recorder: Recorder,
-}
-
-/// The connections there are. They are made when they are first needed: a program that the kubeconfig names for credentials
-/// may fail, or hang, while the network does, and an agent has to start all the same.
-struct Line {
-    way: Option<Way>,
-    /// Connections that are still being made, by context, and since when.
-    pending: HashMap<usize, (Instant, oneshot::Receiver<kube::Result<Client>>)>,
-    renewed: Instant,
-    /// What was said last about why there is no connection.
-    trouble: Option<String>,
 }
 
 impl Cluster {
@@ -289,21 +185,10 @@ impl Cluster {
                 .map(|text| text.trim().to_owned())
                 .unwrap_or_else(|_| NAMESPACE.to_owned()),
         };
-        let instance = shortened(instance, INSTANCE_BYTES_MAX).to_owned();
+        let instance = front(instance, INSTANCE_BYTES_MAX).to_owned();
         let reporter = Reporter { controller: speaker.to_owned(), instance: Some(instance) };
-        let now = Instant::now();
-        Ok(Self {
-            access,
-            namespace,
-            reporter,
-            notes: Mutex::default(),
-            line: tokio::sync::Mutex::new(Line { way: None, pending: HashMap::new(), renewed: now, trouble: None }),
-            context: AtomicUsize::new(0),
-            era: AtomicU64::new(0),
-            answered: AtomicU64::new(0),
-            failing_since: Mutex::default(),
-            begun: now,
-        })
+        let field_manager = speaker.to_owned();
+        Ok(Self { namespace, field_manager, line: Line::new(access, reporter), notes: Mutex::default() })
     }
 
     /// The namespace of our objects.
@@ -313,126 +198,32 @@ impl Cluster {
 
     /// Counts how often another context was taken. What was heard before is then void.
     pub fn era(&self) -> u64 {
-        self.era.load(Ordering::Acquire)
+        self.line.era()
     }
 
     /// How long ago the server answered last.
     pub fn silent_for(&self) -> Duration {
-        self.begun.elapsed().saturating_sub(Duration::from_millis(self.answered.load(Ordering::Relaxed)))
+        self.line.silent_for()
     }
 
     /// Gives up the connections there are and makes new ones, with credentials read anew. Where the present context has
     /// failed for a while and there are others, the next one is taken that can be had.
     pub async fn renew(&self) {
-        let mut line = self.line.lock().await;
-        if line.renewed.elapsed() < RENEW_EVERY {
-            return;
-        }
-        let contexts = self.access.contexts.len().max(1);
-        let present = self.context.load(Ordering::Relaxed);
-        let has_failed_long = self.failing_since().is_some_and(|since| since.elapsed() >= CONTEXT_PATIENCE);
-        let candidates: Vec<usize> = match has_failed_long {
-            true => (1..=contexts).map(|step| (present + step) % contexts).collect(),
-            false => vec![present],
-        };
-        for context in candidates {
-            match self.open(&mut line, context).await {
-                Ok(way) => {
-                    self.take(way, context, &mut line);
-                    break;
-                }
-                Err(trouble) => {
-                    let text = trouble.to_string();
-                    if line.trouble.as_ref() != Some(&text) {
-                        tracing::warn!(%trouble, "the way into the cluster cannot be made anew");
-                        line.trouble = Some(text);
-                    }
-                }
-            }
-        }
-        // Counted from now: who has waited for the line meanwhile wants nothing else.
-        line.renewed = Instant::now();
+        self.line.renew().await;
     }
 
     /// Goes back to the first context where that can be had again.
     pub async fn prefer_first(&self) {
-        if self.context.load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        let opened = {
-            let mut line = self.line.lock().await;
-            self.open(&mut line, 0).await
+        let answers = async |client: Client| {
+            let api: Api<DynamicObject> = Api::namespaced_with(client, &self.namespace, &Kind::EdgeModel.resource());
+            let one = ListParams::default().limit(1);
+            matches!(tokio::time::timeout(DEADLINE, api.list(&one)).await, Ok(Ok(_)))
         };
-        let Ok(way) = opened else { return };
-        let api: Api<DynamicObject> =
-            Api::namespaced_with(way.client.clone(), &self.namespace, &Kind::EdgeModel.resource());
-        if matches!(tokio::time::timeout(DEADLINE, api.list(&ListParams::default().limit(1))).await, Ok(Ok(_))) {
-            let mut line = self.line.lock().await;
-            self.take(way, 0, &mut line);
-        }
-    }
-
-    /// Makes connections by a context. The caller holds the line, so that this is done once at a time.
-    ///
-    /// A program that hangs has a thread to itself, none of those that load models, and is not started anew for a while.
-    async fn open(&self, line: &mut Line, context: usize) -> Result<Way, Trouble> {
-        if line.pending.get(&context).is_none_or(|(since, _)| since.elapsed() >= HANGS_AFTER) {
-            let config = configuration(&self.access, context).await?;
-            line.pending.insert(context, (Instant::now(), in_thread(config)?));
-        }
-        let Some((_, making)) = line.pending.get_mut(&context) else {
-            return Err(Trouble::unreachable("there is no connection"));
-        };
-        let made = tokio::time::timeout(DEADLINE, making).await;
-        if made.is_ok() {
-            line.pending.remove(&context);
-        }
-        match made {
-            Ok(Ok(Ok(client))) => Ok(Way { recorder: Recorder::new(client.clone(), self.reporter.clone()), client }),
-            Ok(Ok(Err(error))) => Err(Trouble::new(error)),
-            Ok(Err(_)) => Err(Trouble::unreachable("making the connection panicked")),
-            Err(_) => {
-                // The connections there are would start the program too, once their token has run out.
-                if context == self.context.load(Ordering::Relaxed) {
-                    line.way = None;
-                }
-                Err(Trouble::unreachable(format!("no credentials within {} s", DEADLINE.as_secs())))
-            }
-        }
-    }
-
-    fn take(&self, way: Way, context: usize, line: &mut Line) {
-        if self.context.swap(context, Ordering::Relaxed) != context {
-            tracing::warn!(context = self.access.contexts.get(context), "another context of the kubeconfig is taken");
-            *self.failing_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            self.era.fetch_add(1, Ordering::Release);
-        }
-        line.trouble = None;
-        line.way = Some(way);
-    }
-
-    /// The connections there are; where there are none yet, they are made.
-    async fn way(&self) -> Result<Way, Trouble> {
-        let mut line = self.line.lock().await;
-        self.ready(&mut line).await.cloned()
-    }
-
-    async fn ready<'a>(&self, line: &'a mut Line) -> Result<&'a Way, Trouble> {
-        if line.way.is_none() {
-            let context = self.context.load(Ordering::Relaxed);
-            match self.open(line, context).await {
-                Ok(way) => self.take(way, context, line),
-                Err(trouble) => {
-                    self.failed();
-                    return Err(trouble);
-                }
-            }
-        }
-        line.way.as_ref().ok_or_else(|| Trouble::unreachable("there is no connection"))
+        self.line.prefer_first(answers).await;
     }
 
     async fn client(&self) -> Result<Client, Trouble> {
-        Ok(self.way().await?.client)
+        self.line.client().await
     }
 
     async fn api(&self, kind: Kind) -> Result<Api<DynamicObject>, Trouble> {
@@ -448,24 +239,12 @@ impl Cluster {
             }
         };
         match &outcome {
-            Err(trouble) if matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Busy(_)) => self.failed(),
-            _ => self.heard(),
+            Err(trouble) if matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Busy(_)) => {
+                self.line.failed();
+            }
+            _ => self.line.answered(),
         }
         outcome
-    }
-
-    fn heard(&self) {
-        let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.answered.store(now, Ordering::Relaxed);
-        *self.failing_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-
-    fn failed(&self) {
-        self.failing_since.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
-    }
-
-    fn failing_since(&self) -> Option<Instant> {
-        *self.failing_since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All objects of a kind, and the version of the whole.
@@ -571,7 +350,7 @@ impl Cluster {
     }
 
     fn applying(&self) -> PatchParams {
-        PatchParams::apply(&self.reporter.controller).force()
+        PatchParams::apply(&self.field_manager).force()
     }
 
     /// Removes the very object that was looked at.
@@ -593,7 +372,7 @@ impl Cluster {
         let event = Event {
             type_: if saying.is_warning { EventType::Warning } else { EventType::Normal },
             reason: saying.reason.to_owned(),
-            note: Some(shortened(&saying.note, NOTE_BYTES_MAX).to_owned()),
+            note: Some(front(&saying.note, NOTE_BYTES_MAX).to_owned()),
             action: "Observe".to_owned(),
             secondary: None,
         };
@@ -615,18 +394,7 @@ impl Cluster {
             }
             notes.insert(key, saying.note.clone()).is_none_or(|before| before == saying.note)
         };
-        let recorder = {
-            let mut line = self.line.lock().await;
-            let way = self.ready(&mut line).await?;
-            let recorder = match is_same {
-                true => way.recorder.clone(),
-                false => Recorder::new(way.client.clone(), self.reporter.clone()),
-            };
-            if let Some(way) = &mut line.way {
-                way.recorder = recorder.clone();
-            }
-            recorder
-        };
+        let recorder = self.line.recorder(!is_same).await?;
         self.ask(DEADLINE, recorder.publish(&event, &about)).await
     }
 }
@@ -637,42 +405,6 @@ fn object(kind: Kind, name: &str) -> Value {
         "kind": kind.name(),
         "metadata": {"name": name},
     })
-}
-
-/// How to reach the cluster by one of its contexts.
-async fn configuration(access: &Access, context: usize) -> Result<Config, Trouble> {
-    let refused = |message: String| Trouble { kind: TroubleKind::Refused, message };
-    let mut config = match &access.kubeconfig {
-        None => {
-            Config::incluster().map_err(|error| refused(format!("this is no pod with a service account: {error}")))?
-        }
-        Some(path) => {
-            let named = |error: String| refused(format!("--kubeconfig {}: {error}", Path::new(path).display()));
-            let kubeconfig = Kubeconfig::read_from(path).map_err(|error| named(error.to_string()))?;
-            let options = KubeConfigOptions { context: access.contexts.get(context).cloned(), ..Default::default() };
-            Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|error| named(error.to_string()))?
-        }
-    };
-    config.connect_timeout = Some(Duration::from_secs(5));
-    config.write_timeout = Some(DEADLINE);
-    // When to try again is decided by whoever asks.
-    config.default_retry = false;
-    Ok(config)
-}
-
-/// Makes connections in a thread of their own.
-fn in_thread(config: Config) -> Result<oneshot::Receiver<kube::Result<Client>>, Trouble> {
-    let (done, making) = oneshot::channel();
-    let runtime = tokio::runtime::Handle::current();
-    std::thread::Builder::new()
-        .name("credentials".to_owned())
-        .spawn(move || {
-            let _inside = runtime.enter();
-            // Nobody may wait for it any more.
-            drop(done.send(Client::try_from(config)));
-        })
-        .map_err(|error| Trouble::unreachable(format!("no thread can be had: {error}")))?;
-    Ok(making)
 }
 
 /// A list or map that server-side apply empties becomes null, which the schema may refuse. What is empty is not said.
@@ -687,7 +419,7 @@ fn leave_out_empty(value: &mut Value) {
 }
 
 /// The front of a text that has so many bytes at most.
-fn shortened(text: &str, bytes_max: usize) -> &str {
+fn front(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }
 
@@ -700,6 +432,6 @@ mod tests {
         let mut value = json!({"a": [], "b": {"c": {}, "d": 1}, "e": [{"f": []}], "g": ""});
         leave_out_empty(&mut value);
         assert_eq!(value, json!({"b": {"d": 1}, "e": [{"f": []}], "g": ""}));
-        assert_eq!((shortened("aé", 2), shortened("aé", 3), shortened("", 5)), ("a", "aé", ""));
+        assert_eq!((front("aé", 2), front("aé", 3), front("", 5)), ("a", "aé", ""));
     }
 }

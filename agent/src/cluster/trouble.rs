@@ -1,0 +1,75 @@
+//! Why the cluster did not do what it was asked for, and what is to be done about it.
+
+use std::time::Duration;
+
+/// Why the cluster did not do what it was asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Trouble {
+    /// What to do about it.
+    pub kind: TroubleKind,
+    /// For people.
+    pub message: String,
+}
+
+/// What to do about a [`Trouble`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TroubleKind {
+    /// The version to go on from is too old: list again.
+    Expired,
+    /// There is no such object, or no such kind.
+    NotFound,
+    /// Somebody else was faster.
+    Conflict,
+    /// It is not allowed, or not valid: somebody has to change something first.
+    Refused,
+    /// The server is there and has no time: try again, and not before this.
+    Busy(Duration),
+    /// There was no answer, or none that can be read, or the credentials are not good any more: try again with a new
+    /// connection.
+    Unreachable,
+}
+
+impl std::fmt::Display for Trouble {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Trouble {}
+
+impl Trouble {
+    pub(super) fn unreachable(message: impl Into<String>) -> Self {
+        Self { kind: TroubleKind::Unreachable, message: message.into() }
+    }
+
+    pub(super) fn new(error: kube::Error) -> Self {
+        let kube::Error::Api(status) = error else {
+            // The causes say what happened: `ServiceError: client error (Connect)` alone says little.
+            let mut message = error.to_string();
+            let mut cause = std::error::Error::source(&error);
+            while let Some(inner) = cause {
+                let text = inner.to_string();
+                if !message.contains(&text) {
+                    message = format!("{message}: {text}");
+                }
+                cause = inner.source();
+            }
+            return Self::unreachable(message);
+        };
+        let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
+        let kind = match status.code {
+            410 => TroubleKind::Expired,
+            404 => TroubleKind::NotFound,
+            409 => TroubleKind::Conflict,
+            // The credentials may have been changed where they lie; a new connection reads them.
+            401 => TroubleKind::Unreachable,
+            429 | 500..=599 => TroubleKind::Busy(Duration::from_secs(u64::from(seconds))),
+            _ => TroubleKind::Refused,
+        };
+        let message = match status.message.as_str() {
+            "" => format!("the API server answers {} {}", status.code, status.reason),
+            message => format!("{message} ({})", status.code),
+        };
+        Self { kind, message }
+    }
+}

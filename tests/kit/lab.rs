@@ -258,6 +258,24 @@ impl Lab {
         child.wait_with_output().expect("kubectl ends")
     }
 
+    /// Changes fields of an object's spec; it may be refused, and the output says how.
+    ///
+    /// # Panics
+    /// When kubectl cannot be started.
+    pub fn patch(&self, kind: &str, name: &str, spec: &Value) -> Output {
+        let patch = serde_json::json!({ "spec": spec }).to_string();
+        self.kubectl(&["patch", kind, name, "-n", NAMESPACE, "--type=merge", "--patch", &patch])
+    }
+
+    /// The same for what must be taken.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub fn patched(&self, kind: &str, name: &str, spec: &Value) {
+        let output = self.patch(kind, name, spec);
+        assert!(output.status.success(), "{kind} {name} {spec}: {}", said(&output));
+    }
+
     /// Applies a text that must be taken.
     ///
     /// # Panics

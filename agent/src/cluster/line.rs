@@ -115,13 +115,10 @@ impl Line {
                     self.take(way, context, &mut state);
                     break;
                 }
-                Err(trouble) => {
-                    let text = trouble.to_string();
-                    if state.trouble.as_ref() != Some(&text) {
-                        tracing::warn!(%trouble, "the way into the cluster cannot be made anew");
-                        state.trouble = Some(text);
-                    }
+                Err(trouble) if trouble.is_news(&mut state.trouble) => {
+                    tracing::warn!(%trouble, "the way into the cluster cannot be made anew");
                 }
+                Err(_) => {}
             }
         }
         // Counted from now: who has waited meanwhile wants nothing else.

@@ -38,6 +38,11 @@ impl std::fmt::Display for Trouble {
 impl std::error::Error for Trouble {}
 
 impl Trouble {
+    /// Whether this is not what was `said` last; from now on it is. What stays as it is, is logged once.
+    pub fn is_news(&self, said: &mut Option<String>) -> bool {
+        said.replace(self.message.clone()).as_ref() != Some(&self.message)
+    }
+
     pub(super) fn unreachable(message: impl Into<String>) -> Self {
         Self { kind: TroubleKind::Unreachable, message: message.into() }
     }

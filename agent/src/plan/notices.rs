@@ -47,12 +47,12 @@ pub fn notices(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) -> Vec
                 about: about(),
             });
         }
-        let failed =
-            [ModelState::Failed, ModelState::Quarantined].map(ModelState::name).contains(&model.state.as_str());
+        let state = ModelState::named(&model.state);
+        let failed = state.is_some_and(ModelState::has_failed);
         let is_same = known.is_some_and(|known| (&known.state, &known.reason) == (&model.state, &model.reason));
         if failed && !is_same {
             let why = model.reason.as_deref().unwrap_or("the agent's log says more");
-            let reason = match model.state == ModelState::Quarantined.name() {
+            let reason = match state == Some(ModelState::Quarantined) {
                 true => "Quarantined",
                 false => "Failed",
             };
@@ -106,9 +106,9 @@ fn reason_of(reason: &str) -> &'static str {
 /// Whether everything that is asked for stands as it will for a while: nothing is on its way any more.
 pub fn has_settled(status: &NodeStatus) -> bool {
     let is_asked = |condition: &Condition| condition.kind == READY && condition.reason != NOTHING_ASKED;
-    let ends = [ModelState::Ready, ModelState::Failed, ModelState::Quarantined].map(ModelState::name);
+    let has_ended = |state: ModelState| state == ModelState::Ready || state.has_failed();
     status.conditions.iter().any(is_asked)
-        && status.models.iter().all(|model| ends.contains(&model.state.as_str()))
+        && status.models.iter().all(|model| ModelState::named(&model.state).is_some_and(has_ended))
         && status.streams.iter().all(|stream| stream.up || stream.reason.is_some())
 }
 

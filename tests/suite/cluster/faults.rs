@@ -8,14 +8,16 @@ use lineside_tests::scripted_api::{Script, ScriptedApi};
 use lineside_tests::wait::until_true;
 use serde_json::json;
 
+/// Asks for a version of the plant's model.
+fn ask(plant: &Plant, api: &ScriptedApi, version: u64) {
+    let uri = format!("file://{}", plant.path("parts.onnx").display());
+    api.put("edgemodels", "parts", version, &json!({"version": version, "source": {"uri": uri}}));
+}
+
 #[test]
 fn a_server_in_trouble_gets_few_lists_and_the_final_state_is_right() {
-    let plant = Plant::playing(5);
-    let api = ScriptedApi::start();
-    let model_file = plant.path("parts.onnx");
-    let spec =
-        |version: u64| json!({"version": version, "source": {"uri": format!("file://{}", model_file.display())}});
-    api.put("edgemodels", "parts", 1, &spec(1));
+    let (plant, api) = (Plant::playing(5), ScriptedApi::start());
+    ask(&plant, &api, 1);
     let agent = Agent::follow(&api.kubeconfig(&plant.path("")), &plant.data(), "mqtt://127.0.0.1:1");
     until_true("the model to serve", || model(&agent, "parts")["serving"]["version"] == 1);
 
@@ -24,7 +26,7 @@ fn a_server_in_trouble_gets_few_lists_and_the_final_state_is_right() {
     {
         let lists = api.lists("edgemodels").len();
         api.follow(script);
-        api.put("edgemodels", "parts", version, &spec(version));
+        ask(&plant, &api, version);
         until_late(&format!("{script:?} to be met twice"), || {
             (api.lists("edgemodels").len() >= lists + 2).then_some(())
         });
@@ -53,12 +55,7 @@ fn an_agent_that_starts_with_nothing_reachable_serves_what_was_asked_for_last() 
     let plant = Plant::with_stream(10);
     let api = ScriptedApi::start();
     let (model_file, frames) = (plant.path("parts.onnx"), lineside_tests::example("frames"));
-    api.put(
-        "edgemodels",
-        "parts",
-        1,
-        &json!({"version": 1, "source": {"uri": format!("file://{}", model_file.display())}}),
-    );
+    ask(&plant, &api, 1);
     let stream = json!({"source": {"uri": format!("dir://{}?loop=true", frames.display())}, "model": "parts", "fps": 10, "nodeName": "edge-1"});
     api.put("camerastreams", "line-1", 1, &stream);
     let kubeconfig = api.kubeconfig(&plant.path(""));
@@ -86,12 +83,8 @@ fn an_agent_that_starts_with_nothing_reachable_serves_what_was_asked_for_last() 
 
 #[test]
 fn an_agent_whose_credentials_cannot_be_had_serves_and_follows_once_they_can() {
-    let plant = Plant::playing(5);
-    let api = ScriptedApi::start();
-    let model_file = plant.path("parts.onnx");
-    let spec =
-        |version: u64| json!({"version": version, "source": {"uri": format!("file://{}", model_file.display())}});
-    api.put("edgemodels", "parts", 1, &spec(1));
+    let (plant, api) = (Plant::playing(5), ScriptedApi::start());
+    ask(&plant, &api, 1);
     let kubeconfig = api.kubeconfig(&plant.path(""));
     let mut agent = Agent::follow(&kubeconfig, &plant.data(), "mqtt://127.0.0.1:1");
     until_true("the model to serve", || model(&agent, "parts")["serving"]["version"] == 1);
@@ -109,7 +102,7 @@ fn an_agent_whose_credentials_cannot_be_had_serves_and_follows_once_they_can() {
     let agent = Agent::follow(&kubeconfig, &plant.data(), "mqtt://127.0.0.1:1");
     until_true("the model to serve from memory", || model(&agent, "parts")["serving"]["version"] == 1);
     agent.wait_for_log("the cluster cannot be listened to, what it asked for last stays in force");
-    api.put("edgemodels", "parts", 2, &spec(2));
+    ask(&plant, &api, 2);
     let credential = json!({"kind": "ExecCredential", "apiVersion": version, "status": {"token": "t"}});
     std::fs::write(&granted, credential.to_string()).unwrap();
     until_late("the new version to serve", || (model(&agent, "parts")["serving"]["version"] == 2).then_some(()));

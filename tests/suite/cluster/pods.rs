@@ -106,7 +106,7 @@ fn a_pod_that_goes_in_whatever_way_comes_back_and_loses_nothing() {
     });
     lab.applied(&second.to_string());
     for stream in ["line-1", "line-2"] {
-        lab.done(&["patch", "cam", stream, "-n", NAMESPACE, "--type=merge", "--patch", r#"{"spec":{"fps":50}}"#]);
+        lab.patched("cam", stream, &json!({"fps": 50}));
     }
     lab.until("both to be fast", || (subscriber.count("/line-2/result") >= 200).then_some(()));
     let image = "lineside.dev/lineside:0.1.0";
@@ -161,8 +161,7 @@ fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_aft
 
     // Meanwhile the spec changes twice.
     for version in [version + 1, version + 2] {
-        let patch = format!(r#"{{"spec":{{"version":{version}}}}}"#);
-        lab.done(&["patch", "em", "surface-defects", "-n", NAMESPACE, "--type=merge", "--patch", &patch]);
+        lab.patched("em", "surface-defects", &json!({"version": version}));
     }
     more(&lab, &subscriber, 10);
     assert!(subscriber.results().iter().all(|result| result["model"]["version"] == version), "the cut is real");
@@ -214,16 +213,7 @@ fn one_of_two_controllers_leads_and_the_other_takes_over_without_a_flap() {
     assert_eq!(model["metadata"]["resourceVersion"], after["metadata"]["resourceVersion"]);
     assert!(Command::new("kill").args(["-CONT", &pid.to_string()]).status().unwrap().success());
     // The new leader does its work.
-    lab.done(&[
-        "patch",
-        "em",
-        "surface-defects",
-        "-n",
-        NAMESPACE,
-        "--type=merge",
-        "--patch",
-        &format!(r#"{{"spec":{{"version":{}}}}}"#, version + 1),
-    ]);
+    lab.patched("em", "surface-defects", &json!({"version": version + 1}));
     lab.until("the new leader to add up", || {
         let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
         (model["status"]["observedGeneration"] == model["metadata"]["generation"]

@@ -2,16 +2,12 @@
 
 use lineside_tests::lab::{Lab, NAMESPACE};
 use lineside_tests::paho::check_sequence;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn versions(results: &[Value]) -> Vec<u64> {
     let mut versions: Vec<u64> = results.iter().filter_map(|result| result["model"]["version"].as_u64()).collect();
     versions.dedup();
     versions
-}
-
-fn patch(version: u64) -> String {
-    format!(r#"{{"spec":{{"version":{version}}}}}"#)
 }
 
 #[test]
@@ -52,26 +48,16 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     });
     eprintln!("{events}");
     // What is said of a node is shown where people look.
-    lab.done(&[
-        "patch",
-        "cam",
-        "line-1",
-        "-n",
-        NAMESPACE,
-        "--type=merge",
-        "--patch",
-        r#"{"spec":{"source":{"uri":"dir:///none"}}}"#,
-    ]);
+    lab.patched("cam", "line-1", &json!({"source": {"uri": "dir:///none"}}));
     lab.until("an Event about the node that kubectl describe shows", || {
         lab.done(&["describe", "en", lab.node(), "-n", NAMESPACE]).contains("StreamDown").then_some(())
     });
     let uri = "dir:///var/lib/lineside/quickstart/frames?loop=true";
-    let back = format!(r#"{{"spec":{{"source":{{"uri":"{uri}"}}}}}}"#);
-    lab.done(&["patch", "cam", "line-1", "-n", NAMESPACE, "--type=merge", "--patch", &back]);
+    lab.patched("cam", "line-1", &json!({"source": {"uri": uri}}));
     lab.until("the stream to be ready again", || (lab.ready("camerastream", "line-1").0 == "True").then_some(()));
 
     // An edit to version 2 swaps, and no number is missing.
-    lab.done(&["patch", "em", "surface-defects", "-n", NAMESPACE, "--type=merge", "--patch", &patch(version + 1)]);
+    lab.patched("em", "surface-defects", &json!({"version": version + 1}));
     lab.until("results of version 2", || (versions(&subscriber.results()) == [version, version + 1]).then_some(()));
     let model = lab.until("the controller to see version 2", || {
         let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
@@ -82,8 +68,7 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     assert_eq!((summary.gaps, summary.duplicates), (Vec::new(), 0));
 
     // A bad edit is refused, and what runs goes on.
-    let refused =
-        lab.kubectl(&["patch", "em", "surface-defects", "-n", NAMESPACE, "--type=merge", "--patch", &patch(version)]);
+    let refused = lab.patch("em", "surface-defects", &json!({"version": version}));
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && message.contains("set spec.rollback: true"), "{message}");
 
@@ -92,11 +77,8 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     }
 
     // A version whose file is not there is told where people look, and the one before serves on.
-    let missing = format!(
-        r#"{{"spec":{{"version":{},"source":{{"uri":"file:///var/lib/lineside/quickstart/none.onnx"}}}}}}"#,
-        version + 2
-    );
-    lab.done(&["patch", "em", "surface-defects", "-n", NAMESPACE, "--type=merge", "--patch", &missing]);
+    let missing = json!({"version": version + 2, "source": {"uri": "file:///var/lib/lineside/quickstart/none.onnx"}});
+    lab.patched("em", "surface-defects", &missing);
     let message = lab.until("the missing file to be told", || {
         let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
         let conditions = model["status"]["conditions"].as_array()?.clone();

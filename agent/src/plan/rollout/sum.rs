@@ -30,9 +30,8 @@ const STEPS: [(&str, ModelState); 4] = [
 
 /// Keeps of a status's conditions those that are written here; others are somebody else's, and no difference to us.
 pub fn own(conditions: &mut Vec<Condition>) {
-    let steps = STEPS.map(|(kind, _)| kind);
-    conditions
-        .retain(|condition| [&[READY, PROGRESSING, DEGRADED], &steps[..]].concat().contains(&condition.kind.as_str()));
+    let ours = [READY, PROGRESSING, DEGRADED].into_iter().chain(STEPS.map(|(kind, _)| kind));
+    conditions.retain(|condition| ours.clone().any(|kind| kind == condition.kind));
 }
 
 /// A node, as far as the sums need it.

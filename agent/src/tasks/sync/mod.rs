@@ -126,7 +126,7 @@ struct Listener {
     node_uid: Arc<Mutex<Option<String>>>,
     doubt: Arc<Notify>,
     /// What was said last about why a kind cannot be listened to.
-    troubles: BTreeMap<Kind, String>,
+    troubles: BTreeMap<Kind, Option<String>>,
     /// What was said last about why the node cannot be looked at.
     node_trouble: Option<String>,
 }
@@ -199,8 +199,7 @@ impl Listener {
         match heard {
             Heard::Nothing(_) => false,
             Heard::Trouble(kind, trouble) => {
-                let text = trouble.to_string();
-                if self.troubles.get(&kind) != Some(&text) {
+                if trouble.is_news(self.troubles.entry(kind).or_default()) {
                     let advice = match trouble.kind {
                         TroubleKind::NotFound => {
                             "the kinds of lineside.dev are not there; apply what `lineside crd` prints"
@@ -209,7 +208,6 @@ impl Listener {
                         _ => "it is tried again",
                     };
                     tracing::warn!(%trouble, advice, "the cluster cannot be listened to, what it asked for last stays in force");
-                    self.troubles.insert(kind, text);
                 }
                 self.sync.metrics.sync_failures.inc();
                 false
@@ -237,10 +235,8 @@ impl Listener {
                 return false;
             }
             Err(trouble) => {
-                let text = trouble.to_string();
-                if self.node_trouble.as_ref() != Some(&text) {
+                if trouble.is_news(&mut self.node_trouble) {
                     tracing::warn!(%trouble, "the node's labels cannot be looked at; those that are known stay in force");
-                    self.node_trouble = Some(text);
                 }
                 // A refusal does not go away by itself; what is for every node, or for this one by name, is to run all the same.
                 let is_news = trouble.kind == TroubleKind::Refused && !self.knows_labels;

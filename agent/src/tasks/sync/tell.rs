@@ -82,10 +82,8 @@ pub(super) async fn tell(
                 }
             }
             Err(trouble) => {
-                let text = trouble.to_string();
-                if refused.as_ref() != Some(&text) {
+                if trouble.is_news(&mut refused) {
                     tracing::warn!(%trouble, "the node's status could not be told to the cluster");
-                    refused = Some(text);
                 }
                 if trouble.kind == TroubleKind::Unreachable {
                     tokio::select! {

@@ -3,46 +3,18 @@
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 
 use crate::wait::{until, until_true};
 
-/// The program, built once per test run if anything has changed.
+/// The built program. Cargo builds it before the suite and names it to the test at run time.
 ///
 /// # Panics
-/// When it cannot be built.
+/// When the test was not started by cargo.
 pub fn program() -> PathBuf {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM
-        .get_or_init(|| {
-            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let mut command = Command::new(cargo);
-            // What cargo tells a test of its package would have ring, and all that is built on it, compiled once more.
-            for (name, _) in std::env::vars_os() {
-                if name
-                    .to_str()
-                    .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
-                {
-                    command.env_remove(name);
-                }
-            }
-            let output = command
-                .args(["build", "--workspace", "--message-format=json"])
-                .current_dir(crate::root())
-                .stderr(Stdio::inherit())
-                .output()
-                .expect("cargo runs");
-            assert!(output.status.success(), "the agent cannot be built");
-            String::from_utf8_lossy(&output.stdout)
-                .lines()
-                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-                .filter(|message| message.pointer("/target/name") == Some(&Value::from("lineside")))
-                .find_map(|message| message.get("executable")?.as_str().map(PathBuf::from))
-                .expect("cargo says where it put the program")
-        })
-        .clone()
+    std::env::var_os("CARGO_BIN_EXE_lineside").expect("cargo names the built program to the suite").into()
 }
 
 /// Runs a command of the program to its end.

@@ -1,0 +1,187 @@
+//! The settings of MQTT and of the spool.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use url::Url;
+
+use super::agent::Layers;
+use lineside_api::names::{Mistakes, topic_segment};
+use lineside_mqtt::config::{Broker, COMMANDS, DRAIN_DEFAULT, KEEP_ALIVE_DEFAULT, Mqtt, Sparkplug};
+use lineside_spool::{SPOOL_MIB_DEFAULT, Spooling};
+
+const MQTT_PORT: u16 = 1883;
+const MQTTS_PORT: u16 = 8883;
+const BROKERS_MAX: usize = 8;
+const SPOOL_MIB_MAX: u64 = 1 << 20;
+const HOURS_MAX: u64 = 24 * 3660;
+
+/// The settings of MQTT; `None` when there are no brokers.
+pub(super) fn resolve(layers: &Layers, mistakes: &mut Mistakes) -> Option<Mqtt> {
+    let place = |setting: &'static str| layers.get(setting).1;
+    let (_, mqtt) = (mistakes.require(&place("mqtt"), layers.text("mqtt")), place("mqtt"));
+    let brokers: Vec<Broker> = layers.list("mqtt").filter_map(|url| mistakes.take(&mqtt, broker(&url))).collect();
+    if brokers.len() > BROKERS_MAX {
+        mistakes.add(&mqtt, format!("names {} brokers; {BROKERS_MAX} are possible", brokers.len()));
+    }
+    let secret = layers.text("mqtt-secret").map(PathBuf::from);
+    if let Some(folder) = secret.as_ref().filter(|folder| !folder.is_dir()) {
+        mistakes.add(place("mqtt-secret"), format!("{} is no folder; mount the secret there", folder.display()));
+    }
+    let commands: BTreeSet<String> = layers.list("mqtt-commands").collect();
+    for unknown in commands.iter().filter(|name| !COMMANDS.contains(&name.as_str())) {
+        mistakes.add(place("mqtt-commands"), format!("`{unknown}` is no command; there are {}", COMMANDS.join(", ")));
+    }
+    let mut segment = |setting: &'static str| {
+        let text = layers.text(setting)?.to_owned();
+        mistakes.take(&layers.get(setting).1, topic_segment(&text)).map(|()| text)
+    };
+    let (group, host) = (segment("sparkplug-group"), segment("sparkplug-host"));
+    let home_assistant = segment("home-assistant");
+    if host.is_some() && group.is_none() {
+        mistakes.add(place("sparkplug-host"), "--sparkplug-group is needed too: it turns Sparkplug B on");
+    }
+    if home_assistant.is_some() && group.is_some() {
+        mistakes
+            .add(place("home-assistant"), "does not go with --sparkplug-group: discovery describes the JSON topics");
+    }
+    let drain_per_second = match layers.number("mqtt-drain", DRAIN_DEFAULT, 0..=1_000_000, mistakes) {
+        0 => None,
+        rate => Some(rate),
+    };
+    let metrics_every = match layers.number("mqtt-metrics-seconds", 60, 0..=86_400, mistakes) {
+        0 => None,
+        seconds => Some(Duration::from_secs(seconds)),
+    };
+    let keep_alive = layers.number("mqtt-keep-alive-seconds", KEEP_ALIVE_DEFAULT, 2..=3600, mistakes);
+    let mqtt = Mqtt {
+        brokers,
+        secret,
+        commands,
+        drain_per_second,
+        keep_alive: Duration::from_secs(keep_alive),
+        metrics_every,
+        sparkplug: group.map(|group| Sparkplug { group, host }),
+        home_assistant,
+    };
+    (!mqtt.brokers.is_empty()).then_some(mqtt)
+}
+
+/// The settings of the spool. What is wrong is noted and stands at its default.
+pub(super) fn spooling(layers: &Layers, mistakes: &mut Mistakes) -> Spooling {
+    let hours = layers.number("spool-max-hours", 0, 0..=HOURS_MAX, mistakes);
+    let drops_newest = match layers.text("spool-when-full") {
+        None | Some("drop-oldest") => false,
+        Some("drop-newest") => true,
+        Some(other) => {
+            mistakes.add(layers.get("spool-when-full").1, format!("`{other}` is neither drop-oldest nor drop-newest"));
+            false
+        }
+    };
+    Spooling {
+        bytes_max: layers.number("spool-mib", SPOOL_MIB_DEFAULT, 1..=SPOOL_MIB_MAX, mistakes) << 20,
+        age_max_seconds: u32::try_from(hours * 3600).unwrap_or(u32::MAX),
+        sync_interval: Duration::from_millis(layers.number("spool-sync-ms", 200, 0..=60_000, mistakes)),
+        drops_newest,
+    }
+}
+
+fn broker(text: &str) -> Result<Broker, String> {
+    let url = Url::parse(text).map_err(|error| format!("this is no address like mqtt://broker:1883: {error}"))?;
+    let (tls, port) = match url.scheme() {
+        "mqtt" => (false, MQTT_PORT),
+        "mqtts" => (true, MQTTS_PORT),
+        other => return Err(format!("{other}: is not known; use mqtt://broker:1883 or mqtts://broker:8883")),
+    };
+    if !matches!(url.path(), "" | "/") || url.query().is_some() {
+        return Err("holds more than a host and a port".to_owned());
+    }
+    let host = url.host_str().filter(|host| !host.is_empty()).ok_or("has no host")?;
+    let decoded = |text: &str| percent_decoded(text).ok_or("has a user or password that is no UTF-8");
+    let credentials = match (url.username(), url.password()) {
+        ("", None) => None,
+        (user, password) => Some((decoded(user)?, decoded(password.unwrap_or_default())?)),
+    };
+    Ok(Broker {
+        host: host.trim_start_matches('[').trim_end_matches(']').to_owned(),
+        port: url.port().unwrap_or(port),
+        tls,
+        credentials,
+    })
+}
+
+/// RFC 3986 percent-decoding; what is no escape stays as it is.
+fn percent_decoded(text: &str) -> Option<String> {
+    let bytes = text.as_bytes();
+    let mut decoded = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let escape = (bytes[at] == b'%')
+            .then(|| bytes.get(at + 1..at + 3))
+            .flatten()
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
+        decoded.push(escape.unwrap_or(bytes[at]));
+        at += if escape.is_some() { 3 } else { 1 };
+    }
+    String::from_utf8(decoded).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(flags: &[(&str, &str)]) -> (Option<Mqtt>, Spooling, Vec<String>) {
+        let mut layers = Layers::new();
+        flags.iter().for_each(|(setting, value)| layers.flag(setting, Some((*value).to_owned())));
+        let mut mistakes = Mistakes::default();
+        (resolve(&layers, &mut mistakes), spooling(&layers, &mut mistakes), mistakes.into_list())
+    }
+
+    #[test]
+    fn brokers_come_in_order_each_with_its_port() {
+        let (mqtt, spooling, mistakes) = read(&[("mqtt", "mqtts://a, mqtt://b:1884,mqtt://[::1]")]);
+        assert!(mistakes.is_empty(), "{mistakes:?}");
+        let shown: Vec<String> = mqtt.unwrap().brokers.iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["mqtts://a:8883", "mqtt://b:1884", "mqtt://[::1]:1883"]);
+        assert_eq!(spooling, Spooling::default());
+    }
+
+    #[test]
+    fn a_brokers_password_is_read_and_never_shown() {
+        let broker = broker("mqtt://line:s%40crt@[::1]:1884").unwrap();
+        assert_eq!(broker.credentials, Some(("line".to_owned(), "s@crt".to_owned())));
+        assert_eq!(format!("{broker} {broker:?}"), "mqtt://[::1]:1884 mqtt://[::1]:1884");
+        for wrong in ["", "broker", "mqtt://", "mqtt:///x", "http://b", "mqtt://b/topic", "mqtt://b:99999"] {
+            assert!(super::broker(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_said_with_its_name() {
+        let (mqtt, _, mistakes) = read(&[
+            ("mqtt", "mqtt://a,ftp://b"),
+            ("mqtt-secret", "/no/such/folder"),
+            ("mqtt-commands", "pause,explode"),
+            ("mqtt-drain", "-1"),
+            ("sparkplug-host", "scada"),
+            ("home-assistant", "a/b"),
+            ("spool-mib", "0"),
+            ("spool-when-full", "block"),
+        ]);
+        assert!(mqtt.is_some());
+        for expected in [
+            "--mqtt: ftp: is not known",
+            "--mqtt-secret: /no/such/folder is no folder",
+            "--mqtt-commands: `explode` is no command",
+            "--mqtt-drain: `-1`",
+            "--sparkplug-host: --sparkplug-group is needed",
+            "--home-assistant: `a/b`",
+            "--spool-mib: `0`",
+            "--spool-when-full: `block`",
+        ] {
+            assert!(mistakes.iter().any(|mistake| mistake.starts_with(expected)), "{expected}\n{mistakes:#?}");
+        }
+        assert_eq!(read(&[]).2, ["--mqtt: is missing"]);
+    }
+}

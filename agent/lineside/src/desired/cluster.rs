@@ -1,0 +1,321 @@
+//! The loops between this node and its cluster: what is asked for comes in (`mirror.rs`, this file), how things stand goes
+//! out (`tell.rs`).
+//!
+//! Until the cluster has been heard, what it asked for last time is in force (`memory.rs`). Changes that come close
+//! together are taken together. Every half minute the node's own labels are looked at; that call is also what finds out
+//! that the connection is dead, where a watch alone would wait for a minute.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::memory::{Memory, Remembered};
+use crate::desired::asked::{Asked, Given};
+use crate::desired::{Node, Wishes};
+use crate::serve::status::Board;
+use lineside_common::metrics::Metrics;
+use lineside_kube::mirror::{Heard, mirror};
+use lineside_kube::tell::{Uids, tell};
+use lineside_kube::{Cluster, Item, Kind, TroubleKind};
+
+/// Things heard that wait at most; a full queue holds the watches back.
+const HEARD_MAX: usize = 64;
+/// Changes within this time are taken together.
+const GATHER: Duration = Duration::from_millis(200);
+/// How often the node's labels are looked at.
+const NODE_EVERY: Duration = Duration::from_secs(30);
+/// And until they are known, or when there was no answer.
+const NODE_AGAIN: Duration = Duration::from_secs(5);
+/// How often a context before the present one is tried.
+const PREFER_EVERY: Duration = Duration::from_secs(300);
+/// How often the age of the last answer is measured.
+const MEASURE_EVERY: Duration = Duration::from_secs(1);
+/// After this long without an answer the cluster counts as out of reach.
+const SILENT_MAX: Duration = Duration::from_secs(75);
+
+/// What the loops are given.
+pub struct ClusterSync {
+    /// The way into the cluster.
+    pub cluster: Arc<Cluster>,
+    /// This node, with the labels of the agent's own configuration.
+    pub node: Node,
+    /// The agent's own folder.
+    pub data_dir: PathBuf,
+    /// Where it is said what is asked for.
+    pub wishes: watch::Sender<Option<Arc<Wishes>>>,
+    /// Asks for another look.
+    pub again: Arc<Notify>,
+    /// How things stand.
+    pub board: Arc<Board>,
+    /// Everything that is counted.
+    pub metrics: Metrics,
+}
+
+impl ClusterSync {
+    /// Runs until stopped.
+    pub async fn run(self, stop: CancellationToken) {
+        let doubt = Arc::new(Notify::new());
+        let uids = Uids::default();
+        let (heard, hears) = mpsc::channel(HEARD_MAX);
+        let mut loops = JoinSet::new();
+        for kind in [Kind::EdgeModel, Kind::CameraStream] {
+            loops.spawn(mirror(self.cluster.clone(), kind, heard.clone(), doubt.clone()));
+        }
+        let memory = Memory::open(&self.data_dir);
+        let node_uid = Arc::new(Mutex::new(memory.get().and_then(|known| known.node_uid.clone())));
+        let teller = tell(
+            self.cluster.clone(),
+            self.node.name.clone(),
+            self.board.clone(),
+            uids.clone(),
+            node_uid.clone(),
+            stop.clone(),
+        );
+        let teller = tokio::spawn(teller);
+        let listener = Listener {
+            sync: self,
+            memory,
+            asked: Asked::default(),
+            labels: BTreeMap::new(),
+            knows_labels: false,
+            heard_all: BTreeSet::new(),
+            era: 0,
+            uids,
+            node_uid,
+            doubt,
+            troubles: BTreeMap::new(),
+            node_trouble: None,
+        };
+        // Whatever it waits for, it waits no longer than the agent runs.
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = listener.run(hears) => {}
+        }
+        loops.shutdown().await;
+        if let Err(error) = teller.await {
+            tracing::error!(%error, "the loop that writes the node's status had panicked");
+        }
+    }
+}
+
+/// The one owner of what was heard.
+struct Listener {
+    sync: ClusterSync,
+    memory: Memory,
+    asked: Asked,
+    labels: BTreeMap<String, String>,
+    /// Whether they are known, be it from last time. Until then nothing is certain: a model may be for a label.
+    knows_labels: bool,
+    /// The kinds of which all objects are known.
+    heard_all: BTreeSet<Kind>,
+    era: u64,
+    uids: Uids,
+    node_uid: Arc<Mutex<Option<String>>>,
+    doubt: Arc<Notify>,
+    /// What was said last about why a kind cannot be listened to.
+    troubles: BTreeMap<Kind, Option<String>>,
+    /// What was said last about why the node cannot be looked at.
+    node_trouble: Option<String>,
+}
+
+impl Listener {
+    async fn run(mut self, mut hears: mpsc::Receiver<Heard>) {
+        self.recall();
+        let mut measure = tokio::time::interval(MEASURE_EVERY);
+        measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut prefer = tokio::time::interval(PREFER_EVERY);
+        let mut node = Box::pin(look_at_node(self.sync.cluster.clone(), self.sync.node.name.clone(), Duration::ZERO));
+        let mut gathered: Option<Instant> = None;
+        loop {
+            let due = gathered.unwrap_or_else(Instant::now);
+            tokio::select! {
+                Some(heard) = hears.recv() => {
+                    if self.hear(heard) && gathered.is_none() {
+                        gathered = Some(Instant::now() + GATHER);
+                    }
+                }
+                () = tokio::time::sleep_until(due), if gathered.is_some() => {
+                    gathered = None;
+                    self.speak();
+                }
+                facts = &mut node => {
+                    let is_answered = !matches!(&facts, Err(trouble) if trouble.kind == TroubleKind::Unreachable);
+                    if self.on_node(facts).await {
+                        gathered.get_or_insert(Instant::now());
+                    }
+                    let every = if self.knows_labels && is_answered { NODE_EVERY } else { NODE_AGAIN };
+                    let rest = every.mul_f64(0.9 + fastrand::f64() / 5.0);
+                    node = Box::pin(look_at_node(self.sync.cluster.clone(), self.sync.node.name.clone(), rest));
+                }
+                () = self.sync.again.notified() => {
+                    self.sync.cluster.prefer_first().await;
+                    self.doubt.notify_waiters();
+                }
+                _ = prefer.tick() => {
+                    self.sync.cluster.prefer_first().await;
+                    if self.sync.cluster.era() != self.era {
+                        self.doubt.notify_waiters();
+                    }
+                }
+                _ = measure.tick() => self.measure(),
+            }
+        }
+    }
+
+    /// What was asked for last time is in force until the cluster is heard.
+    fn recall(&mut self) {
+        let Some(known) = self.memory.get().cloned() else { return };
+        let objects = known.objects.len();
+        self.labels = known.labels;
+        self.knows_labels = true;
+        known.objects.into_iter().for_each(|given| {
+            self.asked.put(given);
+        });
+        tracing::info!(objects, "what the cluster asked for last time is in force until it is heard");
+        self.say();
+    }
+
+    /// Takes in what was heard. `true` when it may change what is asked for.
+    fn hear(&mut self, heard: Heard) -> bool {
+        let era = self.sync.cluster.era();
+        if era != self.era {
+            // Another context is another word. What runs goes on until all of it was heard.
+            self.era = era;
+            self.heard_all.clear();
+        }
+        match heard {
+            Heard::Nothing(_) => false,
+            Heard::Trouble(kind, trouble) => {
+                if trouble.is_news(self.troubles.entry(kind).or_default()) {
+                    let advice = match trouble.kind {
+                        TroubleKind::NotFound => {
+                            "the kinds of lineside.dev are not there; apply what `lineside crd` prints"
+                        }
+                        TroubleKind::Refused => "see the RBAC rules in edge-manifests/base",
+                        _ => "it is tried again",
+                    };
+                    tracing::warn!(%trouble, advice, "the cluster cannot be listened to, what it asked for last stays in force");
+                }
+                self.sync.metrics.sync_failures.inc();
+                false
+            }
+            Heard::All(kind, items) => {
+                if self.troubles.remove(&kind).is_some() || !self.heard_all.contains(&kind) {
+                    tracing::info!(kind = kind.name(), objects = items.len(), "the cluster is heard");
+                }
+                let is_first = self.heard_all.insert(kind);
+                let all = items.into_iter().map(|item| given(kind, item)).collect();
+                self.asked.replace(kind.name(), all) || is_first
+            }
+            Heard::Put(kind, item) => self.asked.put(given(kind, item)),
+            Heard::Removed(kind, name) => self.asked.remove(kind.name(), &name),
+        }
+    }
+
+    async fn on_node(&mut self, facts: Facts) -> bool {
+        let facts = match facts {
+            Ok(facts) => facts,
+            Err(trouble) if trouble.kind == TroubleKind::Unreachable => {
+                tracing::debug!(%trouble, "the node's labels cannot be looked at");
+                self.sync.cluster.renew().await;
+                self.doubt.notify_waiters();
+                return false;
+            }
+            Err(trouble) => {
+                if trouble.is_news(&mut self.node_trouble) {
+                    tracing::warn!(%trouble, "the node's labels cannot be looked at; those that are known stay in force");
+                }
+                // A refusal does not go away by itself; what is for every node, or for this one by name, is to run all the same.
+                let is_news = trouble.kind == TroubleKind::Refused && !self.knows_labels;
+                self.knows_labels |= is_news;
+                return is_news;
+            }
+        };
+        self.node_trouble = None;
+        let Some(facts) = facts else {
+            // No node of this cluster, or one that is being registered anew. The labels there were stay, since a model that
+            // is unloaded by mistake costs more than one that stays too long.
+            let is_news = !self.knows_labels;
+            self.knows_labels = true;
+            return is_news;
+        };
+        let uid = Some(facts.uid).filter(|uid| !uid.is_empty());
+        let mut known = self.node_uid.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_news = self.labels != facts.labels || *known != uid || !self.knows_labels;
+        self.knows_labels = true;
+        *known = uid;
+        self.labels = facts.labels;
+        is_news
+    }
+
+    /// Says what is asked for, and writes it down, once all of it is known.
+    fn speak(&mut self) {
+        if self.heard_all.len() < 2 || !self.knows_labels {
+            return;
+        }
+        self.say();
+        let remembered = Remembered {
+            labels: self.labels.clone(),
+            node_uid: self.node_uid.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            objects: self.asked.memory(&self.node()),
+        };
+        tokio::task::block_in_place(|| self.memory.keep(remembered));
+    }
+
+    fn say(&mut self) {
+        let is_certain = self.heard_all.len() == 2;
+        let wishes = self.asked.wishes(&self.node(), &self.labels, is_certain);
+        let mut uids = BTreeMap::new();
+        let names = wishes.objects.iter().map(|wish| wish.object.key());
+        let refused =
+            wishes.refused.iter().filter_map(|refused| Some((kind_of(&refused.kind)?, refused.name.as_str())));
+        for (kind, name) in names.chain(refused) {
+            if let Some(uid) = self.asked.uid(kind, name) {
+                uids.insert((kind, name.to_owned()), uid.to_owned());
+            }
+        }
+        *self.uids.lock().unwrap_or_else(PoisonError::into_inner) = uids;
+        self.sync.wishes.send_replace(Some(Arc::new(wishes)));
+    }
+
+    /// This node with all its labels; those of the agent's own configuration count more.
+    fn node(&self) -> Node {
+        let mut labels = self.labels.clone();
+        labels.extend(self.sync.node.labels.clone());
+        Node { name: self.sync.node.name.clone(), labels }
+    }
+
+    fn measure(&self) {
+        let silent = self.sync.cluster.silent_for();
+        let is_heard = self.heard_all.len() == 2 && silent <= SILENT_MAX;
+        self.sync.metrics.sync_connected.set(i64::from(is_heard));
+        self.sync.metrics.sync_age.set(i64::try_from(silent.as_secs()).unwrap_or(i64::MAX));
+    }
+}
+
+type Facts = Result<Option<lineside_kube::NodeFacts>, lineside_kube::Trouble>;
+
+async fn look_at_node(cluster: Arc<Cluster>, name: String, after: Duration) -> Facts {
+    tokio::time::sleep(after).await;
+    cluster.node(&name).await
+}
+
+fn given(kind: Kind, item: Item) -> Given {
+    Given {
+        kind: kind.name().to_owned(),
+        name: item.name,
+        uid: item.uid,
+        generation: item.generation,
+        document: item.document,
+    }
+}
+
+fn kind_of(name: &str) -> Option<&'static str> {
+    [Kind::EdgeModel, Kind::CameraStream].into_iter().map(Kind::name).find(|kind| *kind == name)
+}

@@ -1,0 +1,12 @@
+//! The public contract as types: manifests, status, states, messages and topics.
+
+pub mod envelope;
+pub mod kinds;
+pub mod message;
+pub mod names;
+pub mod prediction;
+pub mod spec;
+pub mod state;
+pub mod status;
+pub mod tensor;
+pub mod verdict;

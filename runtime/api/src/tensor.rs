@@ -1,0 +1,142 @@
+//! Plain tensors: a shape and a flat, row-major vector of one element type. They belong to no engine.
+//!
+//! Element types bear the names of the Open Inference Protocol (`FP32`, `UINT8` and so on), which is how they appear in
+//! results and, later, on the serving interfaces.
+
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+macro_rules! element_types {
+    ($($variant:ident $rust:ty, $name:literal;)*) => {
+        /// The element types a tensor can have, named as in the Open Inference Protocol v2.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+        pub enum DataType { $(#[serde(rename = $name)] #[doc = $name] $variant,)* }
+
+        impl DataType {
+            /// The protocol's name of the type.
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+        }
+
+        /// The elements of a tensor, in row-major order.
+        #[derive(Debug, Clone, PartialEq)]
+        pub enum Data { $(#[doc = $name] $variant(Vec<$rust>),)* }
+
+        impl Data {
+            /// How many elements there are.
+            pub fn len(&self) -> usize {
+                match self { $(Self::$variant(values) => values.len(),)* }
+            }
+
+            /// Whether there are none.
+            pub fn is_empty(&self) -> bool {
+                self.len() == 0
+            }
+
+            /// The type of the elements.
+            pub fn data_type(&self) -> DataType {
+                match self { $(Self::$variant(_) => DataType::$variant,)* }
+            }
+        }
+    };
+}
+
+element_types! {
+    Bool bool, "BOOL";
+    U8 u8, "UINT8";
+    U16 u16, "UINT16";
+    U32 u32, "UINT32";
+    U64 u64, "UINT64";
+    I8 i8, "INT8";
+    I16 i16, "INT16";
+    I32 i32, "INT32";
+    I64 i64, "INT64";
+    F16 f16, "FP16";
+    F32 f32, "FP32";
+    F64 f64, "FP64";
+}
+
+/// The error for a shape that does not fit its elements.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a tensor of shape {shape:?} does not hold {elements} elements")]
+pub struct ShapeError {
+    shape: Vec<usize>,
+    elements: usize,
+}
+
+/// A dense tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tensor {
+    shape: Vec<usize>,
+    data: Data,
+}
+
+impl Tensor {
+    /// A tensor of this shape.
+    ///
+    /// # Errors
+    /// When the shape's product overflows or is not the number of elements.
+    pub fn new(shape: Vec<usize>, data: Data) -> Result<Self, ShapeError> {
+        let elements = shape.iter().try_fold(1usize, |product, side| product.checked_mul(*side));
+        if elements != Some(data.len()) {
+            return Err(ShapeError { shape, elements: data.len() });
+        }
+        Ok(Self { shape, data })
+    }
+
+    /// The shape, outermost dimension first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The elements.
+    pub fn data(&self) -> &Data {
+        &self.data
+    }
+
+    /// Shape and elements, taken apart.
+    pub fn into_parts(self) -> (Vec<usize>, Data) {
+        (self.shape, self.data)
+    }
+
+    /// The elements as `f32`, converted where they are of another numeric type.
+    pub fn to_f32(&self) -> std::borrow::Cow<'_, [f32]> {
+        use std::borrow::Cow;
+        match &self.data {
+            Data::F32(values) => Cow::Borrowed(values),
+            Data::F16(values) => Cow::Owned(values.iter().map(|value| value.to_f32()).collect()),
+            Data::F64(values) => Cow::Owned(values.iter().map(|value| *value as f32).collect()),
+            Data::Bool(values) => Cow::Owned(values.iter().map(|value| f32::from(u8::from(*value))).collect()),
+            Data::U8(values) => Cow::Owned(values.iter().map(|value| f32::from(*value)).collect()),
+            Data::U16(values) => Cow::Owned(values.iter().map(|value| f32::from(*value)).collect()),
+            Data::U32(values) => Cow::Owned(values.iter().map(|value| *value as f32).collect()),
+            Data::U64(values) => Cow::Owned(values.iter().map(|value| *value as f32).collect()),
+            Data::I8(values) => Cow::Owned(values.iter().map(|value| f32::from(*value)).collect()),
+            Data::I16(values) => Cow::Owned(values.iter().map(|value| f32::from(*value)).collect()),
+            Data::I32(values) => Cow::Owned(values.iter().map(|value| *value as f32).collect()),
+            Data::I64(values) => Cow::Owned(values.iter().map(|value| *value as f32).collect()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shape_must_fit_its_elements() {
+        assert!(Tensor::new(vec![2, 3], Data::U8(vec![0; 6])).is_ok());
+        assert!(Tensor::new(vec![2, 3], Data::U8(vec![0; 5])).is_err());
+        assert!(Tensor::new(vec![usize::MAX, 2], Data::U8(vec![])).is_err());
+    }
+
+    #[test]
+    fn every_numeric_type_reads_as_f32() {
+        let half = Tensor::new(vec![1], Data::F16(vec![f16::from_f32(0.5)])).unwrap();
+        assert_eq!(half.to_f32()[0], 0.5);
+        let integer = Tensor::new(vec![2], Data::I64(vec![-3, 7])).unwrap();
+        assert_eq!(&integer.to_f32()[..], [-3.0, 7.0]);
+        assert_eq!(integer.data().data_type().name(), "INT64");
+    }
+}

@@ -1,0 +1,84 @@
+//! `file:`: one file, which is a picture or recorded MJPEG (JPEGs one after the other, as `ffmpeg -f mjpeg` writes them).
+
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use lineside_inference::jpeg;
+use lineside_inference::jpeg::Extent;
+
+use super::{Health, Pace, Trouble, captured, persist};
+use lineside_common::files::read_bounded;
+use lineside_scheduler::frames::Mailbox;
+
+/// A recording is held in memory while it plays.
+const RECORDING_BYTES_MAX: u64 = 1 << 30;
+
+pub(super) async fn play<S>(path: &Path, interval: Option<Duration>, mailbox: &Mailbox<S>, health: Health) {
+    persist(&health, || once(path, interval, mailbox, &health)).await;
+    mailbox.drained().await;
+    health.ended();
+}
+
+async fn once<S>(
+    path: &Path,
+    interval: Option<Duration>,
+    mailbox: &Mailbox<S>,
+    health: &Health,
+) -> Result<(), Trouble> {
+    let file = path.to_owned();
+    let bytes = tokio::task::spawn_blocking(move || read_bounded(&file, RECORDING_BYTES_MAX))
+        .await
+        .map_err(std::io::Error::other)
+        .flatten()
+        .map_err(|error| Trouble::Gone(format!("{}: {error}", path.display())))?;
+    if bytes.starts_with(&[0, 0, 1]) || bytes.starts_with(&[0, 0, 0, 1]) {
+        let what = "is H.264, which is not built into this version yet; use MJPEG";
+        return Err(Trouble::Wrong(format!("{} {what}", path.display())));
+    }
+    health.up();
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let mut rest = Bytes::from(bytes);
+    let mut pace = Pace::new(interval);
+    while let Some(frame) = next_frame(&mut rest) {
+        pace.tick().await;
+        match interval {
+            Some(_) => mailbox.offer(captured(frame, name.clone(), true)),
+            None => mailbox.put(captured(frame, name.clone(), false)).await,
+        }
+    }
+    Ok(())
+}
+
+/// Takes the next picture off the front, passing over bytes between two JPEGs. What is no whole JPEG is taken in one piece;
+/// the decoder says what it is.
+fn next_frame(rest: &mut Bytes) -> Option<Bytes> {
+    if rest.is_empty() {
+        return None;
+    }
+    match jpeg::extent(rest) {
+        Extent::Complete(length) => {
+            let frame = rest.split_to(length);
+            let next = rest.windows(3).position(|bytes| bytes == [0xFF, 0xD8, 0xFF]).unwrap_or(rest.len());
+            drop(rest.split_to(next));
+            Some(frame)
+        }
+        Extent::Truncated | Extent::NotJpeg => Some(std::mem::take(rest)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recording_is_cut_into_its_pictures() {
+        let jpeg = [0xFF, 0xD8, 0xFF, 0xDA, 0x00, 0x02, 0x12, 0xFF, 0xD9];
+        let mut recording = Bytes::from([&jpeg[..], b"\0\0", &jpeg, &jpeg[..5], b""].concat());
+        let frames: Vec<Bytes> = std::iter::from_fn(|| next_frame(&mut recording)).collect();
+        assert_eq!(frames, [&jpeg[..], &jpeg[..], &jpeg[..5]]);
+        let mut png = Bytes::from_static(b"\x89PNG...");
+        assert_eq!(next_frame(&mut png).unwrap().len(), 7);
+        assert_eq!(next_frame(&mut png), None);
+    }
+}

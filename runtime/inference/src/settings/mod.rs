@@ -1,0 +1,235 @@
+//! What the pipeline does for one model: the manifest's wishes joined with the facts of the graph.
+//!
+//! This happens in two steps, because the shape of an output is certain only once the model has run. [`input`] decides
+//! how a picture becomes a tensor and with which input size the engine is to load the model; [`output`] then reads how
+//! the tensors of a first run become a prediction. Whatever does not fit is refused here, with the field to change, so
+//! that nothing is left to find out on the line.
+
+mod input;
+mod output;
+
+use std::sync::Arc;
+
+use crate::graph::{Activation, TensorInfo};
+use crate::{Error, ErrorKind};
+use lineside_api::prediction::Class;
+use lineside_api::spec::{Color, Resize, Task};
+use lineside_api::tensor::DataType;
+
+pub use input::{input, task};
+pub use output::output;
+
+/// The strides of the grids that YOLOX's anchors lie on.
+pub(crate) const YOLOX_STRIDES: [u32; 3] = [8, 16, 32];
+
+/// Where the channels of the input stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Batch, channels, height, width.
+    Nchw,
+    /// Batch, height, width, channels.
+    Nhwc,
+}
+
+/// How a picture becomes the model's input.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InputSettings {
+    /// Element type of the input.
+    pub data_type: DataType,
+    /// Order of its dimensions.
+    pub layout: Layout,
+    /// Width in pixels.
+    pub width: u32,
+    /// Height in pixels.
+    pub height: u32,
+    /// How the picture is brought to that size.
+    pub resize: Resize,
+    /// Order of the channels.
+    pub color: Color,
+    /// Per channel, in pixel units.
+    pub mean: [f32; 3],
+    /// Per channel, in pixel units.
+    pub std: [f32; 3],
+}
+
+impl InputSettings {
+    /// 1 for grey, else 3.
+    pub fn channels(&self) -> usize {
+        if self.color == Color::Gray { 1 } else { 3 }
+    }
+
+    /// The shape of the input tensor.
+    pub fn shape(&self) -> Vec<usize> {
+        let (height, width) = (self.height as usize, self.width as usize);
+        match self.layout {
+            Layout::Nchw => vec![1, self.channels(), height, width],
+            Layout::Nhwc => vec![1, height, width, self.channels()],
+        }
+    }
+}
+
+/// How output tensors become a prediction.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OutputSettings {
+    /// By task.
+    pub task: TaskSettings,
+    /// Names of the classes.
+    pub labels: Labels,
+    /// Names of the outputs.
+    pub names: Vec<Arc<str>>,
+}
+
+/// The part of the output settings that depends on the task.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TaskSettings {
+    /// Class scores.
+    Classify(ClassifySettings),
+    /// Boxes.
+    Detect(DetectSettings),
+    /// Strangeness.
+    Anomaly(AnomalySettings),
+    /// Raw outputs.
+    Tensor,
+}
+
+impl TaskSettings {
+    /// The task these settings are for.
+    pub fn task(&self) -> Task {
+        match self {
+            Self::Classify(_) => Task::Classify,
+            Self::Detect(_) => Task::Detect,
+            Self::Anomaly(_) => Task::Anomaly,
+            Self::Tensor => Task::Tensor,
+        }
+    }
+}
+
+/// Settings of `classify`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClassifySettings {
+    /// How the graph ends.
+    pub activation: Activation,
+    /// Lowest score reported.
+    pub threshold: f32,
+    /// Most classes reported.
+    pub top_k: usize,
+}
+
+/// How boxes lie in the outputs; see [`crate::postprocess`] for the layouts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BoxLayout {
+    /// `[1, 4 + classes, anchors]`.
+    ClassRows,
+    /// `[1, anchors, 4 + classes]`, or 5 with an objectness.
+    AnchorRows {
+        /// Whether an objectness stands before the class scores.
+        objectness: bool,
+    },
+    /// `[1, anchors, 5 + classes]` relative to a grid.
+    Grid,
+    /// Rows of ready boxes.
+    Sorted {
+        /// 6 or 7.
+        columns: usize,
+    },
+    /// Ready boxes in outputs of their own; the numbers are the outputs' indices.
+    Split {
+        /// Output of boxes.
+        boxes: usize,
+        /// Output of scores.
+        scores: usize,
+        /// Output of class indices; one class only where there is none.
+        classes: Option<usize>,
+        /// Output with the number of boxes; all of them where there is none.
+        count: Option<usize>,
+    },
+}
+
+impl BoxLayout {
+    /// Whether the graph has already suppressed overlapping boxes.
+    pub fn is_end_to_end(self) -> bool {
+        matches!(self, Self::Sorted { .. } | Self::Split { .. })
+    }
+}
+
+/// Settings of `detect`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DetectSettings {
+    /// Where the boxes stand.
+    pub layout: BoxLayout,
+    /// Lowest score reported.
+    pub threshold: f32,
+    /// Overlap beyond which two boxes of a class are one.
+    pub iou: f32,
+    /// Most boxes reported.
+    pub top_k: usize,
+    /// Number of classes; 0 where the output does not tell.
+    pub classes: usize,
+    /// Width of the model's input, in pixels.
+    pub input_width: u32,
+    /// Height of the model's input, in pixels.
+    pub input_height: u32,
+}
+
+/// Settings of `anomaly`. At least one of the outputs is there.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AnomalySettings {
+    /// Index of the output with the score.
+    pub score_output: Option<usize>,
+    /// Index of the output with the map.
+    pub map_output: Option<usize>,
+    /// Whether the map is reported.
+    pub with_map: bool,
+}
+
+/// Names of the classes, shared by every result that mentions them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Labels(Arc<[Arc<str>]>);
+
+impl Labels {
+    fn named(names: &[String]) -> Self {
+        Self(names.iter().map(|name| Arc::from(name.as_str())).collect())
+    }
+
+    /// `class_0`, `class_1` and so on.
+    pub fn numbered(count: usize) -> Self {
+        Self((0..count).map(|class| Arc::from(format!("class_{class}"))).collect())
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The names, in order.
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(AsRef::as_ref)
+    }
+
+    /// A class with its name; one beyond the list is numbered.
+    pub fn class(&self, class: usize, score: f32) -> Class {
+        let label = self.0.get(class).cloned().unwrap_or_else(|| Arc::from(format!("class_{class}")));
+        Class { label, class: class as u32, score }
+    }
+}
+
+/// Tensors in words: `images FP32 [-1, 3, 320, 320]`.
+pub(crate) fn described(tensors: &[TensorInfo]) -> String {
+    let one = |tensor: &TensorInfo| {
+        let kind = tensor.data_type.map_or("of another type", DataType::name);
+        match &tensor.shape {
+            Some(_) => format!("`{}` {kind} {:?}", tensor.name, tensor.protocol_shape()),
+            None => format!("`{}` {kind} of any shape", tensor.name),
+        }
+    };
+    tensors.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+fn bad_spec(message: String) -> Error {
+    Error::new(ErrorKind::BadSpec, message)
+}

@@ -1,0 +1,3 @@
+//! Frames as they travel between cameras, workers and the agent.
+
+pub mod frame;

@@ -1,0 +1,1 @@
+//! The worker that serves one model version.

@@ -14,16 +14,18 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-mod pulse;
-pub mod sum;
+pub mod aggregate;
+mod heartbeat;
 
-use crate::sum::{NodeView, Subject};
+use crate::aggregate::{FleetObject, NodeView};
+pub use heartbeat::{BEAT_MAX, Heartbeat};
 use lineside_api::status::{CameraStreamStatus, Condition, EdgeModelStatus, NodeStatus, READY, date};
 use lineside_common::clock;
 use lineside_common::metrics::ControllerMetrics;
-use lineside_kube::mirror::{Heard, mirror};
-use lineside_kube::{Cluster, Item, Kind, Lease, Saying, Term, Trouble, TroubleKind};
-pub use pulse::{BEAT_MAX, Pulse};
+use lineside_kube::reflector::{WatchEvent, mirror};
+use lineside_kube::{
+    ClusterClient, ClusterError, ClusterErrorKind, ClusterEvent, Leadership, Lease, Resource, ResourceKind,
+};
 
 /// The name of the lease.
 pub const LEASE: &str = "lineside-controller";
@@ -40,7 +42,7 @@ const DOUBT_AFTER: Duration = Duration::from_secs(20);
 
 /// When a node counts as silent and as gone.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience {
+pub struct Timeouts {
     /// A node that has not said anything for this long is silent.
     pub silent_after: Duration,
     /// A silent node's `EdgeNode` is removed after this long in all, where the cluster has no such node any more.
@@ -49,15 +51,15 @@ pub struct Patience {
 
 /// The controller.
 pub struct Controller {
-    cluster: Arc<Cluster>,
+    cluster: Arc<ClusterClient>,
     lease: Lease,
-    patience: Patience,
-    pulse: Arc<Pulse>,
+    timeouts: Timeouts,
+    heartbeat: Arc<Heartbeat>,
     metrics: ControllerMetrics,
-    models: BTreeMap<String, (Subject, EdgeModelStatus)>,
-    streams: BTreeMap<String, (Subject, CameraStreamStatus)>,
+    models: BTreeMap<String, (FleetObject, EdgeModelStatus)>,
+    streams: BTreeMap<String, (FleetObject, CameraStreamStatus)>,
     nodes: BTreeMap<String, Seen>,
-    heard_all: BTreeSet<Kind>,
+    heard_all: BTreeSet<ResourceKind>,
     /// Since when nodes are listened to without a break.
     hears_nodes_since: Option<Instant>,
     was_leading: bool,
@@ -77,17 +79,17 @@ struct Seen {
 impl Controller {
     /// A controller that knows nothing yet. `identity` tells it from the others.
     pub fn new(
-        cluster: Arc<Cluster>,
+        cluster: Arc<ClusterClient>,
         identity: &str,
-        patience: Patience,
-        pulse: Arc<Pulse>,
+        timeouts: Timeouts,
+        heartbeat: Arc<Heartbeat>,
         metrics: ControllerMetrics,
     ) -> Self {
         Self {
             cluster,
             lease: Lease::new(LEASE, identity),
-            patience,
-            pulse,
+            timeouts,
+            heartbeat,
             metrics,
             models: BTreeMap::new(),
             streams: BTreeMap::new(),
@@ -104,7 +106,7 @@ impl Controller {
         let doubt = Arc::new(Notify::new());
         let (heard, mut hears) = mpsc::channel(HEARD_MAX);
         let mut loops = JoinSet::new();
-        for kind in [Kind::EdgeModel, Kind::CameraStream, Kind::EdgeNode] {
+        for kind in [ResourceKind::EdgeModel, ResourceKind::CameraStream, ResourceKind::EdgeNode] {
             loops.spawn(mirror(self.cluster.clone(), kind, heard.clone(), doubt.clone()));
         }
         let mut rounds = tokio::time::interval(ROUND_EVERY);
@@ -114,7 +116,7 @@ impl Controller {
                 () = stop.cancelled() => break,
                 Some(heard) = hears.recv() => self.hear(heard),
                 _ = rounds.tick() => {
-                    if self.cluster.silent_for() > DOUBT_AFTER {
+                    if self.cluster.time_since_response() > DOUBT_AFTER {
                         self.hears_nodes_since = None;
                         self.cluster.renew().await;
                         doubt.notify_waiters();
@@ -129,55 +131,55 @@ impl Controller {
         }
     }
 
-    fn hear(&mut self, heard: Heard) {
+    fn hear(&mut self, heard: WatchEvent) {
         match heard {
-            Heard::Trouble(kind, trouble) => {
-                if kind == Kind::EdgeNode {
+            WatchEvent::Failed(kind, trouble) => {
+                if kind == ResourceKind::EdgeNode {
                     self.hears_nodes_since = None;
                 }
                 self.tell(&trouble);
             }
-            Heard::Nothing(kind) => self.on_word(kind),
-            Heard::All(kind, items) => {
+            WatchEvent::Bookmark(kind) => self.on_word(kind),
+            WatchEvent::Listed(kind, items) => {
                 let is_named = |name: &String| items.iter().any(|item| item.name == *name);
                 match kind {
-                    Kind::EdgeModel => self.models.retain(|name, _| is_named(name)),
-                    Kind::CameraStream => self.streams.retain(|name, _| is_named(name)),
-                    Kind::EdgeNode => self.nodes.retain(|name, _| is_named(name)),
+                    ResourceKind::EdgeModel => self.models.retain(|name, _| is_named(name)),
+                    ResourceKind::CameraStream => self.streams.retain(|name, _| is_named(name)),
+                    ResourceKind::EdgeNode => self.nodes.retain(|name, _| is_named(name)),
                 }
                 self.heard_all.insert(kind);
                 self.on_word(kind);
                 self.troubles.clear();
                 items.into_iter().for_each(|item| self.put(kind, item));
             }
-            Heard::Put(kind, item) => self.put(kind, item),
-            Heard::Removed(Kind::EdgeModel, name) => drop(self.models.remove(&name)),
-            Heard::Removed(Kind::CameraStream, name) => drop(self.streams.remove(&name)),
-            Heard::Removed(Kind::EdgeNode, name) => drop(self.nodes.remove(&name)),
+            WatchEvent::Updated(kind, item) => self.put(kind, item),
+            WatchEvent::Deleted(ResourceKind::EdgeModel, name) => drop(self.models.remove(&name)),
+            WatchEvent::Deleted(ResourceKind::CameraStream, name) => drop(self.streams.remove(&name)),
+            WatchEvent::Deleted(ResourceKind::EdgeNode, name) => drop(self.nodes.remove(&name)),
         }
     }
 
     /// Nodes are listened to, from now on if they were not before.
-    fn on_word(&mut self, kind: Kind) {
-        if kind == Kind::EdgeNode && self.hears_nodes_since.is_none() {
+    fn on_word(&mut self, kind: ResourceKind) {
+        if kind == ResourceKind::EdgeNode && self.hears_nodes_since.is_none() {
             self.hears_nodes_since = Some(Instant::now());
         }
     }
 
-    fn put(&mut self, kind: Kind, item: Item) {
-        let subject = || Subject::new(&item.name, &item.uid, item.generation, &item.document);
+    fn put(&mut self, kind: ResourceKind, item: Resource) {
+        let subject = || FleetObject::new(&item.name, &item.uid, item.generation, &item.document);
         match kind {
-            Kind::EdgeModel => {
+            ResourceKind::EdgeModel => {
                 let mut status: EdgeModelStatus = read(&item.status);
-                sum::own(&mut status.conditions);
+                aggregate::own(&mut status.conditions);
                 self.models.insert(item.name.clone(), (subject(), status));
             }
-            Kind::CameraStream => {
+            ResourceKind::CameraStream => {
                 let mut status: CameraStreamStatus = read(&item.status);
-                sum::own(&mut status.conditions);
+                aggregate::own(&mut status.conditions);
                 self.streams.insert(item.name.clone(), (subject(), status));
             }
-            Kind::EdgeNode => {
+            ResourceKind::EdgeNode => {
                 let status: NodeStatus = read(&item.status);
                 let known = self.nodes.get(&item.name).filter(|known| known.uid == item.uid);
                 // What we wrote ourselves is not a sign of life; the time that the agent gives is.
@@ -194,7 +196,7 @@ impl Controller {
     }
 
     /// Says what is wrong, once until all objects of some kind could be listed again.
-    fn tell(&mut self, trouble: &Trouble) {
+    fn tell(&mut self, trouble: &ClusterError) {
         if self.troubles.len() >= TROUBLES_MAX {
             self.troubles.clear();
         }
@@ -205,9 +207,9 @@ impl Controller {
 
     async fn round(&mut self) {
         match self.lease.attend(&self.cluster).await {
-            Ok(Term::Leads | Term::Waits) => {}
+            Ok(Leadership::Leads | Leadership::Waits) => {}
             Err(trouble) => {
-                if trouble.kind == TroubleKind::Unreachable {
+                if trouble.kind == ClusterErrorKind::Unreachable {
                     self.cluster.renew().await;
                 }
                 self.tell(&trouble);
@@ -219,7 +221,7 @@ impl Controller {
             self.was_leading = leads;
         }
         self.metrics.leads.set(i64::from(leads));
-        self.pulse.beat(self.heard_all.len() == 3);
+        self.heartbeat.beat(self.heard_all.len() == 3);
         let silent = self.nodes.values().filter(|seen| self.is_silent(seen)).count();
         for (state, count) in [("reporting", self.nodes.len() - silent), ("silent", silent)] {
             self.metrics.nodes.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
@@ -241,24 +243,24 @@ impl Controller {
     /// by whichever controller, stays so until its agent takes the mark back.
     fn is_silent(&self, seen: &Seen) -> bool {
         let listened = self.hears_nodes_since.map_or(Duration::ZERO, |since| since.elapsed());
-        is_marked(&seen.status) || seen.changed.elapsed().min(listened) >= self.patience.silent_after
+        is_marked(&seen.status) || seen.changed.elapsed().min(listened) >= self.timeouts.silent_after
     }
 
     /// Writes the statuses of models and streams that are not as the nodes say.
-    async fn sum_up(&mut self, end: Instant) -> Result<(), Trouble> {
+    async fn sum_up(&mut self, end: Instant) -> Result<(), ClusterError> {
         let now = clock::rfc3339(SystemTime::now());
         let views: Vec<NodeView<'_>> = self
             .nodes
             .iter()
             .map(|(name, seen)| NodeView { name, status: &seen.status, is_silent: self.is_silent(seen) })
             .collect();
-        let models = news(&self.models, |subject, before| sum::model(subject, &views, before, &now));
-        let streams = news(&self.streams, |subject, before| sum::stream(subject, &views, before, &now));
+        let models = news(&self.models, |subject, before| aggregate::model(subject, &views, before, &now));
+        let streams = news(&self.streams, |subject, before| aggregate::stream(subject, &views, before, &now));
         for (name, status) in models {
             if Instant::now() >= end {
                 return Ok(());
             }
-            if self.write(Kind::EdgeModel, &name, &status).await?
+            if self.write(ResourceKind::EdgeModel, &name, &status).await?
                 && let Some((_, known)) = self.models.get_mut(&name)
             {
                 *known = status;
@@ -268,7 +270,7 @@ impl Controller {
             if Instant::now() >= end {
                 return Ok(());
             }
-            if self.write(Kind::CameraStream, &name, &status).await?
+            if self.write(ResourceKind::CameraStream, &name, &status).await?
                 && let Some((_, known)) = self.streams.get_mut(&name)
             {
                 *known = status;
@@ -279,14 +281,19 @@ impl Controller {
 
     /// Writes a status. `false` where it was not taken, which holds up no other: the object is gone, as the watch will say,
     /// or the server refuses, which is told and tried again in the next round.
-    async fn write(&mut self, kind: Kind, name: &str, status: &impl serde::Serialize) -> Result<bool, Trouble> {
+    async fn write(
+        &mut self,
+        kind: ResourceKind,
+        name: &str,
+        status: &impl serde::Serialize,
+    ) -> Result<bool, ClusterError> {
         match self.cluster.apply_status(kind, name, status).await {
             Ok(_) => {
                 self.metrics.writes.inc();
                 Ok(true)
             }
-            Err(trouble) if trouble.kind == TroubleKind::NotFound => Ok(false),
-            Err(trouble) if matches!(trouble.kind, TroubleKind::Refused | TroubleKind::Conflict) => {
+            Err(trouble) if trouble.kind == ClusterErrorKind::NotFound => Ok(false),
+            Err(trouble) if matches!(trouble.kind, ClusterErrorKind::Refused | ClusterErrorKind::Conflict) => {
                 self.metrics.failures.inc();
                 self.tell(&trouble);
                 Ok(false)
@@ -297,7 +304,7 @@ impl Controller {
 
     /// Marks nodes that have fallen silent: whether they are ready cannot be told. The agent takes the mark back itself
     /// with its next word.
-    async fn mark_silent(&mut self, end: Instant) -> Result<(), Trouble> {
+    async fn mark_silent(&mut self, end: Instant) -> Result<(), ClusterError> {
         let silent: Vec<(String, String, Vec<Condition>)> = self
             .nodes
             .iter()
@@ -308,21 +315,21 @@ impl Controller {
             if Instant::now() >= end {
                 return Ok(());
             }
-            let message = format!("nothing was heard of its agent for {} s", self.patience.silent_after.as_secs());
+            let message = format!("nothing was heard of its agent for {} s", self.timeouts.silent_after.as_secs());
             let mut mark = [Condition::new(READY, false, "NodeSilent", message.clone()).unknown()];
             date(&mut mark, &before, &clock::rfc3339(SystemTime::now()));
-            if !self.write(Kind::EdgeNode, &name, &serde_json::json!({"conditions": mark})).await? {
+            if !self.write(ResourceKind::EdgeNode, &name, &serde_json::json!({"conditions": mark})).await? {
                 continue;
             }
             if let Some(seen) = self.nodes.get_mut(&name) {
                 seen.status.conditions.retain(|condition| condition.kind != READY);
                 seen.status.conditions.extend(mark);
             }
-            let saying = Saying {
+            let saying = ClusterEvent {
                 is_warning: true,
                 reason: "NodeSilent",
                 note: message,
-                kind: Kind::EdgeNode,
+                kind: ResourceKind::EdgeNode,
                 name,
                 uid: Some(uid),
             };
@@ -332,14 +339,14 @@ impl Controller {
     }
 
     /// Removes the `EdgeNode`s of nodes that the cluster has no more. One that never was a node of this cluster stays.
-    async fn remove_gone(&mut self, end: Instant) -> Result<(), Trouble> {
-        let patience = self.patience;
+    async fn remove_gone(&mut self, end: Instant) -> Result<(), ClusterError> {
+        let timeouts = self.timeouts;
         let silent: Vec<(String, String, String)> = self
             .nodes
             .iter()
             .filter(|(_, seen)| {
-                seen.changed.elapsed() >= patience.gone_after
-                    && seen.looked_up.is_none_or(|at| at.elapsed() >= patience.gone_after)
+                seen.changed.elapsed() >= timeouts.gone_after
+                    && seen.looked_up.is_none_or(|at| at.elapsed() >= timeouts.gone_after)
             })
             .filter_map(|(name, seen)| Some((name.clone(), seen.uid.clone(), seen.status.agent.node_uid.clone()?)))
             .collect();
@@ -353,8 +360,10 @@ impl Controller {
             let found = self.cluster.node(&name).await?;
             if found.is_none_or(|facts| facts.uid != node_uid) {
                 tracing::info!(node = name, "the node is gone, its EdgeNode is removed");
-                match self.cluster.delete(Kind::EdgeNode, &name, &uid).await {
-                    Err(trouble) if !matches!(trouble.kind, TroubleKind::NotFound | TroubleKind::Conflict) => {
+                match self.cluster.delete(ResourceKind::EdgeNode, &name, &uid).await {
+                    Err(trouble)
+                        if !matches!(trouble.kind, ClusterErrorKind::NotFound | ClusterErrorKind::Conflict) =>
+                    {
                         return Err(trouble);
                     }
                     _ => {}
@@ -366,7 +375,10 @@ impl Controller {
 }
 
 /// The statuses that are not as they were, by name.
-fn news<S: PartialEq>(known: &BTreeMap<String, (Subject, S)>, sum: impl Fn(&Subject, &S) -> S) -> Vec<(String, S)> {
+fn news<S: PartialEq>(
+    known: &BTreeMap<String, (FleetObject, S)>,
+    sum: impl Fn(&FleetObject, &S) -> S,
+) -> Vec<(String, S)> {
     let sums = known.iter().map(|(name, (subject, before))| (name, before, sum(subject, before)));
     sums.filter(|(_, before, after)| *before != after).map(|(name, _, after)| (name.clone(), after)).collect()
 }
@@ -386,29 +398,29 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use lineside_kube::Access;
+    use lineside_kube::ClusterConfig;
 
     async fn controller() -> Controller {
         let kubeconfig = tempfile::NamedTempFile::new().unwrap();
         let text = r#"{"current-context": "a", "clusters": [{"name": "a", "cluster": {"server": "http://127.0.0.1:1"}}],
             "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}], "users": [{"name": "a", "user": {}}]}"#;
         std::fs::write(kubeconfig.path(), text).unwrap();
-        let access = Access { kubeconfig: Some(kubeconfig.path().to_owned()), ..Access::default() };
-        let patience = Patience { silent_after: Duration::from_secs(180), gone_after: Duration::from_secs(600) };
+        let access = ClusterConfig { kubeconfig: Some(kubeconfig.path().to_owned()), ..ClusterConfig::default() };
+        let timeouts = Timeouts { silent_after: Duration::from_secs(180), gone_after: Duration::from_secs(600) };
         Controller::new(
-            Arc::new(Cluster::new(access, "test", "test").await.unwrap()),
+            Arc::new(ClusterClient::new(access, "test", "test").await.unwrap()),
             "test",
-            patience,
-            Arc::new(Pulse::new(std::time::Instant::now())),
+            timeouts,
+            Arc::new(Heartbeat::new(std::time::Instant::now())),
             ControllerMetrics::new().unwrap(),
         )
     }
 
-    fn item(name: &str, uid: &str, status: Value) -> Item {
-        Item { name: name.into(), uid: uid.into(), generation: Some(1), document: json!({}), status }
+    fn item(name: &str, uid: &str, status: Value) -> Resource {
+        Resource { name: name.into(), uid: uid.into(), generation: Some(1), document: json!({}), status }
     }
 
-    fn node(uid: &str, seen: &str) -> Item {
+    fn node(uid: &str, seen: &str) -> Resource {
         item(
             "n1",
             uid,
@@ -424,45 +436,45 @@ mod tests {
     #[tokio::test]
     async fn a_node_is_silent_when_we_listened_and_it_said_nothing() {
         let mut controller = controller().await;
-        controller.hear(Heard::All(Kind::EdgeNode, vec![node("u1", "t1")]));
+        controller.hear(WatchEvent::Listed(ResourceKind::EdgeNode, vec![node("u1", "t1")]));
         assert!(!controller.is_silent(&controller.nodes["n1"]));
         controller.nodes.get_mut("n1").unwrap().changed = ago(200);
         assert!(!controller.is_silent(&controller.nodes["n1"]), "we have only begun to listen");
         controller.hears_nodes_since = Some(ago(200));
         assert!(controller.is_silent(&controller.nodes["n1"]));
-        // Trouble with other kinds is none with nodes.
-        let trouble = || Trouble { kind: TroubleKind::Unreachable, message: "no answer".into() };
-        controller.hear(Heard::Trouble(Kind::EdgeModel, trouble()));
+        // ClusterError with other kinds is none with nodes.
+        let trouble = || ClusterError { kind: ClusterErrorKind::Unreachable, message: "no answer".into() };
+        controller.hear(WatchEvent::Failed(ResourceKind::EdgeModel, trouble()));
         assert!(controller.is_silent(&controller.nodes["n1"]));
-        controller.hear(Heard::Trouble(Kind::EdgeNode, trouble()));
+        controller.hear(WatchEvent::Failed(ResourceKind::EdgeNode, trouble()));
         assert!(!controller.is_silent(&controller.nodes["n1"]), "we cannot tell");
-        controller.hear(Heard::Nothing(Kind::EdgeNode));
+        controller.hear(WatchEvent::Bookmark(ResourceKind::EdgeNode));
         assert!(!controller.is_silent(&controller.nodes["n1"]), "and listen from now on");
     }
 
     #[tokio::test]
     async fn only_the_agents_own_word_is_a_sign_of_life() {
         let mut controller = controller().await;
-        controller.hear(Heard::All(Kind::EdgeNode, vec![node("u1", "t1")]));
+        controller.hear(WatchEvent::Listed(ResourceKind::EdgeNode, vec![node("u1", "t1")]));
         let old = ago(200);
         let forget = |controller: &mut Controller| {
             controller.hears_nodes_since = Some(ago(200));
             controller.nodes.get_mut("n1").unwrap().changed = old;
         };
         forget(&mut controller);
-        controller.hear(Heard::Put(Kind::EdgeNode, node("u1", "t1")));
+        controller.hear(WatchEvent::Updated(ResourceKind::EdgeNode, node("u1", "t1")));
         assert_eq!(controller.nodes["n1"].changed, old, "something else of it was written");
-        controller.hear(Heard::Put(Kind::EdgeNode, node("u1", "t2")));
+        controller.hear(WatchEvent::Updated(ResourceKind::EdgeNode, node("u1", "t2")));
         assert!(!controller.is_silent(&controller.nodes["n1"]));
         forget(&mut controller);
-        controller.hear(Heard::Put(Kind::EdgeNode, node("u2", "t2")));
+        controller.hear(WatchEvent::Updated(ResourceKind::EdgeNode, node("u2", "t2")));
         assert!(!controller.is_silent(&controller.nodes["n1"]), "another object of this name");
         // Marked by whichever controller: so it stays until its agent speaks.
         let mut marked = node("u2", "t2");
         marked.status["conditions"][0]["status"] = "Unknown".into();
-        controller.hear(Heard::Put(Kind::EdgeNode, marked));
+        controller.hear(WatchEvent::Updated(ResourceKind::EdgeNode, marked));
         assert!(controller.is_silent(&controller.nodes["n1"]));
-        controller.hear(Heard::Put(Kind::EdgeNode, node("u2", "t3")));
+        controller.hear(WatchEvent::Updated(ResourceKind::EdgeNode, node("u2", "t3")));
         assert!(!controller.is_silent(&controller.nodes["n1"]));
     }
 
@@ -471,14 +483,14 @@ mod tests {
         let mut controller = controller().await;
         let now = "2026-01-01T00:00:00Z";
         let bare = item("m", "u", json!({}));
-        controller.hear(Heard::Put(Kind::EdgeModel, bare.clone()));
+        controller.hear(WatchEvent::Updated(ResourceKind::EdgeModel, bare.clone()));
         let sums =
-            |controller: &Controller| news(&controller.models, |subject, before| sum::model(subject, &[], before, now));
+            |controller: &Controller| news(&controller.models, |subject, before| aggregate::model(subject, &[], before, now));
         let written = sums(&controller).remove(0).1;
         let mut status = serde_json::to_value(&written).unwrap();
         let foreign = json!({"type": "Approved", "status": "True", "reason": "ByHand", "lastTransitionTime": now});
         status["conditions"].as_array_mut().unwrap().push(foreign);
-        controller.hear(Heard::Put(Kind::EdgeModel, Item { status, ..bare }));
+        controller.hear(WatchEvent::Updated(ResourceKind::EdgeModel, Resource { status, ..bare }));
         assert!(sums(&controller).is_empty(), "{:?}", sums(&controller));
     }
 }

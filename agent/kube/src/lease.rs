@@ -13,7 +13,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use kube::api::{ObjectMeta, PostParams};
 
-use super::{Cluster, DEADLINE, Trouble, TroubleKind};
+use super::{ClusterClient, ClusterError, ClusterErrorKind, DEADLINE};
 
 /// How long a holder may be silent.
 const DURATION: Duration = Duration::from_secs(15);
@@ -22,7 +22,7 @@ const RENEW_WITHIN: Duration = Duration::from_secs(5);
 
 /// Whether we lead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Term {
+pub enum Leadership {
     /// We do.
     Leads,
     /// Somebody else does, or nobody yet.
@@ -58,7 +58,7 @@ impl Lease {
     ///
     /// # Errors
     /// When the cluster cannot be asked; whether we still lead is then told by [`Lease::leads`].
-    pub async fn attend(&mut self, cluster: &Cluster) -> Result<Term, Trouble> {
+    pub async fn attend(&mut self, cluster: &ClusterClient) -> Result<Leadership, ClusterError> {
         let api: Api<Object> = Api::namespaced(cluster.client().await?, cluster.namespace());
         let asked = Instant::now();
         let found = cluster.ask(DEADLINE, api.get_opt(&self.name)).await?;
@@ -75,7 +75,7 @@ impl Lease {
             self.renewed = None;
         }
         if !is_ours && !self.has_run_out(&spec) {
-            return Ok(Term::Waits);
+            return Ok(Leadership::Waits);
         }
         object.spec = Some(self.claim(Some(&spec)));
         // The object bears the version we read, so that of two that claim at once one is told of the conflict.
@@ -87,7 +87,7 @@ impl Lease {
     ///
     /// # Errors
     /// When the cluster cannot be asked; the lease then runs out by itself.
-    pub async fn release(&mut self, cluster: &Cluster) -> Result<(), Trouble> {
+    pub async fn release(&mut self, cluster: &ClusterClient) -> Result<(), ClusterError> {
         if !self.leads() {
             return Ok(());
         }
@@ -139,15 +139,15 @@ impl Lease {
     }
 
     /// The term counts from when the claim was sent.
-    fn outcome<T>(&mut self, written: Result<T, Trouble>, asked: Instant) -> Result<Term, Trouble> {
+    fn outcome<T>(&mut self, written: Result<T, ClusterError>, asked: Instant) -> Result<Leadership, ClusterError> {
         match written {
             Ok(_) => {
                 self.renewed = Some(asked);
-                Ok(Term::Leads)
+                Ok(Leadership::Leads)
             }
-            Err(trouble) if trouble.kind == TroubleKind::Conflict => {
+            Err(trouble) if trouble.kind == ClusterErrorKind::Conflict => {
                 self.renewed = None;
-                Ok(Term::Waits)
+                Ok(Leadership::Waits)
             }
             Err(trouble) => Err(trouble),
         }

@@ -2,20 +2,20 @@
 //!
 //! Objects are read as they come and handed on as JSON, so that one that this version does not understand is one refused
 //! object and not the end of a list. Every call has a deadline. Nothing here tries again: whoever calls decides when, and
-//! may have the connection made anew first ([`Cluster::renew`]), since a connection through a network that was gone for a
+//! may have the connection made anew first ([`ClusterClient::renew`]), since a connection through a network that was gone for a
 //! while can stay silent for a long time after it is back.
 //!
-//! Access is by the pod's own service account or by a kubeconfig. A kubeconfig may name several contexts, which are ways
+//! ClusterConfig is by the pod's own service account or by a kubeconfig. A kubeconfig may name several contexts, which are ways
 //! to the same objects: they are tried in order, and the first is gone back to when it can be had again.
 
-mod access;
-mod kinds;
+mod config;
+mod connection;
+mod crds;
+mod error;
 mod lease;
-mod line;
-pub mod mirror;
-pub mod notices;
-pub mod tell;
-mod trouble;
+pub mod reflector;
+pub mod status_events;
+pub mod status_writer;
 
 use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
@@ -32,13 +32,13 @@ use kube::{Api, Client, ResourceExt as _};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-pub use access::Access;
-pub use kinds::definitions;
-pub use lease::{Lease, Term};
-use line::{Line, configuration};
+pub use config::ClusterConfig;
+use connection::{Connection, configuration};
+pub use crds::definitions;
+pub use error::{ClusterError, ClusterErrorKind};
+pub use lease::{Leadership, Lease};
 use lineside_api::kinds::document;
 use lineside_api::status::NodeStatus;
-pub use trouble::{Trouble, TroubleKind};
 
 /// Every call but a watch has to be answered within this.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -62,7 +62,7 @@ const POD_NAMESPACE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/names
 
 /// A kind of object that is followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
+pub enum ResourceKind {
     /// `EdgeModel`.
     EdgeModel,
     /// `CameraStream`.
@@ -71,7 +71,7 @@ pub enum Kind {
     EdgeNode,
 }
 
-impl Kind {
+impl ResourceKind {
     /// As it is written.
     pub fn name(self) -> &'static str {
         match self {
@@ -83,16 +83,16 @@ impl Kind {
 
     fn resource(self) -> ApiResource {
         match self {
-            Self::EdgeModel => ApiResource::erase::<kinds::EdgeModel>(&()),
-            Self::CameraStream => ApiResource::erase::<kinds::CameraStream>(&()),
-            Self::EdgeNode => ApiResource::erase::<kinds::EdgeNode>(&()),
+            Self::EdgeModel => ApiResource::erase::<crds::EdgeModel>(&()),
+            Self::CameraStream => ApiResource::erase::<crds::CameraStream>(&()),
+            Self::EdgeNode => ApiResource::erase::<crds::EdgeNode>(&()),
         }
     }
 }
 
 /// An object as the cluster holds it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Item {
+pub struct Resource {
     /// Its name.
     pub name: String,
     /// Which of all objects that ever bore its name it is.
@@ -105,8 +105,8 @@ pub struct Item {
     pub status: Value,
 }
 
-impl Item {
-    fn new(kind: Kind, object: DynamicObject) -> Self {
+impl Resource {
+    fn new(kind: ResourceKind, object: DynamicObject) -> Self {
         let mut data = object.data;
         let (spec, status) = (data["spec"].take(), data["status"].take());
         let name = object.metadata.name.unwrap_or_default();
@@ -122,17 +122,17 @@ impl Item {
 
 /// Something that a watch has to say.
 #[derive(Debug)]
-pub enum Change {
+pub enum WatchChange {
     /// An object is new or not as it was.
-    Put(Item),
+    Updated(Resource),
     /// An object is gone.
-    Removed(String),
-    /// Nothing, but time has gone on.
-    Nothing,
+    Deleted(String),
+    /// Bookmark, but time has gone on.
+    Bookmark,
 }
 
 /// The changes of a kind, each with the version of the whole from which to go on after it.
-pub type Changes = Pin<Box<dyn Stream<Item = Result<(Change, Option<String>), Trouble>> + Send>>;
+pub type WatchChanges = Pin<Box<dyn Stream<Item = Result<(WatchChange, Option<String>), ClusterError>> + Send>>;
 
 /// What the cluster knows of a node.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -145,7 +145,7 @@ pub struct NodeFacts {
 
 /// Something that is said about an object with a Kubernetes Event.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Saying {
+pub struct ClusterEvent {
     /// Whether somebody should look.
     pub is_warning: bool,
     /// In one word.
@@ -153,7 +153,7 @@ pub struct Saying {
     /// For people.
     pub note: String,
     /// The kind of the object it is about.
-    pub kind: Kind,
+    pub kind: ResourceKind,
     /// Its name.
     pub name: String,
     /// Its uid.
@@ -161,22 +161,22 @@ pub struct Saying {
 }
 
 /// A way into a cluster.
-pub struct Cluster {
+pub struct ClusterClient {
     namespace: String,
     /// Who speaks.
     field_manager: String,
-    line: Line,
+    line: Connection,
     /// What was said last, by object and reason.
-    notes: Mutex<HashMap<(Kind, String, &'static str), String>>,
+    notes: Mutex<HashMap<(ResourceKind, String, &'static str), String>>,
 }
 
-impl Cluster {
+impl ClusterClient {
     /// Prepares the way; nothing is sent yet. `speaker` is who speaks, such as `lineside-agent`; `instance` says which of
     /// them.
     ///
     /// # Errors
     /// When there is no service account, or the kubeconfig cannot be read or lacks one of the contexts.
-    pub async fn new(access: Access, speaker: &str, instance: &str) -> Result<Self, Trouble> {
+    pub async fn new(access: ClusterConfig, speaker: &str, instance: &str) -> Result<Self, ClusterError> {
         let config = configuration(&access, 0).await?;
         for context in 1..access.contexts.len() {
             configuration(&access, context).await?;
@@ -192,7 +192,7 @@ impl Cluster {
         let instance = front(instance, INSTANCE_BYTES_MAX).to_owned();
         let reporter = Reporter { controller: speaker.to_owned(), instance: Some(instance) };
         let field_manager = speaker.to_owned();
-        Ok(Self { namespace, field_manager, line: Line::new(access, reporter), notes: Mutex::default() })
+        Ok(Self { namespace, field_manager, line: Connection::new(access, reporter), notes: Mutex::default() })
     }
 
     /// The namespace of our objects.
@@ -206,8 +206,8 @@ impl Cluster {
     }
 
     /// How long ago the server answered last.
-    pub fn silent_for(&self) -> Duration {
-        self.line.silent_for()
+    pub fn time_since_response(&self) -> Duration {
+        self.line.time_since_response()
     }
 
     /// Gives up the connections there are and makes new ones, with credentials read anew. Where the present context has
@@ -217,33 +217,35 @@ impl Cluster {
     }
 
     /// Goes back to the first context where that can be had again.
-    pub async fn prefer_first(&self) {
+    pub async fn try_preferred_context(&self) {
         let answers = async |client: Client| {
-            let api: Api<DynamicObject> = Api::namespaced_with(client, &self.namespace, &Kind::EdgeModel.resource());
+            let api: Api<DynamicObject> =
+                Api::namespaced_with(client, &self.namespace, &ResourceKind::EdgeModel.resource());
             let one = ListParams::default().limit(1);
             matches!(tokio::time::timeout(DEADLINE, api.list(&one)).await, Ok(Ok(_)))
         };
-        self.line.prefer_first(answers).await;
+        self.line.try_preferred_context(answers).await;
     }
 
-    async fn client(&self) -> Result<Client, Trouble> {
+    async fn client(&self) -> Result<Client, ClusterError> {
         self.line.client().await
     }
 
-    async fn api(&self, kind: Kind) -> Result<Api<DynamicObject>, Trouble> {
+    async fn api(&self, kind: ResourceKind) -> Result<Api<DynamicObject>, ClusterError> {
         Ok(Api::namespaced_with(self.client().await?, &self.namespace, &kind.resource()))
     }
 
     /// Waits for an answer, but not for ever.
-    async fn ask<T>(&self, deadline: Duration, call: impl Future<Output = kube::Result<T>>) -> Result<T, Trouble> {
+    async fn ask<T>(&self, deadline: Duration, call: impl Future<Output = kube::Result<T>>) -> Result<T, ClusterError> {
         let outcome = match tokio::time::timeout(deadline, call).await {
-            Ok(outcome) => outcome.map_err(Trouble::new),
-            Err(_) => {
-                Err(Trouble::unreachable(format!("the API server has not answered within {} s", deadline.as_secs())))
-            }
+            Ok(outcome) => outcome.map_err(ClusterError::new),
+            Err(_) => Err(ClusterError::unreachable(format!(
+                "the API server has not answered within {} s",
+                deadline.as_secs()
+            ))),
         };
         match &outcome {
-            Err(trouble) if matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Busy(_)) => {
+            Err(trouble) if matches!(trouble.kind, ClusterErrorKind::Unreachable | ClusterErrorKind::Busy(_)) => {
                 self.line.failed();
             }
             _ => self.line.answered(),
@@ -254,14 +256,14 @@ impl Cluster {
     /// All objects of a kind, and the version of the whole.
     ///
     /// # Errors
-    /// See [`TroubleKind`].
-    pub async fn list(&self, kind: Kind) -> Result<(Vec<Item>, String), Trouble> {
+    /// See [`ClusterErrorKind`].
+    pub async fn list(&self, kind: ResourceKind) -> Result<(Vec<Resource>, String), ClusterError> {
         let api = self.api(kind).await?;
         let mut params = ListParams::default().limit(PAGE);
         let mut items = Vec::new();
         loop {
             let page = self.ask(LIST_DEADLINE, api.list(&params)).await?;
-            items.extend(page.items.into_iter().map(|object| Item::new(kind, object)));
+            items.extend(page.items.into_iter().map(|object| Resource::new(kind, object)));
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => params = params.continue_token(&token),
                 None => return Ok((items, page.metadata.resource_version.unwrap_or_default())),
@@ -273,8 +275,8 @@ impl Cluster {
     /// ends itself with a trouble when it is silent for too long.
     ///
     /// # Errors
-    /// See [`TroubleKind`].
-    pub async fn watch(&self, kind: Kind, version: &str) -> Result<Changes, Trouble> {
+    /// See [`ClusterErrorKind`].
+    pub async fn watch(&self, kind: ResourceKind, version: &str) -> Result<WatchChanges, ClusterError> {
         let params = WatchParams::default().timeout(WATCH_SECONDS);
         let api = self.api(kind).await?;
         let events = self.ask(DEADLINE, api.watch(&params, version)).await?;
@@ -283,21 +285,21 @@ impl Cluster {
             let mut events = events?;
             let next = match tokio::time::timeout(SILENCE_MAX, events.next()).await {
                 Ok(next) => next?,
-                Err(_) => return Some((Err(Trouble::unreachable("the watch has fallen silent")), None)),
+                Err(_) => return Some((Err(ClusterError::unreachable("the watch has fallen silent")), None)),
             };
-            let said = next.map_err(Trouble::new).and_then(|event| {
+            let said = next.map_err(ClusterError::new).and_then(|event| {
                 let with_version = |object: &DynamicObject| object.resource_version();
                 Ok(match event {
                     WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                         let version = with_version(&object);
-                        (Change::Put(Item::new(kind, object)), version)
+                        (WatchChange::Updated(Resource::new(kind, object)), version)
                     }
                     WatchEvent::Deleted(object) => {
                         let version = with_version(&object);
-                        (Change::Removed(object.metadata.name.unwrap_or_default()), version)
+                        (WatchChange::Deleted(object.metadata.name.unwrap_or_default()), version)
                     }
-                    WatchEvent::Bookmark(bookmark) => (Change::Nothing, Some(bookmark.metadata.resource_version)),
-                    WatchEvent::Error(status) => return Err(Trouble::new(kube::Error::Api(status))),
+                    WatchEvent::Bookmark(bookmark) => (WatchChange::Bookmark, Some(bookmark.metadata.resource_version)),
+                    WatchEvent::Error(status) => return Err(ClusterError::new(kube::Error::Api(status))),
                 })
             });
             let rest = said.is_ok().then_some(events);
@@ -308,8 +310,8 @@ impl Cluster {
     /// What the cluster knows of a node; `None` where it has none of that name.
     ///
     /// # Errors
-    /// See [`TroubleKind`].
-    pub async fn node(&self, name: &str) -> Result<Option<NodeFacts>, Trouble> {
+    /// See [`ClusterErrorKind`].
+    pub async fn node(&self, name: &str) -> Result<Option<NodeFacts>, ClusterError> {
         let api: Api<Node> = Api::all(self.client().await?);
         let found = self.ask(DEADLINE, api.get_metadata_opt(name)).await?;
         Ok(found.map(|node| NodeFacts {
@@ -321,14 +323,14 @@ impl Cluster {
     /// Says how a node stands, in the `EdgeNode` of its name, which is made where it is missing. Its uid is returned.
     ///
     /// # Errors
-    /// See [`TroubleKind`].
-    pub async fn report(&self, node: &str, status: &NodeStatus) -> Result<Option<String>, Trouble> {
-        match self.apply_status(Kind::EdgeNode, node, status).await {
-            Err(trouble) if trouble.kind == TroubleKind::NotFound => {
-                let api = self.api(Kind::EdgeNode).await?;
-                let bare = object(Kind::EdgeNode, node);
+    /// See [`ClusterErrorKind`].
+    pub async fn report(&self, node: &str, status: &NodeStatus) -> Result<Option<String>, ClusterError> {
+        match self.apply_status(ResourceKind::EdgeNode, node, status).await {
+            Err(trouble) if trouble.kind == ClusterErrorKind::NotFound => {
+                let api = self.api(ResourceKind::EdgeNode).await?;
+                let bare = object(ResourceKind::EdgeNode, node);
                 self.ask(DEADLINE, api.patch(node, &self.applying(), &Patch::Apply(&bare))).await?;
-                self.apply_status(Kind::EdgeNode, node, status).await
+                self.apply_status(ResourceKind::EdgeNode, node, status).await
             }
             outcome => outcome,
         }
@@ -338,13 +340,13 @@ impl Cluster {
     /// it stays.
     ///
     /// # Errors
-    /// See [`TroubleKind`].
+    /// See [`ClusterErrorKind`].
     pub async fn apply_status(
         &self,
-        kind: Kind,
+        kind: ResourceKind,
         name: &str,
         status: &impl Serialize,
-    ) -> Result<Option<String>, Trouble> {
+    ) -> Result<Option<String>, ClusterError> {
         let mut patch = object(kind, name);
         patch["status"] = serde_json::to_value(status).unwrap_or_default();
         leave_out_empty(&mut patch["status"]);
@@ -360,8 +362,8 @@ impl Cluster {
     /// Removes the very object that was looked at.
     ///
     /// # Errors
-    /// See [`TroubleKind`].
-    pub async fn delete(&self, kind: Kind, name: &str, uid: &str) -> Result<(), Trouble> {
+    /// See [`ClusterErrorKind`].
+    pub async fn delete(&self, kind: ResourceKind, name: &str, uid: &str) -> Result<(), ClusterError> {
         let preconditions = Preconditions { uid: Some(uid.to_owned()), resource_version: None };
         let params = DeleteParams::default().preconditions(preconditions);
         let api = self.api(kind).await?;
@@ -371,8 +373,8 @@ impl Cluster {
     /// Says something about an object. The same thing said again soon is counted in the Event there is.
     ///
     /// # Errors
-    /// See [`TroubleKind`].
-    pub async fn say(&self, saying: &Saying) -> Result<(), Trouble> {
+    /// See [`ClusterErrorKind`].
+    pub async fn say(&self, saying: &ClusterEvent) -> Result<(), ClusterError> {
         let event = Event {
             type_: if saying.is_warning { EventType::Warning } else { EventType::Normal },
             reason: saying.reason.to_owned(),
@@ -381,7 +383,7 @@ impl Cluster {
             secondary: None,
         };
         let about = ObjectReference {
-            api_version: Some(format!("{}/{}", kinds::GROUP, kinds::VERSION)),
+            api_version: Some(format!("{}/{}", crds::GROUP, crds::VERSION)),
             kind: Some(saying.kind.name().to_owned()),
             name: Some(saying.name.clone()),
             namespace: Some(self.namespace.clone()),
@@ -403,9 +405,9 @@ impl Cluster {
     }
 }
 
-fn object(kind: Kind, name: &str) -> Value {
+fn object(kind: ResourceKind, name: &str) -> Value {
     json!({
-        "apiVersion": format!("{}/{}", kinds::GROUP, kinds::VERSION),
+        "apiVersion": format!("{}/{}", crds::GROUP, crds::VERSION),
         "kind": kind.name(),
         "metadata": {"name": name},
     })

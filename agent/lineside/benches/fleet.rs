@@ -19,13 +19,13 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Api, Client, Config};
 use lineside::desired::cluster::ClusterSync;
-use lineside::desired::{Node, Wishes};
-use lineside::serve::status::{Board, Standing};
+use lineside::desired::{DesiredState, Node};
+use lineside::http::status_store::{NodeState, StatusStore};
 use lineside_api::kinds::manifest::Object;
 use lineside_api::status::{Condition, ModelStatus, Serving};
 use lineside_common::metrics::Metrics;
-use lineside_kube::Access;
-use lineside_kube::Cluster;
+use lineside_kube::ClusterClient;
+use lineside_kube::ClusterConfig;
 use lineside_models::store::{Index, Store};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -35,13 +35,13 @@ const LABEL: &str = "lineside.dev/sim";
 
 /// What the API server has counted so far.
 #[derive(Clone, Copy)]
-struct Figures {
+struct Benchmark {
     writes: f64,
     cpu: f64,
     at: Instant,
 }
 
-async fn figures(client: &Client) -> Figures {
+async fn benchmark(client: &Client) -> Benchmark {
     let request = axum::http::Request::get("/metrics").body(Vec::new()).unwrap();
     let text = client.request_text(request).await.unwrap();
     let value = |line: &str| line.rsplit(' ').next().and_then(|number| number.parse::<f64>().ok()).unwrap_or(0.0);
@@ -50,14 +50,14 @@ async fn figures(client: &Client) -> Figures {
             && line.contains("resource=\"edgenodes\"")
             && line.contains("verb=\"APPLY\"")
     };
-    Figures {
+    Benchmark {
         writes: text.lines().filter(is_write).map(value).sum(),
         cpu: text.lines().filter(|line| line.starts_with("process_cpu_seconds_total")).map(value).sum(),
         at: Instant::now(),
     }
 }
 
-fn tell(what: &str, before: Figures, after: Figures, agents: usize) {
+fn tell(what: &str, before: Benchmark, after: Benchmark, agents: usize) {
     let seconds = after.at.duration_since(before.at).as_secs_f64();
     let writes = after.writes - before.writes;
     println!(
@@ -69,9 +69,9 @@ fn tell(what: &str, before: Figures, after: Figures, agents: usize) {
 }
 
 /// In the place of the deploy task.
-async fn serve_at_once(mut wishes: watch::Receiver<Option<Arc<Wishes>>>, board: Arc<Board>) {
-    while wishes.changed().await.is_ok() {
-        let Some(asked) = wishes.borrow_and_update().clone() else { continue };
+async fn serve_at_once(mut desired_state: watch::Receiver<Option<Arc<DesiredState>>>, board: Arc<StatusStore>) {
+    while desired_state.changed().await.is_ok() {
+        let Some(asked) = desired_state.borrow_and_update().clone() else { continue };
         let models = asked.objects.iter().filter_map(|wish| match &wish.object {
             Object::Model(model) => Some(ModelStatus {
                 name: model.name.clone(),
@@ -89,11 +89,11 @@ async fn serve_at_once(mut wishes: watch::Receiver<Option<Arc<Wishes>>>, board: 
             }),
             Object::Stream(_) => None,
         });
-        board.set(Standing {
+        board.set(NodeState {
             labels: asked.labels.clone(),
             models: models.collect(),
             conditions: vec![Condition::new("Ready", true, "ModelsServe", "")],
-            ..Standing::default()
+            ..NodeState::default()
         });
     }
 }
@@ -104,7 +104,7 @@ fn models(client: &Client) -> Api<DynamicObject> {
 }
 
 async fn roll_out(client: &Client, version: u64, agents: usize) {
-    let before = figures(client).await;
+    let before = benchmark(client).await;
     let object = serde_json::json!({
         "apiVersion": "lineside.dev/v1alpha1", "kind": "EdgeModel", "metadata": {"name": "sim"},
         "spec": {"version": version, "source": {"uri": "file:///sim.onnx"}, "nodeSelector": {LABEL: "true"}},
@@ -124,7 +124,7 @@ async fn roll_out(client: &Client, version: u64, agents: usize) {
         "version {version} on all {agents}, and added up by the controller, after {:.1} s",
         before.at.elapsed().as_secs_f64()
     );
-    tell("  meanwhile", before, figures(client).await, agents);
+    tell("  meanwhile", before, benchmark(client).await, agents);
 }
 
 async fn token(client: &Client, node: &KubeNode) -> String {
@@ -174,19 +174,19 @@ async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
         let mut access = serde_json::to_value(&loaded).unwrap();
         access["users"][0]["user"] = serde_json::json!({"token": token});
         std::fs::write(own.join("kubeconfig"), access.to_string()).unwrap();
-        let access = Access {
+        let access = ClusterConfig {
             kubeconfig: Some(own.join("kubeconfig")),
             namespace: Some(NAMESPACE.to_owned()),
-            ..Access::default()
+            ..ClusterConfig::default()
         };
-        let (say, wishes) = watch::channel(None);
-        let board = Arc::new(Board::new(&name, "sim", 1, store.clone()));
-        tasks.push(tokio::spawn(serve_at_once(wishes, board.clone())));
+        let (say, desired_state) = watch::channel(None);
+        let board = Arc::new(StatusStore::new(&name, "sim", 1, store.clone()));
+        tasks.push(tokio::spawn(serve_at_once(desired_state, board.clone())));
         let sync = ClusterSync {
-            cluster: Arc::new(Cluster::new(access, "lineside-agent", &name).await.unwrap()),
+            cluster: Arc::new(ClusterClient::new(access, "lineside-agent", &name).await.unwrap()),
             node: Node { name, labels: BTreeMap::new() },
             data_dir: own,
-            wishes: say,
+            desired_state: say,
             again: Arc::new(Notify::new()),
             board,
             metrics: Metrics::new().unwrap(),
@@ -199,9 +199,9 @@ async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
         own_rss_mib()
     );
     roll_out(&client, 1, agents).await;
-    let before = figures(&client).await;
+    let before = benchmark(&client).await;
     tokio::time::sleep(rest).await;
-    tell("at rest", before, figures(&client).await, agents);
+    tell("at rest", before, benchmark(&client).await, agents);
     roll_out(&client, 2, agents).await;
     println!("this process holds {} MiB", own_rss_mib());
     stop.cancel();
@@ -237,22 +237,27 @@ async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32)
     let folder = tempfile::tempdir().unwrap();
     let (index, _) = Index::open(&Store::index_folder(folder.path()), |_| Ok(()));
     let store = Arc::new(Store::open(&folder.path().join("store"), 1 << 30, index).unwrap());
-    let access =
-        Access { kubeconfig: Some(kubeconfig.to_owned()), namespace: Some(NAMESPACE.to_owned()), ..Access::default() };
-    let (say, mut wishes) = watch::channel(None);
+    let access = ClusterConfig {
+        kubeconfig: Some(kubeconfig.to_owned()),
+        namespace: Some(NAMESPACE.to_owned()),
+        ..ClusterConfig::default()
+    };
+    let (say, mut desired_state) = watch::channel(None);
     let stop = CancellationToken::new();
     let sync = ClusterSync {
-        cluster: Arc::new(Cluster::new(access, "lineside-agent", "sim-0").await.unwrap()),
+        cluster: Arc::new(ClusterClient::new(access, "lineside-agent", "sim-0").await.unwrap()),
         node: Node { name: "sim-0".to_owned(), labels: BTreeMap::new() },
         data_dir: folder.path().to_owned(),
-        wishes: say,
+        desired_state: say,
         again: Arc::new(Notify::new()),
-        board: Arc::new(Board::new("sim-0", "sim", 1, store)),
+        board: Arc::new(StatusStore::new("sim-0", "sim", 1, store)),
         metrics: Metrics::new().unwrap(),
     };
     let task = tokio::spawn(sync.run(stop.clone()));
-    wishes
-        .wait_for(|wishes: &Option<Arc<Wishes>>| wishes.as_ref().is_some_and(|wishes| wishes.is_certain))
+    desired_state
+        .wait_for(|desired_state: &Option<Arc<DesiredState>>| {
+            desired_state.as_ref().is_some_and(|desired_state| desired_state.is_complete)
+        })
         .await
         .unwrap();
     let before = own_rss_mib();
@@ -268,14 +273,14 @@ async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32)
     let rate = updates as f64 / begun.elapsed().as_secs_f64();
     let last = Instant::now();
     apply(0, 500).await;
-    let knows = |wishes: &Option<Arc<Wishes>>| {
-        wishes.as_ref().is_some_and(|wishes| {
-            wishes.objects.iter().any(
+    let knows = |desired_state: &Option<Arc<DesiredState>>| {
+        desired_state.as_ref().is_some_and(|desired_state| {
+            desired_state.objects.iter().any(
                 |wish| matches!(&wish.object, Object::Stream(stream) if stream.name == "sim-0" && stream.frame_interval == Some(Duration::from_millis(2))),
             )
         })
     };
-    wishes.wait_for(knows).await.unwrap();
+    desired_state.wait_for(knows).await.unwrap();
     println!(
         "{objects} objects at {rate:.0} updates/s: the last change known after {:.2} s; {} MiB more than without objects, of which the \
          updates' own client has its share",

@@ -12,28 +12,28 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::agent::{Config, WishSource};
+use crate::config::settings::{Config, DesiredSource};
 use crate::desired::Node;
-use crate::outbox::Outbox;
-use crate::serve::health::Health;
-use crate::serve::http;
-use crate::serve::http::{Served, Server};
-use crate::serve::status::Board;
-use crate::streams::roster::Roster;
+use crate::http::health::Health;
+use crate::http::server;
+use crate::http::server::{HttpState, Server};
+use crate::http::status_store::StatusStore;
+use crate::message_writer::MessageWriter;
+use crate::streams::registry::StreamRegistry;
 use lineside_api::message::Topics;
 use lineside_common::metrics::Metrics;
-use lineside_common::{child, files};
-use lineside_kube::Cluster;
+use lineside_common::{child_process, files};
+use lineside_kube::ClusterClient;
 use lineside_models::fetch::Fetcher;
 
-use crate::deploy::{Deploy, Parts};
 use crate::desired::cluster::ClusterSync;
-use crate::desired::follow::follow;
-use crate::measure::measure;
-use crate::streams::infer::Inspector;
+use crate::desired::folder_watcher::follow;
+use crate::metrics_publisher::measure;
+use crate::reconciler::{Parts, Reconciler};
+use crate::streams::inspector::Inspector;
+use lineside_models::admission::AdmissionLimits;
+use lineside_models::signing::Keyring;
 use lineside_models::store::{Index, IndexState, Store};
-use lineside_models::trust::Keyring;
-use lineside_models::vet::Limits;
 use lineside_mqtt::publisher::{Publisher, SetLevel};
 use lineside_spool::{Options, Spool, WhenFull};
 
@@ -43,7 +43,7 @@ const EPOCH_FILE: &str = "boot-epoch";
 /// The store's folder in the data folder.
 pub const STORE_FOLDER: &str = "store";
 /// Orders of operators that wait at most.
-const ORDERS_MAX: usize = 16;
+const COMMANDS_MAX: usize = 16;
 /// The hidden subcommand that looks at the store's index.
 pub const INDEX_SUBCOMMAND: &str = "index-child";
 /// How long the index may take to open.
@@ -106,9 +106,9 @@ impl App {
         let topics = Topics::new(&config.prefix, &config.site, &config.node);
         let when_full = if config.spool.drops_newest { WhenFull::DropNewest } else { WhenFull::DropOldest };
         let (node, site) = (&config.node, &config.site);
-        let outbox = Arc::new(Outbox::new(node, site, epoch, topics.clone(), spool.clone(), when_full));
-        let roster = Roster::new(outbox.clone());
-        let (order, orders) = mpsc::channel(ORDERS_MAX);
+        let message_writer = Arc::new(MessageWriter::new(node, site, epoch, topics.clone(), spool.clone(), when_full));
+        let registry = StreamRegistry::new(message_writer.clone());
+        let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
         let health = Arc::new(Health::new(Instant::now()));
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
@@ -117,12 +117,12 @@ impl App {
             epoch,
             %http,
             brokers = ?config.mqtt.brokers,
-            wishes = %config.wishes,
+            desired_state = %config.desired_state,
             waiting = spool.stats().records,
             "lineside starts"
         );
-        let board = Arc::new(Board::new(&config.node, &config.site, epoch, store.clone()));
-        let served = Served {
+        let board = Arc::new(StatusStore::new(&config.node, &config.site, epoch, store.clone()));
+        let served = HttpState {
             health: health.clone(),
             metrics: metrics.clone(),
             spool: spool.clone(),
@@ -131,11 +131,11 @@ impl App {
             peer_token: config.models.peer_token.clone(),
         };
         let refused = metrics.http_refused.clone();
-        let serve = Part::start("serve", |stop| server.run(http::router(served), refused, stop));
+        let serve = Part::start("serve", |stop| server.run(server::router(served), refused, stop));
         let measure = config.mqtt.metrics_every.map(|every| {
             let (counted, looked_at, stored) = (metrics.clone(), spool.clone(), store.clone());
-            let refresh = move || http::refresh(&counted, &looked_at, &stored);
-            Part::start("measure", |stop| measure(metrics.clone(), outbox.clone(), every, refresh, stop))
+            let refresh = move || server::refresh(&counted, &looked_at, &stored);
+            Part::start("measure", |stop| measure(metrics.clone(), message_writer.clone(), every, refresh, stop))
         });
         let publisher = Publisher {
             mqtt: config.mqtt,
@@ -145,31 +145,31 @@ impl App {
             epoch,
             data_dir: config.data_dir.clone(),
             spool: spool.clone(),
-            roster: roster.follow(),
-            orders: order,
+            registry: registry.follow(),
+            commands: command_sender,
             set_level,
             metrics: metrics.clone(),
         };
         let publish = Part::start("publish", |stop| publisher.run(stop));
-        let inspector = Inspector::new(outbox.clone(), metrics.clone());
+        let inspector = Inspector::new(message_writer.clone(), metrics.clone());
         let node = Node { name: config.node, labels: config.labels };
         let models = config.models;
-        let limits = Limits { memory_bytes: models.vet_memory_bytes, seconds: models.vet_seconds };
+        let limits = AdmissionLimits { memory_bytes: models.vet_memory_bytes, seconds: models.vet_seconds };
         let fetcher = Fetcher::new(store.clone(), models, metrics.clone());
-        let (say, wishes) = watch::channel(None);
+        let (say, desired_state) = watch::channel(None);
         let again = Arc::new(Notify::new());
-        let has_cluster = matches!(config.wishes, WishSource::Cluster(_));
+        let has_cluster = matches!(config.desired_state, DesiredSource::ClusterClient(_));
         let (look_again, counted) = (again.clone(), metrics.clone());
-        let follow = match config.wishes {
-            WishSource::Folder(folder) => {
+        let follow = match config.desired_state {
+            DesiredSource::Folder(folder) => {
                 Part::start("follow", |stop| async move { follow(&folder, say, look_again, counted, stop).await })
             }
-            WishSource::Cluster(access) => {
+            DesiredSource::ClusterClient(access) => {
                 let sync = ClusterSync {
-                    cluster: Arc::new(Cluster::new(access, "lineside-agent", &node.name).await?),
+                    cluster: Arc::new(ClusterClient::new(access, "lineside-agent", &node.name).await?),
                     node: node.clone(),
                     data_dir: config.data_dir.clone(),
-                    wishes: say,
+                    desired_state: say,
                     again: look_again,
                     board: board.clone(),
                     metrics: counted,
@@ -177,17 +177,17 @@ impl App {
                 Part::start("sync", |stop| sync.run(stop))
             }
         };
-        let deploy = Deploy::new(Parts {
+        let deploy = Reconciler::new(Parts {
             node,
-            wishes,
+            desired_state,
             again,
             has_cluster,
             data_dir: config.data_dir,
             inspector,
             metrics,
-            orders,
-            roster,
-            outbox,
+            commands,
+            registry,
+            message_writer,
             spool: spool.clone(),
             health,
             board,
@@ -244,7 +244,7 @@ fn open_store(config: &Config, metrics: &Metrics) -> anyhow::Result<Store> {
         let program = std::env::current_exe().map_err(|error| error.to_string())?;
         let mut command = std::process::Command::new(program);
         command.arg(INDEX_SUBCOMMAND).arg(folder);
-        let ended = child::run(command, &[], INDEX_DEADLINE, || false).map_err(|error| error.to_string())?;
+        let ended = child_process::run(command, &[], INDEX_DEADLINE, || false).map_err(|error| error.to_string())?;
         match ended.status {
             Some(status) if status.success() => Ok(()),
             Some(status) => Err(format!("it cannot be opened ({status})")),

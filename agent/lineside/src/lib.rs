@@ -1,12 +1,12 @@
 //! The Lineside agent.
 
 pub mod app;
-pub mod commands;
+pub mod cli;
 pub mod config;
-pub mod deploy;
 pub mod desired;
-pub mod measure;
-pub mod outbox;
-pub mod serve;
+pub mod http;
+pub mod message_writer;
+pub mod metrics_publisher;
+pub mod reconciler;
 pub mod streams;
 pub mod telemetry;

@@ -1,5 +1,5 @@
 //! The `lineside` program. Everything is in the library; this only hands over.
 
 fn main() -> std::process::ExitCode {
-    lineside::commands::main()
+    lineside::cli::main()
 }

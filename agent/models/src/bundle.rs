@@ -17,8 +17,8 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::store::{Store, Version};
-use crate::trust::{Keyring, SigningKey, sign};
+use crate::signing::{Keyring, SigningKey, sign};
+use crate::store::{Store, VersionRecord};
 use lineside_api::envelope::Envelope;
 use lineside_common::digest::Digest;
 use lineside_common::files;
@@ -31,7 +31,7 @@ const LIST_BYTES_MAX: u64 = 16 << 20;
 
 #[derive(Serialize, Deserialize)]
 struct List {
-    versions: Vec<Version>,
+    versions: Vec<VersionRecord>,
 }
 
 /// Writes the versions of a model, or one of them, into `folder`. `total` is told the bytes there are, `progress` those
@@ -47,9 +47,9 @@ pub fn export(
     key: &SigningKey,
     total: impl Fn(u64),
     progress: impl Fn(u64),
-) -> anyhow::Result<Vec<Version>> {
-    let is_meant = |found: &Version| found.name == name && version.is_none_or(|version| found.version == version);
-    let versions: Vec<Version> = store.versions()?.into_iter().filter(is_meant).collect();
+) -> anyhow::Result<Vec<VersionRecord>> {
+    let is_meant = |found: &VersionRecord| found.name == name && version.is_none_or(|version| found.version == version);
+    let versions: Vec<VersionRecord> = store.versions()?.into_iter().filter(is_meant).collect();
     if versions.is_empty() {
         bail!("the store has no such version of {name}; `lineside store ls` lists what it has");
     }
@@ -74,7 +74,8 @@ pub fn export(
             bail!("{} is damaged; run `lineside store verify`", source.display());
         }
     }
-    let list = List { versions: versions.iter().map(|version| Version { pinned: false, ..version.clone() }).collect() };
+    let list =
+        List { versions: versions.iter().map(|version| VersionRecord { pinned: false, ..version.clone() }).collect() };
     let mut envelope = Envelope::new(PAYLOAD, &serde_json::to_vec(&list)?);
     sign(&mut envelope, key).map_err(anyhow::Error::msg)?;
     // Last, so that a folder with a list is complete.
@@ -94,7 +95,7 @@ pub fn import(
     protected: &BTreeSet<Digest>,
     total: impl Fn(u64),
     progress: impl Fn(u64),
-) -> anyhow::Result<Vec<Version>> {
+) -> anyhow::Result<Vec<VersionRecord>> {
     let path = folder.join(LIST);
     let refused = || format!("{} is refused", path.display());
     let text = files::read_bounded(&path, LIST_BYTES_MAX).with_context(|| path.display().to_string())?;

@@ -33,9 +33,9 @@ pub struct ModelsConfig {
     pub peers: Vec<String>,
     /// The file with the secret that the site's agents share.
     pub peer_token: Option<PathBuf>,
-    /// Bytes of memory that vetting may take.
+    /// Bytes of memory that admission may take.
     pub vet_memory_bytes: u64,
-    /// Seconds that vetting may take.
+    /// Seconds that admission may take.
     pub vet_seconds: u64,
 }
 

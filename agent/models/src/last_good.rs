@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use lineside_api::kinds::ModelManifest;
-use lineside_api::kinds::manifest::{Object, Typed};
+use lineside_api::kinds::manifest::{ManifestDocument, Object};
 use lineside_common::digest::Digest;
 use lineside_common::files;
 
@@ -45,7 +45,7 @@ struct Written {
 struct WrittenModel {
     version: u64,
     digest: Digest,
-    manifest: Typed,
+    manifest: ManifestDocument,
 }
 
 impl LastGood {
@@ -96,7 +96,7 @@ impl LastGood {
     /// # Errors
     /// Whatever the file system says.
     pub fn served(&mut self, manifest: &ModelManifest, digest: Digest) -> std::io::Result<()> {
-        // The highest version first: between the two writes, the worse mistake would be to forget it.
+        // The highest version first: between the two writes, the worse error would be to forget it.
         let highest = self.highest.entry(manifest.name.clone()).or_default();
         if *highest < manifest.version {
             *highest = manifest.version;

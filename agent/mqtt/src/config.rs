@@ -15,7 +15,7 @@ pub const COMMANDS: [&str; 5] = ["log-level", "pause", "reload", "resume", "snap
 
 /// Brokers, and what is said to them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mqtt {
+pub struct MqttConfig {
     /// Brokers, the preferred one first; at least one.
     pub brokers: Vec<Broker>,
     /// The folder of a mounted secret: `username`, `password`, `ca.crt`, `tls.crt`, `tls.key`, each where it is needed.
@@ -28,13 +28,13 @@ pub struct Mqtt {
     pub keep_alive: Duration,
     /// How often the metrics are sent; `None` is never.
     pub metrics_every: Option<Duration>,
-    /// Sparkplug B instead of JSON.
-    pub sparkplug: Option<Sparkplug>,
+    /// SparkplugConfig B instead of JSON.
+    pub sparkplug: Option<SparkplugConfig>,
     /// The prefix of Home Assistant's discovery topics, where it is wanted.
     pub home_assistant: Option<String>,
 }
 
-impl Mqtt {
+impl MqttConfig {
     /// One broker, and everything else as it usually is.
     pub fn to(broker: Broker) -> Self {
         Self {
@@ -50,9 +50,9 @@ impl Mqtt {
     }
 }
 
-/// Who the node is in Sparkplug B.
+/// Who the node is in SparkplugConfig B.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sparkplug {
+pub struct SparkplugConfig {
     /// The group it belongs to.
     pub group: String,
     /// The primary host; while it is offline, results wait.

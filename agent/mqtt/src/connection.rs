@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use rumqttc::{AsyncClient, EventLoop, Incoming, LastWill, MqttOptions, Outgoing, QoS, TlsConfiguration, Transport};
 
-use crate::access::Access;
+use crate::credentials::BrokerCredentials;
 use crate::config::Broker;
 
 /// Unacknowledged messages on the way at most.
@@ -51,21 +51,21 @@ pub enum Event<T> {
     /// The broker said something.
     Alive,
     /// The connection is gone, or never came to be. Make a new one.
-    Lost(Loss),
+    Lost(ConnectionLoss),
     /// Something of no interest went by.
     Other,
 }
 
 /// Why there is no connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Loss {
+pub enum ConnectionLoss {
     /// The broker is not there, or does not answer.
     Unreachable(String),
     /// The broker is there and does not want us.
     Refused(String),
 }
 
-impl Loss {
+impl ConnectionLoss {
     /// In words.
     pub fn reason(&self) -> &str {
         match self {
@@ -99,7 +99,7 @@ pub struct Receiver {
 /// Prepares a connection. It is made when the receiver is polled.
 pub fn connection<T>(
     broker: &Broker,
-    access: &Access,
+    access: &BrokerCredentials,
     client_id: &str,
     keep_alive: Duration,
     will: Option<Message>,
@@ -216,26 +216,26 @@ impl Receiver {
     }
 }
 
-fn describe(error: &rumqttc::ConnectionError) -> Loss {
+fn describe(error: &rumqttc::ConnectionError) -> ConnectionLoss {
     use rumqttc::{ConnectReturnCode as Code, ConnectionError as Error};
     if let Some(reason) = tls_refusal(error) {
-        return Loss::Refused(reason);
+        return ConnectionLoss::Refused(reason);
     }
     match error {
         Error::ConnectionRefused(Code::BadUserNamePassword | Code::NotAuthorized) => {
-            Loss::Refused("the broker refuses our user or password".to_owned())
+            ConnectionLoss::Refused("the broker refuses our user or password".to_owned())
         }
         // This one passes by itself.
         Error::ConnectionRefused(Code::ServiceUnavailable) => {
-            Loss::Unreachable("the broker says that it is not available".to_owned())
+            ConnectionLoss::Unreachable("the broker says that it is not available".to_owned())
         }
-        Error::ConnectionRefused(code) => Loss::Refused(format!("the broker refuses us: {code:?}")),
+        Error::ConnectionRefused(code) => ConnectionLoss::Refused(format!("the broker refuses us: {code:?}")),
         Error::NetworkTimeout | Error::FlushTimeout => {
-            Loss::Unreachable("the broker does not answer in time".to_owned())
+            ConnectionLoss::Unreachable("the broker does not answer in time".to_owned())
         }
-        Error::Io(error) => Loss::Unreachable(error.to_string()),
-        Error::MqttState(state) => Loss::Unreachable(format!("the connection broke: {state}")),
-        other => Loss::Unreachable(other.to_string()),
+        Error::Io(error) => ConnectionLoss::Unreachable(error.to_string()),
+        Error::MqttState(state) => ConnectionLoss::Unreachable(format!("the connection broke: {state}")),
+        other => ConnectionLoss::Unreachable(other.to_string()),
     }
 }
 

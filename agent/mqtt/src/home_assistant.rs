@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::connection::Message;
 use lineside_api::message::Topics;
-use lineside_api::state::Streams;
+use lineside_api::state::StreamStates;
 
 /// The entities of a stream: component, object and how it is described.
 type Entity = (&'static str, &'static str, fn(&str, &Topics) -> Value);
@@ -45,7 +45,7 @@ const ENTITIES: [Entity; 3] = [
 
 /// The messages for what has changed from `before` to `now`: descriptions of streams that came, and empty ones, which
 /// remove the old, for streams that went.
-pub fn discovery(prefix: &str, node: &str, topics: &Topics, before: &Streams, now: &Streams) -> Vec<Message> {
+pub fn discovery(prefix: &str, node: &str, topics: &Topics, before: &StreamStates, now: &StreamStates) -> Vec<Message> {
     let safe_node = identifier(node);
     let topic = |component: &str, stream: &str, object: &str| -> std::sync::Arc<str> {
         format!("{prefix}/{component}/{safe_node}/{}_{object}/config", identifier(stream)).into()
@@ -92,13 +92,13 @@ fn identifier(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lineside_api::state::Member;
+    use lineside_api::state::StreamState;
 
     #[test]
     fn streams_are_described_when_they_come_and_removed_when_they_go() {
         let topics = Topics::new("lineside", "plant", "edge.1");
-        let now = Streams::from([("cam7".to_owned(), Member { model: "m".to_owned(), up: true, reason: None })]);
-        let messages = discovery("homeassistant", "edge.1", &topics, &Streams::new(), &now);
+        let now = StreamStates::from([("cam7".to_owned(), StreamState { model: "m".to_owned(), up: true, reason: None })]);
+        let messages = discovery("homeassistant", "edge.1", &topics, &StreamStates::new(), &now);
         let names: Vec<&str> = messages.iter().map(|message| &*message.topic).collect();
         assert_eq!(
             names,
@@ -113,7 +113,7 @@ mod tests {
         assert_eq!(config["device"]["identifiers"][0], "lineside_edge_1");
         assert!(messages.iter().all(|message| message.retain));
         assert!(discovery("homeassistant", "edge.1", &topics, &now, &now).is_empty());
-        let gone = discovery("homeassistant", "edge.1", &topics, &now, &Streams::new());
+        let gone = discovery("homeassistant", "edge.1", &topics, &now, &StreamStates::new());
         assert!(gone.len() == 3 && gone.iter().all(|message| message.payload.is_empty() && message.retain));
     }
 }

@@ -1,10 +1,10 @@
-//! The MQTT publisher: connections, TLS, JSON, Sparkplug B, Home Assistant, commands.
+//! The MQTT publisher: connections, TLS, JSON, SparkplugConfig B, Home Assistant, commands.
 
-pub mod access;
+pub mod credentials;
 pub mod config;
 pub mod connection;
 pub mod home_assistant;
 pub mod loopback;
-pub mod order;
+pub mod command;
 pub mod publisher;
 pub mod sparkplug;

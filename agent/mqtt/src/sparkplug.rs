@@ -1,4 +1,4 @@
-//! Sparkplug B 3.0: the node as an edge node, each stream as a device.
+//! SparkplugConfig B 3.0: the node as an edge node, each stream as a device.
 //!
 //! ```text
 //!   connect, Will = NDEATH(bdSeq)
@@ -31,14 +31,14 @@ use wire::payload::Metric;
 use wire::payload::metric::Value as MetricValue;
 
 use crate::connection::Message;
-use lineside_api::state::Streams;
-use lineside_spool::{Kind, Record};
+use lineside_api::state::StreamStates;
+use lineside_spool::{RecordKind, Record};
 
 const NAMESPACE: &str = "spBv1.0";
 const REBIRTH: &str = "Node Control/Rebirth";
 const BD_SEQ: &str = "bdSeq";
 
-/// Sparkplug's numbers of the types in use (section 6.4.16).
+/// SparkplugConfig's numbers of the types in use (section 6.4.16).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Type {
     Int64 = 4,
@@ -73,7 +73,7 @@ const NODE: [(&str, Type); 4] = [
 
 /// What a message meant for us says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Told {
+pub enum HostSignal {
     /// Somebody wants to see all births again.
     Rebirth,
     /// The primary host listens.
@@ -154,37 +154,37 @@ impl Session {
     }
 
     /// Makes sense of a message.
-    pub fn hear(&mut self, message: &Message) -> Told {
+    pub fn hear(&mut self, message: &Message) -> HostSignal {
         let state = self.host.as_ref().map(|host| format!("{NAMESPACE}/STATE/{host}"));
         if state.as_deref() == Some(&*message.topic) {
             return self.hear_state(&message.payload);
         }
         if *message.topic != format!("{NAMESPACE}/{}/NCMD/{}", self.group, self.node) {
-            return Told::Nothing;
+            return HostSignal::Nothing;
         }
-        let Ok(payload) = Payload::decode(message.payload.clone()) else { return Told::Nothing };
+        let Ok(payload) = Payload::decode(message.payload.clone()) else { return HostSignal::Nothing };
         let wants = |metric: &Metric| {
             metric.name.as_deref() == Some(REBIRTH) && metric.value == Some(MetricValue::BooleanValue(true))
         };
-        if payload.metrics.iter().any(wants) { Told::Rebirth } else { Told::Nothing }
+        if payload.metrics.iter().any(wants) { HostSignal::Rebirth } else { HostSignal::Nothing }
     }
 
-    fn hear_state(&mut self, payload: &[u8]) -> Told {
-        let Ok(state) = serde_json::from_slice::<Value>(payload) else { return Told::Nothing };
+    fn hear_state(&mut self, payload: &[u8]) -> HostSignal {
+        let Ok(state) = serde_json::from_slice::<Value>(payload) else { return HostSignal::Nothing };
         let (Some(online), Some(time)) = (state["online"].as_bool(), state["timestamp"].as_u64()) else {
-            return Told::Nothing;
+            return HostSignal::Nothing;
         };
         // A Will of an earlier session may come late; its time tells.
         if time < self.host_time || online == self.is_host_online {
             self.host_time = self.host_time.max(time);
-            return Told::Nothing;
+            return HostSignal::Nothing;
         }
         (self.host_time, self.is_host_online) = (time, online);
-        if online { Told::HostOnline } else { Told::HostOffline }
+        if online { HostSignal::HostOnline } else { HostSignal::HostOffline }
     }
 
     /// All births.
-    pub fn births(&mut self, streams: &Streams) -> Vec<Message> {
+    pub fn births(&mut self, streams: &StreamStates) -> Vec<Message> {
         self.seq = 0;
         self.is_born = true;
         self.devices.values_mut().for_each(|device| device.is_alive = false);
@@ -205,7 +205,7 @@ impl Session {
     }
 
     /// Births and deaths of devices, and what has changed of them, since the last time. Nothing before the node's birth.
-    pub fn follow(&mut self, streams: &Streams) -> Vec<Message> {
+    pub fn follow(&mut self, streams: &StreamStates) -> Vec<Message> {
         if !self.is_born {
             return Vec::new();
         }
@@ -246,9 +246,9 @@ impl Session {
         let text = String::from_utf8_lossy(&record.payload).into_owned();
         let stream = json["stream"].as_str().unwrap_or_default().to_owned();
         let node_alias = match record.place.kind {
-            Kind::Result => None,
-            Kind::Event => Some(3),
-            Kind::Metrics => Some(4),
+            RecordKind::Result => None,
+            RecordKind::Event => Some(3),
+            RecordKind::Metrics => Some(4),
         };
         if let Some(alias) = node_alias {
             let value = Some(MetricValue::StringValue(text));
@@ -366,13 +366,13 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use lineside_api::state::Member;
-    use lineside_spool::Place;
+    use lineside_api::state::StreamState;
+    use lineside_spool::RecordId;
 
-    fn streams(names: &[(&str, bool)]) -> Streams {
+    fn streams(names: &[(&str, bool)]) -> StreamStates {
         names
             .iter()
-            .map(|(name, up)| ((*name).to_owned(), Member { model: "m".to_owned(), up: *up, reason: None }))
+            .map(|(name, up)| ((*name).to_owned(), StreamState { model: "m".to_owned(), up: *up, reason: None }))
             .collect()
     }
 
@@ -398,12 +398,12 @@ mod tests {
             [("DDEATH/n/a".into(), 3), ("DDATA/n/b".into(), 4)]
         );
         let record = Record {
-            place: Place { kind: Kind::Result, position: 1 },
+            place: RecordId { kind: RecordKind::Result, position: 1 },
             topic: "t".into(),
             payload: Bytes::from_static(
                 br#"{"id":"n:1:1","seq":1,"ts":"2026-11-23T18:35:56.123Z","stream":"a","verdict":"pass"}"#,
             ),
-            born_ms: 0,
+            created_ms: 0,
             ttl_seconds: 0,
         };
         let data = session.data(&record, true);
@@ -426,19 +426,19 @@ mod tests {
             payload: format!("{{\"online\":{online},\"timestamp\":{timestamp}}}").into(),
             retain: true,
         };
-        assert_eq!(session.hear(&state(true, 100)), Told::HostOnline);
-        assert_eq!(session.hear(&state(false, 50)), Told::Nothing, "an old Will");
+        assert_eq!(session.hear(&state(true, 100)), HostSignal::HostOnline);
+        assert_eq!(session.hear(&state(false, 50)), HostSignal::Nothing, "an old Will");
         assert!(session.may_be_born());
-        assert_eq!(session.hear(&state(false, 100)), Told::HostOffline);
+        assert_eq!(session.hear(&state(false, 100)), HostSignal::HostOffline);
         for rubbish in ["", "{}", "[1]", "{\"online\":1,\"timestamp\":-5}", "\u{0}"] {
             let message = Message { payload: rubbish.into(), ..state(true, 0) };
-            assert_eq!(session.hear(&message), Told::Nothing);
+            assert_eq!(session.hear(&message), HostSignal::Nothing);
         }
         let metrics = vec![metric(REBIRTH, Type::Boolean, Some(MetricValue::BooleanValue(true)))];
         let payload = Payload { timestamp: None, metrics, seq: None }.encode_to_vec();
         let command = Message { topic: "spBv1.0/g/NCMD/n".into(), payload: payload.into(), retain: false };
-        assert_eq!(session.hear(&command), Told::Rebirth);
-        assert_eq!(session.hear(&Message { payload: vec![0xFF; 9].into(), ..command }), Told::Nothing);
+        assert_eq!(session.hear(&command), HostSignal::Rebirth);
+        assert_eq!(session.hear(&Message { payload: vec![0xFF; 9].into(), ..command }), HostSignal::Nothing);
     }
 
     #[test]

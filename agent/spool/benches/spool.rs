@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lineside_common::metrics::Metrics;
-use lineside_spool::{Appended, Draft, Kind, Options, Spool, WhenFull};
+use lineside_spool::{AppendOutcome, NewRecord, Options, RecordKind, Spool, WhenFull};
 
 const RECORDS: u64 = 20_000;
 /// Bytes of an ordinary result.
@@ -25,14 +25,14 @@ fn fill(spool: &Spool, records: u64) {
     let topic: Arc<str> = "lineside/v1/plant/edge-1/line-1/result".into();
     let payload = Bytes::from(vec![b'x'; PAYLOAD_BYTES]);
     for _ in 0..records {
-        let draft = Draft {
-            kind: Kind::Result,
+        let draft = NewRecord {
+            kind: RecordKind::Result,
             topic: topic.clone(),
             ttl_seconds: 0,
             when_full: WhenFull::Block,
             make: |_| payload.clone(),
         };
-        assert!(matches!(spool.append(draft), Appended::Kept(_)));
+        assert!(matches!(spool.append(draft), AppendOutcome::Kept(_)));
     }
 }
 

@@ -7,7 +7,7 @@ pub const SPOOL_MIB_DEFAULT: u64 = 512;
 
 /// How results wait for a broker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Spooling {
+pub struct SpoolConfig {
     /// Bytes on the disk.
     pub bytes_max: u64,
     /// The longest a record may wait, in seconds of the time the agent runs; 0 is for ever.
@@ -18,7 +18,7 @@ pub struct Spooling {
     pub drops_newest: bool,
 }
 
-impl Default for Spooling {
+impl Default for SpoolConfig {
     fn default() -> Self {
         Self {
             bytes_max: SPOOL_MIB_DEFAULT << 20,

@@ -1,4 +1,4 @@
-//! What was delivered, in one small file for each lane, `cursor`.
+//! What was delivered, in one small file for each partition, `cursor`.
 //!
 //! ```text
 //! two slots of 4096 bytes, written in turn; the one that is whole and has the higher generation counts
@@ -25,7 +25,7 @@ const MAGIC: &[u8; 4] = b"LSC1";
 const HEAD_BYTES: usize = 40;
 const RANGES_MAX: usize = (SLOT_BYTES - HEAD_BYTES - 4) / 16;
 
-/// What is remembered of a lane.
+/// What is remembered of a partition.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Cursor {
     /// Grows with every write.

@@ -2,17 +2,17 @@
 //! the disk: it appends here and goes on. The publisher takes records out, and a record is deleted only when the broker
 //! has acknowledged it, when it has lived too long, or when a bound is exceeded, which is counted.
 //!
-//! **On the disk.** Each kind of record has a lane, a folder of its own below `spool`: `result`, `event`, `metrics`. A
-//! lane is a log in segments of about 1 MiB ([`frame`] has the format). The one that is written to is called
+//! **On the disk.** Each kind of record has a partition, a folder of its own below `spool`: `result`, `event`, `metrics`. A
+//! partition is a log in segments of about 1 MiB ([`frame`] has the format). The one that is written to is called
 //! `{first}.open`; a closed one `{first}-{last}-{born}-{expires}.seg`, so that a spool of a million records opens by
 //! reading names. `cursor` ([`cursor`]) remembers what was delivered. `lock` is held by the agent.
 //!
 //! **What holds.**
 //! - A record that was appended and written outlasts the process; one that was synced outlasts a power cut. It is written
-//!   at once and synced within `sync_interval`, unless it was acknowledged sooner ([`keeper`]).
+//!   at once and synced within `sync_interval`, unless it was acknowledged sooner ([`writer`]).
 //! - Of every record that was appended, one thing becomes true: it is acknowledged, or it is counted as dropped, by reason.
 //! - A position is given once. What is recovered after a crash is a record that was appended, whole, or nothing.
-//! - Records of a lane are given out in the order they were appended: those of the last connection first, then live ones,
+//! - Records of a partition are given out in the order they were appended: those of the last connection first, then live ones,
 //!   then the backlog.
 //! - When the bound is exceeded, the oldest segment gives way, of metrics first, then of results, then of events
 //!   ([`WhenFull`] says what else can be had). The disk holds a segment more than the bound at most.
@@ -24,17 +24,17 @@ mod config;
 mod cursor;
 mod disk;
 #[cfg(any(test, feature = "simulation"))]
-mod fake;
-mod frame;
-mod keeper;
-mod lane;
+mod fake_disk;
 #[cfg(any(test, feature = "simulation"))]
-pub mod model;
+pub mod model_test;
+mod partition;
 mod ranges;
+mod record_format;
 mod segment;
 #[cfg(test)]
 mod tests;
 mod view;
+mod writer;
 
 use std::fs::File;
 use std::io;
@@ -48,11 +48,11 @@ use prometheus::{IntCounter, IntCounterVec};
 use rustix::fs::{FlockOperation, flock};
 use tokio::sync::Notify;
 
-pub use config::{SPOOL_MIB_DEFAULT, Spooling};
+pub use config::{SPOOL_MIB_DEFAULT, SpoolConfig};
 use disk::{Disk, RealDisk};
-use keeper::{Found, Keeper};
-use lane::Lane;
+use partition::Partition;
 pub use view::{Listed, View};
+use writer::{Found, Writer};
 
 /// Bytes of one record at most. What is larger would be refused on the wire, again and again, and hold up all others.
 pub const RECORD_BYTES_MAX: u64 = 4 << 20;
@@ -68,9 +68,9 @@ const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// How long the end waits for the disk.
 const CLOSE_WAIT: Duration = Duration::from_secs(3);
 
-/// What a record says. Each kind has a lane of its own.
+/// What a record says. Each kind has a partition of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
+pub enum RecordKind {
     /// The result of an inspection.
     Result,
     /// Something happened.
@@ -79,7 +79,7 @@ pub enum Kind {
     Metrics,
 }
 
-impl Kind {
+impl RecordKind {
     /// All of them, the most urgent first.
     pub const ALL: [Self; 3] = [Self::Result, Self::Event, Self::Metrics];
     /// All of them, the one that gives way for room first, first.
@@ -97,10 +97,10 @@ impl Kind {
 
 /// Where a record stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Place {
-    /// Its lane.
-    pub kind: Kind,
-    /// Its number in the lane. No two records of a lane have the same.
+pub struct RecordId {
+    /// Its partition.
+    pub kind: RecordKind,
+    /// Its number in the partition. No two records of a partition have the same.
     pub position: u64,
 }
 
@@ -108,28 +108,28 @@ pub struct Place {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     /// Where it stands.
-    pub place: Place,
+    pub place: RecordId,
     /// Where it goes.
     pub topic: Arc<str>,
     /// What it says.
     pub payload: Bytes,
     /// When it was appended, in milliseconds of the time the agent ran.
-    pub born_ms: u64,
+    pub created_ms: u64,
     /// How long it may live, in seconds of the same; 0 is for ever.
     pub ttl_seconds: u32,
 }
 
 /// A record to be appended.
-pub struct Draft<F> {
-    /// Its lane.
-    pub kind: Kind,
+pub struct NewRecord<F> {
+    /// Its partition.
+    pub kind: RecordKind,
     /// Where it goes; at most 65,535 bytes.
     pub topic: Arc<str>,
     /// How long it may live; 0 is for ever. The spool's own bound holds in any case.
     pub ttl_seconds: u32,
     /// What becomes of it when there is no room.
     pub when_full: WhenFull,
-    /// Makes its payload. It is given the record's number, which starts at 1 in each lane when the agent starts; it may be
+    /// Makes its payload. It is given the record's number, which starts at 1 in each partition when the agent starts; it may be
     /// called again with another one, when it had to wait for room.
     pub make: F,
 }
@@ -148,7 +148,7 @@ pub enum WhenFull {
 
 /// What came of an append.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Appended {
+pub enum AppendOutcome {
     /// The record is in, under this number.
     Kept(u64),
     /// There was no room for it. It was counted, and no number was used.
@@ -238,7 +238,7 @@ type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
 /// What everybody shares.
 struct Shared {
     state: Mutex<State>,
-    /// Wakes the keeper.
+    /// Wakes the writer.
     work: Condvar,
     /// Wakes who waits for room.
     room: Condvar,
@@ -253,8 +253,8 @@ struct Shared {
 }
 
 struct State {
-    lanes: Vec<Lane>,
-    /// The last number given in each lane.
+    partitions: Vec<Partition>,
+    /// The last number given in each partition.
     numbers: [u64; 3],
     is_connected: bool,
     trouble: Option<String>,
@@ -264,12 +264,12 @@ struct State {
 }
 
 impl State {
-    fn lane(&mut self, kind: Kind) -> &mut Lane {
-        &mut self.lanes[kind as usize]
+    fn partition(&mut self, kind: RecordKind) -> &mut Partition {
+        &mut self.partitions[kind as usize]
     }
 
     fn bytes(&self) -> u64 {
-        self.lanes.iter().map(Lane::bytes).sum()
+        self.partitions.iter().map(Partition::bytes).sum()
     }
 }
 
@@ -317,13 +317,13 @@ impl Shared {
 pub struct Spool {
     shared: Arc<Shared>,
     options: Options,
-    keeper: Mutex<Option<(JoinHandle<()>, mpsc::Receiver<()>)>>,
+    writer: Mutex<Option<(JoinHandle<()>, mpsc::Receiver<()>)>>,
     /// Held while the spool is open.
     _lock: Option<File>,
 }
 
 impl Spool {
-    /// Opens the spool in a folder, which is made where it is missing, and starts its keeper.
+    /// Opens the spool in a folder, which is made where it is missing, and starts its writer.
     ///
     /// # Errors
     /// When another agent has it, or when the folder cannot be read.
@@ -332,16 +332,16 @@ impl Spool {
         let lock = lock(folder, LOCK_WAIT)?;
         let started = Instant::now();
         let clock: Clock = Arc::new(move || started.elapsed());
-        let (spool, keeper) = Self::assemble(Arc::new(RealDisk), folder, options, clock, Some(lock))?;
+        let (spool, writer) = Self::assemble(Arc::new(RealDisk), folder, options, clock, Some(lock))?;
         let shared = spool.shared.clone();
         let (ended, end) = mpsc::channel();
         let thread = std::thread::Builder::new().name("spool".to_owned()).spawn(move || {
-            keep(&shared, keeper);
+            keep(&shared, writer);
             if ended.send(()).is_err() {
                 tracing::debug!("nobody waits for the spool's end any more");
             }
         })?;
-        *spool.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some((thread, end));
+        *spool.writer.lock().unwrap_or_else(PoisonError::into_inner) = Some((thread, end));
         Ok(Arc::new(spool))
     }
 
@@ -351,13 +351,13 @@ impl Spool {
         options: Options,
         clock: Clock,
         lock: Option<File>,
-    ) -> io::Result<(Self, Keeper)> {
-        let Found { lanes, clock_ms } = keeper::recover(&*disk, folder)?;
-        let keeper = Keeper::new(disk, folder, &options);
+    ) -> io::Result<(Self, Writer)> {
+        let Found { partitions, clock_ms } = writer::recover(&*disk, folder)?;
+        let writer = Writer::new(disk, folder, &options);
         let now = u64::try_from(clock().as_millis()).unwrap_or(u64::MAX / 2);
         let shared = Shared {
             state: Mutex::new(State {
-                lanes,
+                partitions,
                 numbers: [0; 3],
                 is_connected: false,
                 trouble: None,
@@ -374,12 +374,12 @@ impl Spool {
             clock,
             clock_base_ms: clock_ms.saturating_sub(now),
         };
-        let spool = Self { shared: Arc::new(shared), options, keeper: Mutex::new(None), _lock: lock };
-        Ok((spool, keeper))
+        let spool = Self { shared: Arc::new(shared), options, writer: Mutex::new(None), _lock: lock };
+        Ok((spool, writer))
     }
 
-    /// Appends a record made for the next number of its lane. It waits for nothing, but with [`WhenFull::Block`].
-    pub fn append(&self, mut draft: Draft<impl FnMut(u64) -> Bytes>) -> Appended {
+    /// Appends a record made for the next number of its partition. It waits for nothing, but with [`WhenFull::Block`].
+    pub fn append(&self, mut draft: NewRecord<impl FnMut(u64) -> Bytes>) -> AppendOutcome {
         let shared = &*self.shared;
         let kind = draft.kind;
         let ttl_seconds = match (draft.ttl_seconds, self.options.age_max_seconds) {
@@ -390,30 +390,30 @@ impl Spool {
         loop {
             let number = state.numbers[kind as usize] + 1;
             let record = Record {
-                place: Place { kind, position: state.lane(kind).next() },
+                place: RecordId { kind, position: state.partition(kind).next() },
                 topic: draft.topic.clone(),
                 payload: (draft.make)(number),
-                born_ms: shared.now_ms(),
+                created_ms: shared.now_ms(),
                 ttl_seconds,
             };
-            let size = frame::size(&record);
+            let size = record_format::size(&record);
             if size > RECORD_BYTES_MAX.min(self.options.bytes_max) || record.topic.len() > TOPIC_BYTES_MAX {
                 drop(state);
                 shared.dropped.with_label_values(&["too_large"]).inc();
-                return Appended::TooLarge;
+                return AppendOutcome::TooLarge;
             }
             if draft.when_full != WhenFull::DropOldest && !self.has_room(&state, size) && !state.is_closing {
                 if draft.when_full == WhenFull::DropNewest {
                     state.last_overflow_ms = Some(shared.now_ms());
                     drop(state);
                     shared.count(Dropped { full: 1, ..Dropped::default() });
-                    return Appended::Full;
+                    return AppendOutcome::Full;
                 }
                 state = shared.room.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             state.numbers[kind as usize] = number;
-            state.lane(kind).append(record);
+            state.partition(kind).append(record);
             let mut dropped = Dropped::default();
             self.make_room(&mut state, &mut dropped);
             if dropped.total() > 0 {
@@ -422,12 +422,12 @@ impl Spool {
             shared.poke(state);
             shared.changed.notify_one();
             shared.count(dropped);
-            return Appended::Kept(number);
+            return AppendOutcome::Kept(number);
         }
     }
 
     fn has_room(&self, state: &State, bytes: u64) -> bool {
-        let unsynced: u64 = state.lanes.iter().map(Lane::unsynced_bytes).sum();
+        let unsynced: u64 = state.partitions.iter().map(Partition::unsynced_bytes).sum();
         state.bytes() + bytes <= self.options.bytes_max && unsynced + bytes <= self.options.memory_bytes_max
     }
 
@@ -435,20 +435,21 @@ impl Spool {
     fn make_room(&self, state: &mut State, dropped: &mut Dropped) {
         let bytes_max = self.options.bytes_max;
         while state.bytes() > bytes_max
-            && Kind::DROPPED_FIRST.into_iter().any(|kind| state.lane(kind).drop_oldest(dropped))
+            && RecordKind::DROPPED_FIRST.into_iter().any(|kind| state.partition(kind).drop_oldest(dropped))
         {}
         // What is in no segment yet is bounded by less: it is the disk that does not keep up.
-        let unsynced = |state: &State| state.lanes.iter().map(Lane::unsynced_bytes).sum::<u64>();
+        let unsynced = |state: &State| state.partitions.iter().map(Partition::unsynced_bytes).sum::<u64>();
         while unsynced(state) > self.options.memory_bytes_max.min(bytes_max)
-            && Kind::DROPPED_FIRST.into_iter().any(|kind| state.lane(kind).drop_from_memory(dropped))
-        {}
+            && RecordKind::DROPPED_FIRST.into_iter().any(|kind| state.partition(kind).drop_from_memory(dropped))
+        {
+        }
     }
 
     /// The publisher has a connection. What was on the way on the last one is given out again first; what waits is the
     /// backlog, and what is appended from now on is live.
     pub fn connected(&self) {
         let mut state = self.shared.state();
-        state.lanes.iter_mut().for_each(Lane::connected);
+        state.partitions.iter_mut().for_each(Partition::connected);
         state.is_connected = true;
         self.shared.poke(state);
     }
@@ -459,17 +460,17 @@ impl Spool {
     }
 
     /// A record that was taken could not be sent.
-    pub fn put_back(&self, place: Place) {
-        self.shared.state().lane(place.kind).put_back(place.position);
+    pub fn requeue(&self, place: RecordId) {
+        self.shared.state().partition(place.kind).requeue(place.position);
     }
 
     /// The next record that goes out at once: one of the last connection, which is `false`, or a live one, which is `true`.
     pub fn take(&self) -> Option<(Record, bool)> {
         let now_ms = self.shared.now_ms();
         self.shared.change(|state, dropped| {
-            let again = state.lanes.iter_mut().find_map(Lane::take_again).map(|record| (record, false));
+            let again = state.partitions.iter_mut().find_map(Partition::take_again).map(|record| (record, false));
             again.or_else(|| {
-                let live = state.lanes.iter_mut().find_map(|lane| lane.take_live(now_ms, dropped));
+                let live = state.partitions.iter_mut().find_map(|partition| partition.take_live(now_ms, dropped));
                 live.map(|record| (record, true))
             })
         })
@@ -479,8 +480,8 @@ impl Spool {
     pub fn take_backlog(&self) -> Option<Record> {
         let now_ms = self.shared.now_ms();
         let (record, is_low) = self.shared.change(|state, dropped| {
-            let record = state.lanes.iter_mut().find_map(|lane| lane.take_backlog(now_ms, dropped));
-            (record, state.lanes.iter().any(Lane::is_low))
+            let record = state.partitions.iter_mut().find_map(|partition| partition.take_backlog(now_ms, dropped));
+            (record, state.partitions.iter().any(Partition::is_low))
         });
         if is_low {
             self.shared.poke(self.shared.state());
@@ -489,9 +490,9 @@ impl Spool {
     }
 
     /// The broker has this record: it is forgotten. Others than those on the way are passed over.
-    pub fn acknowledge(&self, place: Place) {
+    pub fn acknowledge(&self, place: RecordId) {
         let mut state = self.shared.state();
-        if state.lane(place.kind).acknowledge(place.position) {
+        if state.partition(place.kind).acknowledge(place.position) {
             self.shared.room.notify_all();
             self.shared.poke(state);
         }
@@ -501,9 +502,9 @@ impl Spool {
     pub fn stats(&self) -> Stats {
         let now_ms = self.shared.now_ms();
         let state = self.shared.state();
-        let oldest_ms = state.lanes.iter().filter_map(Lane::oldest_ms).min();
+        let oldest_ms = state.partitions.iter().filter_map(Partition::oldest_ms).min();
         Stats {
-            records: state.lanes.iter().map(Lane::waiting).sum(),
+            records: state.partitions.iter().map(Partition::waiting).sum(),
             bytes: state.bytes(),
             bytes_max: self.options.bytes_max,
             oldest: oldest_ms.map(|oldest| Duration::from_millis(now_ms.saturating_sub(oldest))),
@@ -512,15 +513,15 @@ impl Spool {
         }
     }
 
-    /// Told when there may be something to take.
+    /// HostSignal when there may be something to take.
     pub fn changed(&self) -> &Notify {
         &self.shared.changed
     }
 
-    /// Brings everything to the disk and ends the keeper. A disk that hangs is not waited for.
+    /// Brings everything to the disk and ends the writer. A disk that hangs is not waited for.
     pub fn close(&self) {
-        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((thread, end)) = keeper else { return };
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some((thread, end)) = writer else { return };
         let mut state = self.shared.state();
         state.is_closing = true;
         self.shared.room.notify_all();
@@ -529,7 +530,7 @@ impl Spool {
             Err(mpsc::RecvTimeoutError::Timeout) => tracing::error!("the disk hangs, the spool is left as it is"),
             _ => {
                 if thread.join().is_err() {
-                    tracing::error!("the spool's keeper had panicked");
+                    tracing::error!("the spool's writer had panicked");
                 }
             }
         }
@@ -542,10 +543,10 @@ impl Drop for Spool {
     }
 }
 
-/// The keeper's thread.
-fn keep(shared: &Shared, mut keeper: Keeper) {
+/// The writer's thread.
+fn keep(shared: &Shared, mut writer: Writer) {
     loop {
-        let wait = keeper.cycle(shared, shared.now_ms());
+        let wait = writer.cycle(shared, shared.now_ms());
         let mut state = shared.state();
         if !state.is_poked && !state.is_closing {
             state = shared.work.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
@@ -553,7 +554,7 @@ fn keep(shared: &Shared, mut keeper: Keeper) {
         state.is_poked = false;
         if state.is_closing {
             drop(state);
-            return keeper.finish(shared, shared.now_ms());
+            return writer.finish(shared, shared.now_ms());
         }
     }
 }

@@ -14,7 +14,7 @@ pub(super) struct Segment {
     /// Bytes of the file.
     pub(super) bytes: u64,
     /// When its first record was appended.
-    pub(super) born_ms: u64,
+    pub(super) created_ms: u64,
     /// When all of its records will have expired; `u64::MAX` is never.
     pub(super) expires_ms: u64,
     /// Records that are not done with.
@@ -28,15 +28,15 @@ pub(super) fn open_name(first: u64) -> String {
 
 /// The name of a closed segment.
 pub(super) fn closed_name(segment: &Segment) -> String {
-    format!("{:020}-{:020}-{:x}-{:x}.seg", segment.first, segment.last, segment.born_ms, segment.expires_ms)
+    format!("{:020}-{:020}-{:x}-{:x}.seg", segment.first, segment.last, segment.created_ms, segment.expires_ms)
 }
 
 /// A closed segment from its name.
 pub(super) fn from_name(name: &str, bytes: u64) -> Option<Segment> {
     let mut parts = name.strip_suffix(".seg")?.split('-');
     let (first, last) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-    let born_ms = u64::from_str_radix(parts.next()?, 16).ok()?;
+    let created_ms = u64::from_str_radix(parts.next()?, 16).ok()?;
     let expires_ms = u64::from_str_radix(parts.next()?, 16).ok()?;
     let is_one = parts.next().is_none() && first <= last && last < u64::MAX / 2;
-    is_one.then(|| Segment { name: name.to_owned(), first, last, bytes, born_ms, expires_ms, waiting: 0 })
+    is_one.then(|| Segment { name: name.to_owned(), first, last, bytes, created_ms, expires_ms, waiting: 0 })
 }

@@ -5,16 +5,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::disk::{Disk as _, RealDisk};
-use super::keeper::{self, folder_of};
-use super::lane::Lane;
+use super::partition::Partition;
 use super::ranges::Ranges;
 use super::segment::Segment;
-use super::{Kind, Record, lock};
+use super::writer::{self, folder_of};
+use super::{Record, RecordKind, lock};
 
-/// One lane as it was found.
+/// One partition as it was found.
 pub struct Listed {
     /// What its records say.
-    pub kind: Kind,
+    pub kind: RecordKind,
     /// Records that are neither delivered nor given up.
     pub records: u64,
     /// Bytes of its segments.
@@ -26,7 +26,7 @@ pub struct Listed {
 /// A spool as it was found.
 pub struct View {
     root: PathBuf,
-    lanes: Vec<(Listed, Vec<Segment>, Ranges, u64)>,
+    partitions: Vec<(Listed, Vec<Segment>, Ranges, u64)>,
 }
 
 impl View {
@@ -35,8 +35,8 @@ impl View {
     /// # Errors
     /// When there is none, or it cannot be read.
     pub fn open(root: &Path) -> io::Result<Self> {
-        let mut lanes = Vec::new();
-        for kind in Kind::ALL {
+        let mut partitions = Vec::new();
+        for kind in RecordKind::ALL {
             let folder = folder_of(root, kind);
             if !folder.is_dir() {
                 return Err(io::Error::new(
@@ -44,28 +44,28 @@ impl View {
                     format!("{} holds no spool; is it the agent's?", root.display()),
                 ));
             }
-            let (segments, _) = keeper::segments(&RealDisk, &folder, kind, false)?;
-            let cursor = keeper::read_cursor(&RealDisk, &folder)?;
+            let (segments, _) = writer::segments(&RealDisk, &folder, kind, false)?;
+            let cursor = writer::read_cursor(&RealDisk, &folder)?;
             let (done, floor) = (cursor.done.clone(), cursor.floor);
             let bytes = segments.iter().map(|segment| segment.bytes).sum();
             let count = segments.len();
-            let records = Lane::new(segments.clone().into(), cursor).waiting();
-            lanes.push((Listed { kind, records, bytes, segments: count }, segments, done, floor));
+            let records = Partition::new(segments.clone().into(), cursor).waiting();
+            partitions.push((Listed { kind, records, bytes, segments: count }, segments, done, floor));
         }
-        Ok(Self { root: root.to_owned(), lanes })
+        Ok(Self { root: root.to_owned(), partitions })
     }
 
-    /// Its lanes.
-    pub fn lanes(&self) -> impl Iterator<Item = &Listed> {
-        self.lanes.iter().map(|(listed, ..)| listed)
+    /// Its partitions.
+    pub fn partitions(&self) -> impl Iterator<Item = &Listed> {
+        self.partitions.iter().map(|(listed, ..)| listed)
     }
 
-    /// The records that wait, lane by lane, oldest first. A file that went away meanwhile was delivered.
+    /// The records that wait, partition by partition, oldest first. A file that went away meanwhile was delivered.
     ///
     /// # Errors
     /// When a file cannot be read.
     pub fn records(&self) -> impl Iterator<Item = io::Result<Record>> + '_ {
-        self.lanes.iter().flat_map(move |(listed, segments, done, floor)| {
+        self.partitions.iter().flat_map(move |(listed, segments, done, floor)| {
             let folder = folder_of(&self.root, listed.kind);
             segments.iter().flat_map(move |segment| {
                 let range = segment.first..=segment.last;
@@ -73,7 +73,7 @@ impl View {
                     let position = record.place.position;
                     range.contains(&position) && position >= *floor && !done.contains(position)
                 };
-                let read = match keeper::read_segment(&RealDisk, &folder, listed.kind, segment) {
+                let read = match writer::read_segment(&RealDisk, &folder, listed.kind, segment) {
                     Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
                     read => read,
                 };
@@ -86,16 +86,17 @@ impl View {
         })
     }
 
-    /// Deletes the records of the lanes that are wanted, and says how many. What they were is lost.
+    /// Deletes the records of the partitions that are wanted, and says how many. What they were is lost.
     ///
     /// # Errors
     /// When an agent has the spool, or a file cannot be removed.
-    pub fn purge(root: &Path, is_wanted: impl Fn(Kind) -> bool) -> io::Result<u64> {
+    pub fn purge(root: &Path, is_wanted: impl Fn(RecordKind) -> bool) -> io::Result<u64> {
         // A process that is being started shares its parent's files for a moment, also a lock that was just let go.
         let held = lock(root, Duration::from_secs(1))?;
         let mut purged = 0;
         // Looked at again now that nobody changes it.
-        for (listed, segments, ..) in Self::open(root)?.lanes.iter().filter(|(listed, ..)| is_wanted(listed.kind)) {
+        for (listed, segments, ..) in Self::open(root)?.partitions.iter().filter(|(listed, ..)| is_wanted(listed.kind))
+        {
             for segment in segments {
                 RealDisk.remove(&folder_of(root, listed.kind).join(&segment.name))?;
             }

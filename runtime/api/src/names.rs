@@ -1,4 +1,4 @@
-//! Names of objects and of topic levels, and the list of mistakes that reading a text collects.
+//! Names of objects and of topic levels, and the list of errors that reading a text collects.
 
 /// Whether a name may stand in topics, paths and labels: `[a-z0-9]([a-z0-9-]{0,62})`.
 pub fn is_name(text: &str) -> bool {
@@ -24,11 +24,11 @@ pub fn topic_segment(text: &str) -> Result<(), String> {
     }
 }
 
-/// The mistakes found in one text, each with its place.
+/// The errors found in one text, each with its place.
 #[derive(Debug, Default)]
-pub struct Mistakes(Vec<String>);
+pub struct ConfigErrors(Vec<String>);
 
-impl Mistakes {
+impl ConfigErrors {
     /// Notes one.
     pub fn add(&mut self, place: impl std::fmt::Display, what: impl std::fmt::Display) {
         self.0.push(format!("{place}: {what}"));

@@ -35,7 +35,7 @@ impl Task {
     }
 }
 
-/// How the source picture is brought to the size of the model's input.
+/// How the source picture is loaded to the size of the model's input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Resize {

@@ -62,7 +62,7 @@ impl ModelState {
 
 /// A stream that is played.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Member {
+pub struct StreamState {
     /// The model that looks at its frames.
     pub model: String,
     /// Whether frames can be had.
@@ -71,5 +71,5 @@ pub struct Member {
     pub reason: Option<String>,
 }
 
-/// Streams by name.
-pub type Streams = BTreeMap<String, Member>;
+/// StreamStates by name.
+pub type StreamStates = BTreeMap<String, StreamState>;

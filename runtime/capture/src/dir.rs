@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{FRAME_BYTES_MAX, Health, Pace, Trouble, captured, persist};
+use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, persist};
 use lineside_common::files::read_bounded;
 use lineside_scheduler::frames::Mailbox;
 
@@ -39,7 +39,7 @@ async fn round<S>(
     mailbox: &Mailbox<S>,
     health: &Health,
     unreadable: &Mutex<BTreeSet<String>>,
-) -> Result<(), Trouble> {
+) -> Result<(), CameraError> {
     let mut pace = Pace::new(interval);
     loop {
         let files = blocking({
@@ -47,9 +47,9 @@ async fn round<S>(
             move || pictures(&folder)
         })
         .await
-        .map_err(Trouble::Gone)?;
+        .map_err(CameraError::Gone)?;
         if files.is_empty() {
-            return Err(Trouble::Wrong(format!("{} holds no .jpg, .jpeg or .png file", folder.display())));
+            return Err(CameraError::Wrong(format!("{} holds no .jpg, .jpeg or .png file", folder.display())));
         }
         let mut played = 0;
         for file in files {
@@ -78,7 +78,7 @@ async fn round<S>(
             }
         }
         if played == 0 {
-            return Err(Trouble::Wrong(format!("no picture in {} can be read", folder.display())));
+            return Err(CameraError::Wrong(format!("no picture in {} can be read", folder.display())));
         }
         if !repeat {
             return Ok(());

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use lineside_inference::jpeg;
 use lineside_inference::jpeg::Extent;
 
-use super::{Health, Pace, Trouble, captured, persist};
+use super::{CameraError, Health, Pace, captured, persist};
 use lineside_common::files::read_bounded;
 use lineside_scheduler::frames::Mailbox;
 
@@ -25,16 +25,16 @@ async fn once<S>(
     interval: Option<Duration>,
     mailbox: &Mailbox<S>,
     health: &Health,
-) -> Result<(), Trouble> {
+) -> Result<(), CameraError> {
     let file = path.to_owned();
     let bytes = tokio::task::spawn_blocking(move || read_bounded(&file, RECORDING_BYTES_MAX))
         .await
         .map_err(std::io::Error::other)
         .flatten()
-        .map_err(|error| Trouble::Gone(format!("{}: {error}", path.display())))?;
+        .map_err(|error| CameraError::Gone(format!("{}: {error}", path.display())))?;
     if bytes.starts_with(&[0, 0, 1]) || bytes.starts_with(&[0, 0, 0, 1]) {
         let what = "is H.264, which is not built into this version yet; use MJPEG";
-        return Err(Trouble::Wrong(format!("{} {what}", path.display())));
+        return Err(CameraError::Wrong(format!("{} {what}", path.display())));
     }
     health.up();
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned());

@@ -12,7 +12,7 @@ use reqwest::header::CONTENT_TYPE;
 use reqwest::{Client, Response, Url};
 
 use super::multipart::Multipart;
-use super::{FRAME_BYTES_MAX, Health, Pace, Trouble, captured, persist};
+use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, persist};
 use lineside_api::kinds::StreamSource;
 use lineside_scheduler::frames::Mailbox;
 
@@ -55,11 +55,11 @@ async fn watch<S>(
     interval: Option<Duration>,
     mailbox: &Mailbox<S>,
     health: &Health,
-) -> Result<(), Trouble> {
+) -> Result<(), CameraError> {
     let mut answer = ask(client, url).await?;
     match kind(&answer)? {
-        Kind::Mjpeg { boundary } => mjpeg(answer, boundary, interval, mailbox, health).await,
-        Kind::Picture => {
+        ResponseKind::Mjpeg { boundary } => mjpeg(answer, boundary, interval, mailbox, health).await,
+        ResponseKind::Picture => {
             let mut pace = Pace::new(Some(interval.unwrap_or(SNAPSHOT_INTERVAL)));
             pace.tick().await;
             loop {
@@ -68,33 +68,35 @@ async fn watch<S>(
                 mailbox.offer(captured(picture, None, true));
                 pace.tick().await;
                 answer = ask(client, url).await?;
-                if !matches!(kind(&answer)?, Kind::Picture) {
-                    return Err(Trouble::Gone("the camera changed from single pictures to MJPEG".to_owned()));
+                if !matches!(kind(&answer)?, ResponseKind::Picture) {
+                    return Err(CameraError::Gone("the camera changed from single pictures to MJPEG".to_owned()));
                 }
             }
         }
     }
 }
 
-async fn ask(client: &Client, url: &Url) -> Result<Response, Trouble> {
+async fn ask(client: &Client, url: &Url) -> Result<Response, CameraError> {
     let answer = client.get(url.clone()).send().await.map_err(|error| gone(&error))?;
     let status = answer.status();
     match status.as_u16() {
         200 => Ok(answer),
         401 | 403 => {
-            Err(Trouble::Wrong(format!("the camera refuses us ({status}); put user and password into the address")))
+            Err(CameraError::Wrong(format!("the camera refuses us ({status}); put user and password into the address")))
         }
-        300..=399 => Err(Trouble::Wrong(format!("the camera sends us elsewhere ({status}), which is not followed"))),
-        _ => Err(Trouble::Wrong(format!("the camera answers {status}"))),
+        300..=399 => {
+            Err(CameraError::Wrong(format!("the camera sends us elsewhere ({status}), which is not followed")))
+        }
+        _ => Err(CameraError::Wrong(format!("the camera answers {status}"))),
     }
 }
 
-enum Kind {
+enum ResponseKind {
     Mjpeg { boundary: Option<String> },
     Picture,
 }
 
-fn kind(answer: &Response) -> Result<Kind, Trouble> {
+fn kind(answer: &Response) -> Result<ResponseKind, CameraError> {
     let header = answer.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let (media, parameters) = header.split_once(';').unwrap_or((header, ""));
     let media = media.trim().to_ascii_lowercase();
@@ -103,13 +105,13 @@ fn kind(answer: &Response) -> Result<Kind, Trouble> {
             let (name, value) = parameter.split_once('=')?;
             name.trim().eq_ignore_ascii_case("boundary").then(|| value.trim().to_owned())
         });
-        return Ok(Kind::Mjpeg { boundary });
+        return Ok(ResponseKind::Mjpeg { boundary });
     }
     // Small cameras leave the type out or send something general; the decoder will tell.
     match media.as_str() {
-        "" | "application/octet-stream" | "binary/octet-stream" => Ok(Kind::Picture),
-        media if media.starts_with("image/") => Ok(Kind::Picture),
-        other => Err(Trouble::Wrong(format!("the camera answers with {other}; expected MJPEG or a picture"))),
+        "" | "application/octet-stream" | "binary/octet-stream" => Ok(ResponseKind::Picture),
+        media if media.starts_with("image/") => Ok(ResponseKind::Picture),
+        other => Err(CameraError::Wrong(format!("the camera answers with {other}; expected MJPEG or a picture"))),
     }
 }
 
@@ -119,7 +121,7 @@ async fn mjpeg<S>(
     interval: Option<Duration>,
     mailbox: &Mailbox<S>,
     health: &Health,
-) -> Result<(), Trouble> {
+) -> Result<(), CameraError> {
     let mut parser = Multipart::new(boundary.as_deref(), FRAME_BYTES_MAX);
     let mut chunks = answer.bytes_stream();
     // A camera faster than the stream's pace is thinned out by time, with some room for its jitter.
@@ -127,7 +129,7 @@ async fn mjpeg<S>(
     let mut last_taken: Option<tokio::time::Instant> = None;
     while let Some(chunk) = chunks.next().await {
         parser.feed(&chunk.map_err(|error| gone(&error))?);
-        while let Some(part) = parser.next_part().map_err(Trouble::Wrong)? {
+        while let Some(part) = parser.next_part().map_err(CameraError::Wrong)? {
             health.up();
             let now = tokio::time::Instant::now();
             let too_soon = least_gap.zip(last_taken).is_some_and(|(gap, taken)| now - taken < gap);
@@ -137,12 +139,12 @@ async fn mjpeg<S>(
             }
         }
     }
-    Err(Trouble::Gone("the camera closed the connection".to_owned()))
+    Err(CameraError::Gone("the camera closed the connection".to_owned()))
 }
 
 /// The whole body, within bounds.
-async fn body(answer: Response) -> Result<Bytes, Trouble> {
-    let too_large = || Trouble::Wrong(format!("the picture has more than {FRAME_BYTES_MAX} bytes"));
+async fn body(answer: Response) -> Result<Bytes, CameraError> {
+    let too_large = || CameraError::Wrong(format!("the picture has more than {FRAME_BYTES_MAX} bytes"));
     if answer.content_length().is_some_and(|length| length > FRAME_BYTES_MAX as u64) {
         return Err(too_large());
     }
@@ -157,8 +159,8 @@ async fn body(answer: Response) -> Result<Bytes, Trouble> {
     Ok(bytes.freeze())
 }
 
-fn gone(error: &reqwest::Error) -> Trouble {
-    Trouble::Gone(describe(error))
+fn gone(error: &reqwest::Error) -> CameraError {
+    CameraError::Gone(describe(error))
 }
 
 /// An error and its causes in one line, with no secret of the address in it.

@@ -31,7 +31,7 @@ const RETRY_CAP: Duration = Duration::from_secs(4);
 const STEADY_AFTER: Duration = Duration::from_secs(5);
 
 /// Where it is said whether a stream is up.
-pub trait Presence: Send + Sync {
+pub trait StreamReporter: Send + Sync {
     /// Whether frames can be had.
     fn is_up(&self) -> bool;
     /// Frames can be had. `true` when that is news.
@@ -44,7 +44,7 @@ pub trait Presence: Send + Sync {
 #[derive(Clone)]
 pub struct SourceMetrics {
     /// Whether frames can be had.
-    pub presence: Arc<dyn Presence>,
+    pub presence: Arc<dyn StreamReporter>,
     /// Attempts to reach the camera again.
     pub reconnects: IntCounter,
     /// Frames that could not be used.
@@ -83,14 +83,14 @@ impl Health {
 
 /// Why a source gives no frames.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Trouble {
+enum CameraError {
     /// It is not there, went away, or does not answer.
     Gone(String),
     /// It is there, and what it gives cannot be used.
     Wrong(String),
 }
 
-impl Trouble {
+impl CameraError {
     /// Whether this is news to somebody who was told the other. How exactly a camera is gone differs from one attempt to
     /// the next and is none.
     fn is_news_after(&self, other: &Self) -> bool {
@@ -100,9 +100,9 @@ impl Trouble {
 
 /// Runs `attempt` again and again until it ends well, waiting in between. A source that goes down is logged once, and
 /// again only when it is in trouble of another kind.
-async fn persist<F: Future<Output = Result<(), Trouble>>>(health: &Health, mut attempt: impl FnMut() -> F) {
+async fn persist<F: Future<Output = Result<(), CameraError>>>(health: &Health, mut attempt: impl FnMut() -> F) {
     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_CAP);
-    let mut told: Option<Trouble> = None;
+    let mut told: Option<CameraError> = None;
     loop {
         let begun = Instant::now();
         let Err(trouble) = attempt().await else { return };
@@ -112,7 +112,7 @@ async fn persist<F: Future<Output = Result<(), Trouble>>>(health: &Health, mut a
             told = None;
         }
         let delay = backoff.next_delay();
-        let (Trouble::Gone(reason) | Trouble::Wrong(reason)) = &trouble;
+        let (CameraError::Gone(reason) | CameraError::Wrong(reason)) = &trouble;
         health.metrics.presence.down(Some(reason));
         if told.as_ref().is_none_or(|told| trouble.is_news_after(told)) {
             tracing::warn!(stream = health.stream, reason, "stream is down, trying again");

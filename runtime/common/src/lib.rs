@@ -2,11 +2,11 @@
 
 pub mod allocator;
 pub mod backoff;
-pub mod child;
+pub mod child_process;
 pub mod clock;
 pub mod digest;
 pub mod files;
-pub mod measure;
 pub mod metrics;
+pub mod process_stats;
 pub mod secrets;
 pub mod shutdown;

@@ -55,7 +55,7 @@ pub struct Metrics {
     pub mqtt_published: IntCounter,
     /// Results the broker has acknowledged.
     pub mqtt_results: IntCounter,
-    /// Place in the list of the broker that is reached, from 0.
+    /// RecordId in the list of the broker that is reached, from 0.
     pub mqtt_broker_index: IntGauge,
     /// When our certificate for the broker ends, in seconds since 1970; 0 without one.
     pub mqtt_certificate_expiry: IntGauge,
@@ -91,7 +91,7 @@ impl Metrics {
     /// Metrics that start at zero.
     ///
     /// # Errors
-    /// When two of them bear one name, which is a mistake in this file.
+    /// When two of them bear one name, which is a error in this file.
     pub fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let options = |name: &str, help: &str| Opts::new(name, help).namespace(NAMESPACE);
@@ -142,7 +142,10 @@ impl Metrics {
             mqtt_connected: gauge("mqtt_connected", "Whether the broker is reached.")?,
             mqtt_published: counter("mqtt_published_total", "Messages the broker has acknowledged.")?,
             mqtt_results: counter("mqtt_results_published_total", "Results the broker has acknowledged.")?,
-            mqtt_broker_index: gauge("mqtt_broker_index", "Place in the list of the broker that is reached, from 0.")?,
+            mqtt_broker_index: gauge(
+                "mqtt_broker_index",
+                "RecordId in the list of the broker that is reached, from 0.",
+            )?,
             mqtt_certificate_expiry: gauge(
                 "mqtt_certificate_expiry_timestamp_seconds",
                 "When the certificate shown to the broker ends; 0 without one.",
@@ -214,7 +217,7 @@ impl ControllerMetrics {
     /// Metrics that start at zero.
     ///
     /// # Errors
-    /// When two of them bear one name, which is a mistake in this file.
+    /// When two of them bear one name, which is a error in this file.
     pub fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let options = |name: &str, help: &str| Opts::new(name, help).namespace(NAMESPACE);

@@ -1,7 +1,7 @@
 //! The only door to the `image` crate: JPEG or PNG bytes to a [`Frame`], within limits.
 //!
 //! The header is read first. Nothing is allocated for a picture before its sides, its pixel count and the bytes it would
-//! take are known to be within [`Limits`], so a bomb costs its header and no more. A JPEG that has lost its end is
+//! take are known to be within [`DecodeLimits`], so a bomb costs its header and no more. A JPEG that has lost its end is
 //! refused: decoders fill what is missing with grey, and a verdict on grey is worse than none.
 
 use std::io::Cursor;
@@ -15,7 +15,7 @@ use lineside_ipc::frame::Frame;
 
 /// What a frame may cost at most. The defaults fit a 24-megapixel line camera.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct DecodeLimits {
     /// Encoded bytes.
     pub encoded_bytes_max: usize,
     /// Pixels on one side.
@@ -24,7 +24,7 @@ pub struct Limits {
     pub total_pixels_max: u64,
 }
 
-impl Default for Limits {
+impl Default for DecodeLimits {
     fn default() -> Self {
         Self { encoded_bytes_max: 16 << 20, side_pixels_max: 16_384, total_pixels_max: 40_000_000 }
     }
@@ -34,7 +34,7 @@ impl Default for Limits {
 ///
 /// # Errors
 /// [`ErrorKind::BadFrame`] for bytes that are no complete JPEG or PNG, [`ErrorKind::FrameTooLarge`] beyond `limits`.
-pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Frame> {
+pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<Frame> {
     if bytes.len() > limits.encoded_bytes_max {
         return Err(too_large(format!(
             "the frame has {} bytes, more than the limit of {}",
@@ -100,10 +100,10 @@ mod tests {
 
     #[test]
     fn png_is_decoded_to_the_pixel_and_jpeg_to_its_size() {
-        let frame = decode(&encoded(ImageFormat::Png, 31, 17), &Limits::default()).unwrap();
+        let frame = decode(&encoded(ImageFormat::Png, 31, 17), &DecodeLimits::default()).unwrap();
         assert_eq!((frame.width(), frame.height()), (31, 17));
         assert_eq!(&frame.pixels()[(5 * 31 + 9) * 3..][..3], [9, 5, 77]);
-        let frame = decode(&encoded(ImageFormat::Jpeg, 40, 24), &Limits::default()).unwrap();
+        let frame = decode(&encoded(ImageFormat::Jpeg, 40, 24), &DecodeLimits::default()).unwrap();
         assert_eq!((frame.width(), frame.height()), (40, 24));
     }
 
@@ -116,7 +116,7 @@ mod tests {
                 if format == ImageFormat::Png && cut >= whole.len() - 12 {
                     continue;
                 }
-                let error = decode(&whole[..cut], &Limits::default()).unwrap_err();
+                let error = decode(&whole[..cut], &DecodeLimits::default()).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::BadFrame, "{format:?} cut at {cut}: {error}");
             }
         }
@@ -129,7 +129,7 @@ mod tests {
         bomb[16..24].copy_from_slice(&[0, 0, 0xEA, 0x60, 0, 0, 0xEA, 0x60]);
         let crc = crc32(&bomb[12..29]);
         bomb[29..33].copy_from_slice(&crc.to_be_bytes());
-        let error = decode(&bomb, &Limits::default()).unwrap_err();
+        let error = decode(&bomb, &DecodeLimits::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FrameTooLarge);
         assert!(error.to_string().contains("60000x60000"), "{error}");
     }
@@ -137,12 +137,12 @@ mod tests {
     #[test]
     fn limits_hold_at_the_edge() {
         let bytes = encoded(ImageFormat::Png, 10, 10);
-        let exact = Limits { side_pixels_max: 10, total_pixels_max: 100, encoded_bytes_max: bytes.len() };
+        let exact = DecodeLimits { side_pixels_max: 10, total_pixels_max: 100, encoded_bytes_max: bytes.len() };
         assert!(decode(&bytes, &exact).is_ok());
         for tight in [
-            Limits { side_pixels_max: 9, ..exact },
-            Limits { total_pixels_max: 99, ..exact },
-            Limits { encoded_bytes_max: bytes.len() - 1, ..exact },
+            DecodeLimits { side_pixels_max: 9, ..exact },
+            DecodeLimits { total_pixels_max: 99, ..exact },
+            DecodeLimits { encoded_bytes_max: bytes.len() - 1, ..exact },
         ] {
             assert_eq!(decode(&bytes, &tight).unwrap_err().kind(), ErrorKind::FrameTooLarge);
         }
@@ -151,10 +151,10 @@ mod tests {
     #[test]
     fn other_bytes_are_named_for_what_they_are_not() {
         for bytes in [&b"GIF89a..."[..], b"<html>", b"\0\0\0\x01h264"] {
-            let error = decode(bytes, &Limits::default()).unwrap_err();
+            let error = decode(bytes, &DecodeLimits::default()).unwrap_err();
             assert!(error.to_string().contains("neither JPEG nor PNG"), "{error}");
         }
-        assert!(decode(b"", &Limits::default()).unwrap_err().to_string().contains("empty"));
+        assert!(decode(b"", &DecodeLimits::default()).unwrap_err().to_string().contains("empty"));
     }
 
     /// The CRC of PNG chunks (ISO 3309), bit by bit.

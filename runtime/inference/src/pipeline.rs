@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::decode::{Limits, decode};
+use crate::decode::{DecodeLimits, decode};
 use crate::engine;
 use crate::engine::{Engine, Session};
 use crate::graph::GraphInfo;
@@ -36,7 +36,7 @@ pub struct Pipeline {
     output: OutputSettings,
     graph: GraphInfo,
     engine: &'static str,
-    limits: Limits,
+    limits: DecodeLimits,
 }
 
 impl Pipeline {
@@ -58,7 +58,7 @@ impl Pipeline {
         let output = settings::output(spec, &graph, task, &input, &outputs)?;
         postprocess::run(&output, outputs, &placement)
             .map_err(|error| Error::new(error.kind(), format!("on a plain grey picture: {error}")))?;
-        Ok(Self { session, preprocessor, input, output, graph, engine: engine.name(), limits: Limits::default() })
+        Ok(Self { session, preprocessor, input, output, graph, engine: engine.name(), limits: DecodeLimits::default() })
     }
 
     /// The same model for another thread; the weights are shared.
@@ -166,7 +166,7 @@ mod tests {
         Pipeline::load(&Tract, &model.build(), spec)
     }
 
-    fn refusal(model: &Model, spec: &ModelSpec) -> String {
+    fn rejection(model: &Model, spec: &ModelSpec) -> String {
         let error = load(model, spec).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::BadSpec, "{error}");
         error.to_string()
@@ -203,7 +203,7 @@ mod tests {
         let Prediction::Classes(classes) = found.prediction else { panic!("{found:?}") };
         assert_eq!((&*classes[0].label, classes.len()), ("green", 3));
 
-        assert!(refusal(&open(&[names]), &ModelSpec::default()).contains("spec.input.height"));
+        assert!(rejection(&open(&[names]), &ModelSpec::default()).contains("spec.input.height"));
         let input = lineside_api::spec::InputSpec { height: Some(8), width: Some(8), ..Default::default() };
         let sized = ModelSpec { input, ..ModelSpec::default() };
         assert_eq!(load(&open(&[names]), &sized).unwrap().input().shape(), [1, 3, 8, 8]);
@@ -214,19 +214,19 @@ mod tests {
         let model = mean_colour_classifier(8, 8, 3);
         let labels = OutputSpec { labels: Some(vec!["one".to_owned()]), ..Default::default() };
         let spec = ModelSpec { output: labels, ..ModelSpec::default() };
-        assert!(refusal(&model, &spec).contains("spec.output.labels has 1 names, but the model has 3 classes"));
+        assert!(rejection(&model, &spec).contains("spec.output.labels has 1 names, but the model has 3 classes"));
         let input = |input| ModelSpec { input, ..ModelSpec::default() };
         let spec = input(lineside_api::spec::InputSpec { width: Some(9), ..Default::default() });
-        assert!(refusal(&model, &spec).contains("spec.input.width: 9 asked for, but the model is fixed at 8"));
+        assert!(rejection(&model, &spec).contains("spec.input.width: 9 asked for, but the model is fixed at 8"));
         let spec = input(lineside_api::spec::InputSpec { color: Some(Color::Gray), ..Default::default() });
-        assert!(refusal(&model, &spec).contains("spec.input.color"));
+        assert!(rejection(&model, &spec).contains("spec.input.color"));
         let spec = input(lineside_api::spec::InputSpec { std: Some(vec![1.0, 0.0, 1.0]), ..Default::default() });
-        assert!(refusal(&model, &spec).contains("spec.input.std"));
+        assert!(rejection(&model, &spec).contains("spec.input.std"));
         let spec = input(lineside_api::spec::InputSpec { mean: Some(vec![1.0, 2.0]), ..Default::default() });
-        assert!(refusal(&model, &spec).contains("spec.input.mean has 2 values"));
+        assert!(rejection(&model, &spec).contains("spec.input.mean has 2 values"));
         let output = OutputSpec { threshold: Some(1.5), ..Default::default() };
-        assert!(refusal(&model, &ModelSpec { output, ..ModelSpec::default() }).contains("spec.output.threshold"));
-        assert!(refusal(&model, &of_task(Task::Detect)).contains("spec.output.decoder"));
+        assert!(rejection(&model, &ModelSpec { output, ..ModelSpec::default() }).contains("spec.output.threshold"));
+        assert!(rejection(&model, &of_task(Task::Detect)).contains("spec.output.decoder"));
         let segment = load(&model, &of_task(Task::Segment)).err().unwrap();
         assert_eq!(segment.kind(), ErrorKind::Unsupported);
 
@@ -234,11 +234,11 @@ mod tests {
             .input("x", FLOAT, &[Dim::Size(1), Dim::Size(3)])
             .node("Relu", &["x"], &["y"], &[])
             .output("y", FLOAT, &[Dim::Size(1), Dim::Size(3)]);
-        assert!(refusal(&vector, &ModelSpec::default()).contains("is no picture"));
+        assert!(rejection(&vector, &ModelSpec::default()).contains("is no picture"));
         let batch = on_picture(FLOAT, &[Dim::Size(8), Dim::Size(3), Dim::Size(4), Dim::Size(4)], "Relu", &[]);
-        assert!(refusal(&batch, &of_task(Task::Tensor)).contains("8 pictures at a time"));
+        assert!(rejection(&batch, &of_task(Task::Tensor)).contains("8 pictures at a time"));
         let untold = on_picture(FLOAT, &[Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)], "Relu", &[]);
-        assert!(refusal(&untold, &ModelSpec::default()).contains("set spec.task"));
+        assert!(rejection(&untold, &ModelSpec::default()).contains("set spec.task"));
     }
 
     #[test]

@@ -42,7 +42,7 @@ impl PartialEq for Rule {
 
 /// The picture that the prediction is about.
 #[derive(Debug, Clone, Copy)]
-pub struct Subject<'a> {
+pub struct FrameFacts<'a> {
     /// Width in pixels.
     pub width: u32,
     /// Height in pixels.
@@ -90,7 +90,7 @@ impl Rule {
     ///
     /// # Errors
     /// When it cannot be evaluated, or says something other than `pass`, `reject` or `none`.
-    pub fn judge(&self, task: &str, prediction: &Prediction, subject: Subject<'_>) -> Result<Verdict, String> {
+    pub fn judge(&self, task: &str, prediction: &Prediction, subject: FrameFacts<'_>) -> Result<Verdict, String> {
         let (mut classes, mut detections, mut score) = (Vec::new(), Vec::new(), 0.0);
         match prediction {
             Prediction::Classes(found) => classes = found.iter().map(class_value).collect(),
@@ -159,7 +159,7 @@ fn one_line(message: &str) -> String {
 mod tests {
     use super::*;
 
-    const SUBJECT: Subject<'static> = Subject { width: 640, height: 480, name: Some("part-1.jpg") };
+    const SUBJECT: FrameFacts<'static> = FrameFacts { width: 640, height: 480, name: Some("part-1.jpg") };
 
     fn class(label: &str, score: f32) -> Class {
         Class { label: label.into(), class: 0, score }

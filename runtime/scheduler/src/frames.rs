@@ -43,7 +43,7 @@ pub struct FrameQueue<S> {
 }
 
 struct State<S> {
-    places: Vec<Place<S>>,
+    places: Vec<RecordId<S>>,
     /// Never given twice, so that a frame still being looked at cannot free the place of another stream.
     next_id: u64,
     /// Where to look first, so that streams take turns.
@@ -51,7 +51,7 @@ struct State<S> {
     epoch: u64,
 }
 
-struct Place<S> {
+struct RecordId<S> {
     id: u64,
     stream: Arc<S>,
     frame: Option<CapturedFrame>,
@@ -81,7 +81,7 @@ impl<S> FrameQueue<S> {
         let mut state = self.state();
         let id = state.next_id;
         state.next_id += 1;
-        state.places.push(Place {
+        state.places.push(RecordId {
             id,
             stream,
             frame: None,
@@ -156,8 +156,8 @@ impl<S> Mailbox<S> {
     }
 
     /// A way to see frames that are left here.
-    pub fn onlooker(&self) -> Onlooker<S> {
-        Onlooker { queue: self.queue.clone(), id: self.id }
+    pub fn onlooker(&self) -> FrameTap<S> {
+        FrameTap { queue: self.queue.clone(), id: self.id }
     }
 
     /// Waits until the place is empty and leaves a frame there.
@@ -171,7 +171,7 @@ impl<S> Mailbox<S> {
         self.until(|place| place.frame.is_none() && !place.busy).await;
     }
 
-    async fn until(&self, reached: impl Fn(&Place<S>) -> bool) {
+    async fn until(&self, reached: impl Fn(&RecordId<S>) -> bool) {
         loop {
             let told = self.emptied.notified();
             if self.queue.state().places.iter().find(|place| place.id == self.id).is_none_or(&reached) {
@@ -189,12 +189,12 @@ impl<S> Drop for Mailbox<S> {
 }
 
 /// Sees frames of a stream besides the model.
-pub struct Onlooker<S> {
+pub struct FrameTap<S> {
     queue: Arc<FrameQueue<S>>,
     id: u64,
 }
 
-impl<S> Onlooker<S> {
+impl<S> FrameTap<S> {
     /// The next frame that comes. Only the last one who asked gets it.
     pub fn next_frame(&self) -> oneshot::Receiver<CapturedFrame> {
         let (wish, frame) = oneshot::channel();

@@ -21,7 +21,7 @@ pub struct Ready {
 }
 
 /// A model's place on this node. It outlives the versions that serve in it.
-pub struct Slot<S> {
+pub struct Deployment<S> {
     name: String,
     queue: Arc<FrameQueue<S>>,
     serving: Mutex<Serving>,
@@ -33,7 +33,7 @@ struct Serving {
     threads: Vec<JoinHandle<()>>,
 }
 
-impl<S: Send + Sync + 'static> Slot<S> {
+impl<S: Send + Sync + 'static> Deployment<S> {
     /// An empty slot.
     pub fn new(name: &str) -> Self {
         Self { name: name.to_owned(), queue: Arc::default(), serving: Mutex::default() }
@@ -99,7 +99,7 @@ impl<S: Send + Sync + 'static> Slot<S> {
 }
 
 /// Threads of a slot that nobody stopped end at their next frame.
-impl<S> Drop for Slot<S> {
+impl<S> Drop for Deployment<S> {
     fn drop(&mut self) {
         self.queue.begin_epoch();
     }

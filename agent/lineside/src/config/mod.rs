@@ -1,4 +1,4 @@
 //! The agent's own configuration.
 
-pub mod agent;
 pub mod mqtt;
+pub mod settings;

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use url::Url;
 
-use super::agent::Layers;
-use lineside_api::names::{Mistakes, topic_segment};
-use lineside_mqtt::config::{Broker, COMMANDS, DRAIN_DEFAULT, KEEP_ALIVE_DEFAULT, Mqtt, Sparkplug};
-use lineside_spool::{SPOOL_MIB_DEFAULT, Spooling};
+use super::settings::ConfigLayers;
+use lineside_api::names::{ConfigErrors, topic_segment};
+use lineside_mqtt::config::{Broker, COMMANDS, DRAIN_DEFAULT, KEEP_ALIVE_DEFAULT, MqttConfig, SparkplugConfig};
+use lineside_spool::{SPOOL_MIB_DEFAULT, SpoolConfig};
 
 const MQTT_PORT: u16 = 1883;
 const MQTTS_PORT: u16 = 8883;
@@ -18,71 +18,70 @@ const SPOOL_MIB_MAX: u64 = 1 << 20;
 const HOURS_MAX: u64 = 24 * 3660;
 
 /// The settings of MQTT; `None` when there are no brokers.
-pub(super) fn resolve(layers: &Layers, mistakes: &mut Mistakes) -> Option<Mqtt> {
+pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Option<MqttConfig> {
     let place = |setting: &'static str| layers.get(setting).1;
-    let (_, mqtt) = (mistakes.require(&place("mqtt"), layers.text("mqtt")), place("mqtt"));
-    let brokers: Vec<Broker> = layers.list("mqtt").filter_map(|url| mistakes.take(&mqtt, broker(&url))).collect();
+    let (_, mqtt) = (errors.require(&place("mqtt"), layers.text("mqtt")), place("mqtt"));
+    let brokers: Vec<Broker> = layers.list("mqtt").filter_map(|url| errors.take(&mqtt, broker(&url))).collect();
     if brokers.len() > BROKERS_MAX {
-        mistakes.add(&mqtt, format!("names {} brokers; {BROKERS_MAX} are possible", brokers.len()));
+        errors.add(&mqtt, format!("names {} brokers; {BROKERS_MAX} are possible", brokers.len()));
     }
     let secret = layers.text("mqtt-secret").map(PathBuf::from);
     if let Some(folder) = secret.as_ref().filter(|folder| !folder.is_dir()) {
-        mistakes.add(place("mqtt-secret"), format!("{} is no folder; mount the secret there", folder.display()));
+        errors.add(place("mqtt-secret"), format!("{} is no folder; mount the secret there", folder.display()));
     }
     let commands: BTreeSet<String> = layers.list("mqtt-commands").collect();
     for unknown in commands.iter().filter(|name| !COMMANDS.contains(&name.as_str())) {
-        mistakes.add(place("mqtt-commands"), format!("`{unknown}` is no command; there are {}", COMMANDS.join(", ")));
+        errors.add(place("mqtt-commands"), format!("`{unknown}` is no command; there are {}", COMMANDS.join(", ")));
     }
     let mut segment = |setting: &'static str| {
         let text = layers.text(setting)?.to_owned();
-        mistakes.take(&layers.get(setting).1, topic_segment(&text)).map(|()| text)
+        errors.take(&layers.get(setting).1, topic_segment(&text)).map(|()| text)
     };
     let (group, host) = (segment("sparkplug-group"), segment("sparkplug-host"));
     let home_assistant = segment("home-assistant");
     if host.is_some() && group.is_none() {
-        mistakes.add(place("sparkplug-host"), "--sparkplug-group is needed too: it turns Sparkplug B on");
+        errors.add(place("sparkplug-host"), "--sparkplug-group is needed too: it turns SparkplugConfig B on");
     }
     if home_assistant.is_some() && group.is_some() {
-        mistakes
-            .add(place("home-assistant"), "does not go with --sparkplug-group: discovery describes the JSON topics");
+        errors.add(place("home-assistant"), "does not go with --sparkplug-group: discovery describes the JSON topics");
     }
-    let drain_per_second = match layers.number("mqtt-drain", DRAIN_DEFAULT, 0..=1_000_000, mistakes) {
+    let drain_per_second = match layers.number("mqtt-drain", DRAIN_DEFAULT, 0..=1_000_000, errors) {
         0 => None,
         rate => Some(rate),
     };
-    let metrics_every = match layers.number("mqtt-metrics-seconds", 60, 0..=86_400, mistakes) {
+    let metrics_every = match layers.number("mqtt-metrics-seconds", 60, 0..=86_400, errors) {
         0 => None,
         seconds => Some(Duration::from_secs(seconds)),
     };
-    let keep_alive = layers.number("mqtt-keep-alive-seconds", KEEP_ALIVE_DEFAULT, 2..=3600, mistakes);
-    let mqtt = Mqtt {
+    let keep_alive = layers.number("mqtt-keep-alive-seconds", KEEP_ALIVE_DEFAULT, 2..=3600, errors);
+    let mqtt = MqttConfig {
         brokers,
         secret,
         commands,
         drain_per_second,
         keep_alive: Duration::from_secs(keep_alive),
         metrics_every,
-        sparkplug: group.map(|group| Sparkplug { group, host }),
+        sparkplug: group.map(|group| SparkplugConfig { group, host }),
         home_assistant,
     };
     (!mqtt.brokers.is_empty()).then_some(mqtt)
 }
 
 /// The settings of the spool. What is wrong is noted and stands at its default.
-pub(super) fn spooling(layers: &Layers, mistakes: &mut Mistakes) -> Spooling {
-    let hours = layers.number("spool-max-hours", 0, 0..=HOURS_MAX, mistakes);
+pub(super) fn spooling(layers: &ConfigLayers, errors: &mut ConfigErrors) -> SpoolConfig {
+    let hours = layers.number("spool-max-hours", 0, 0..=HOURS_MAX, errors);
     let drops_newest = match layers.text("spool-when-full") {
         None | Some("drop-oldest") => false,
         Some("drop-newest") => true,
         Some(other) => {
-            mistakes.add(layers.get("spool-when-full").1, format!("`{other}` is neither drop-oldest nor drop-newest"));
+            errors.add(layers.get("spool-when-full").1, format!("`{other}` is neither drop-oldest nor drop-newest"));
             false
         }
     };
-    Spooling {
-        bytes_max: layers.number("spool-mib", SPOOL_MIB_DEFAULT, 1..=SPOOL_MIB_MAX, mistakes) << 20,
+    SpoolConfig {
+        bytes_max: layers.number("spool-mib", SPOOL_MIB_DEFAULT, 1..=SPOOL_MIB_MAX, errors) << 20,
         age_max_seconds: u32::try_from(hours * 3600).unwrap_or(u32::MAX),
-        sync_interval: Duration::from_millis(layers.number("spool-sync-ms", 200, 0..=60_000, mistakes)),
+        sync_interval: Duration::from_millis(layers.number("spool-sync-ms", 200, 0..=60_000, errors)),
         drops_newest,
     }
 }
@@ -131,20 +130,20 @@ fn percent_decoded(text: &str) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn read(flags: &[(&str, &str)]) -> (Option<Mqtt>, Spooling, Vec<String>) {
-        let mut layers = Layers::new();
+    fn read(flags: &[(&str, &str)]) -> (Option<MqttConfig>, SpoolConfig, Vec<String>) {
+        let mut layers = ConfigLayers::new();
         flags.iter().for_each(|(setting, value)| layers.flag(setting, Some((*value).to_owned())));
-        let mut mistakes = Mistakes::default();
-        (resolve(&layers, &mut mistakes), spooling(&layers, &mut mistakes), mistakes.into_list())
+        let mut errors = ConfigErrors::default();
+        (resolve(&layers, &mut errors), spooling(&layers, &mut errors), errors.into_list())
     }
 
     #[test]
     fn brokers_come_in_order_each_with_its_port() {
-        let (mqtt, spooling, mistakes) = read(&[("mqtt", "mqtts://a, mqtt://b:1884,mqtt://[::1]")]);
-        assert!(mistakes.is_empty(), "{mistakes:?}");
+        let (mqtt, spooling, errors) = read(&[("mqtt", "mqtts://a, mqtt://b:1884,mqtt://[::1]")]);
+        assert!(errors.is_empty(), "{errors:?}");
         let shown: Vec<String> = mqtt.unwrap().brokers.iter().map(ToString::to_string).collect();
         assert_eq!(shown, ["mqtts://a:8883", "mqtt://b:1884", "mqtt://[::1]:1883"]);
-        assert_eq!(spooling, Spooling::default());
+        assert_eq!(spooling, SpoolConfig::default());
     }
 
     #[test]
@@ -159,7 +158,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_said_with_its_name() {
-        let (mqtt, _, mistakes) = read(&[
+        let (mqtt, _, errors) = read(&[
             ("mqtt", "mqtt://a,ftp://b"),
             ("mqtt-secret", "/no/such/folder"),
             ("mqtt-commands", "pause,explode"),
@@ -180,7 +179,7 @@ mod tests {
             "--spool-mib: `0`",
             "--spool-when-full: `block`",
         ] {
-            assert!(mistakes.iter().any(|mistake| mistake.starts_with(expected)), "{expected}\n{mistakes:#?}");
+            assert!(errors.iter().any(|error| error.starts_with(expected)), "{expected}\n{errors:#?}");
         }
         assert_eq!(read(&[]).2, ["--mqtt: is missing"]);
     }

@@ -15,14 +15,14 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use super::memory::{Memory, Remembered};
-use crate::desired::asked::{Asked, Given};
-use crate::desired::{Node, Wishes};
-use crate::serve::status::Board;
+use super::desired_cache::{CachedState, DesiredCache};
+use crate::desired::object_set::{ApiObject, ObjectSet};
+use crate::desired::{DesiredState, Node};
+use crate::http::status_store::StatusStore;
 use lineside_common::metrics::Metrics;
-use lineside_kube::mirror::{Heard, mirror};
-use lineside_kube::tell::{Uids, tell};
-use lineside_kube::{Cluster, Item, Kind, TroubleKind};
+use lineside_kube::reflector::{WatchEvent, mirror};
+use lineside_kube::status_writer::{Uids, tell};
+use lineside_kube::{ClusterClient, ClusterErrorKind, Resource, ResourceKind};
 
 /// Things heard that wait at most; a full queue holds the watches back.
 const HEARD_MAX: usize = 64;
@@ -42,17 +42,17 @@ const SILENT_MAX: Duration = Duration::from_secs(75);
 /// What the loops are given.
 pub struct ClusterSync {
     /// The way into the cluster.
-    pub cluster: Arc<Cluster>,
+    pub cluster: Arc<ClusterClient>,
     /// This node, with the labels of the agent's own configuration.
     pub node: Node,
     /// The agent's own folder.
     pub data_dir: PathBuf,
     /// Where it is said what is asked for.
-    pub wishes: watch::Sender<Option<Arc<Wishes>>>,
+    pub desired_state: watch::Sender<Option<Arc<DesiredState>>>,
     /// Asks for another look.
     pub again: Arc<Notify>,
     /// How things stand.
-    pub board: Arc<Board>,
+    pub board: Arc<StatusStore>,
     /// Everything that is counted.
     pub metrics: Metrics,
 }
@@ -64,10 +64,10 @@ impl ClusterSync {
         let uids = Uids::default();
         let (heard, hears) = mpsc::channel(HEARD_MAX);
         let mut loops = JoinSet::new();
-        for kind in [Kind::EdgeModel, Kind::CameraStream] {
+        for kind in [ResourceKind::EdgeModel, ResourceKind::CameraStream] {
             loops.spawn(mirror(self.cluster.clone(), kind, heard.clone(), doubt.clone()));
         }
-        let memory = Memory::open(&self.data_dir);
+        let memory = DesiredCache::open(&self.data_dir);
         let node_uid = Arc::new(Mutex::new(memory.get().and_then(|known| known.node_uid.clone())));
         let teller = tell(
             self.cluster.clone(),
@@ -81,7 +81,7 @@ impl ClusterSync {
         let listener = Listener {
             sync: self,
             memory,
-            asked: Asked::default(),
+            asked: ObjectSet::default(),
             labels: BTreeMap::new(),
             knows_labels: false,
             heard_all: BTreeSet::new(),
@@ -107,25 +107,25 @@ impl ClusterSync {
 /// The one owner of what was heard.
 struct Listener {
     sync: ClusterSync,
-    memory: Memory,
-    asked: Asked,
+    memory: DesiredCache,
+    asked: ObjectSet,
     labels: BTreeMap<String, String>,
     /// Whether they are known, be it from last time. Until then nothing is certain: a model may be for a label.
     knows_labels: bool,
     /// The kinds of which all objects are known.
-    heard_all: BTreeSet<Kind>,
+    heard_all: BTreeSet<ResourceKind>,
     era: u64,
     uids: Uids,
     node_uid: Arc<Mutex<Option<String>>>,
     doubt: Arc<Notify>,
     /// What was said last about why a kind cannot be listened to.
-    troubles: BTreeMap<Kind, Option<String>>,
+    troubles: BTreeMap<ResourceKind, Option<String>>,
     /// What was said last about why the node cannot be looked at.
     node_trouble: Option<String>,
 }
 
 impl Listener {
-    async fn run(mut self, mut hears: mpsc::Receiver<Heard>) {
+    async fn run(mut self, mut hears: mpsc::Receiver<WatchEvent>) {
         self.recall();
         let mut measure = tokio::time::interval(MEASURE_EVERY);
         measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -145,7 +145,7 @@ impl Listener {
                     self.speak();
                 }
                 facts = &mut node => {
-                    let is_answered = !matches!(&facts, Err(trouble) if trouble.kind == TroubleKind::Unreachable);
+                    let is_answered = !matches!(&facts, Err(trouble) if trouble.kind == ClusterErrorKind::Unreachable);
                     if self.on_node(facts).await {
                         gathered.get_or_insert(Instant::now());
                     }
@@ -154,11 +154,11 @@ impl Listener {
                     node = Box::pin(look_at_node(self.sync.cluster.clone(), self.sync.node.name.clone(), rest));
                 }
                 () = self.sync.again.notified() => {
-                    self.sync.cluster.prefer_first().await;
+                    self.sync.cluster.try_preferred_context().await;
                     self.doubt.notify_waiters();
                 }
                 _ = prefer.tick() => {
-                    self.sync.cluster.prefer_first().await;
+                    self.sync.cluster.try_preferred_context().await;
                     if self.sync.cluster.era() != self.era {
                         self.doubt.notify_waiters();
                     }
@@ -182,7 +182,7 @@ impl Listener {
     }
 
     /// Takes in what was heard. `true` when it may change what is asked for.
-    fn hear(&mut self, heard: Heard) -> bool {
+    fn hear(&mut self, heard: WatchEvent) -> bool {
         let era = self.sync.cluster.era();
         if era != self.era {
             // Another context is another word. What runs goes on until all of it was heard.
@@ -190,14 +190,14 @@ impl Listener {
             self.heard_all.clear();
         }
         match heard {
-            Heard::Nothing(_) => false,
-            Heard::Trouble(kind, trouble) => {
+            WatchEvent::Bookmark(_) => false,
+            WatchEvent::Failed(kind, trouble) => {
                 if trouble.is_news(self.troubles.entry(kind).or_default()) {
                     let advice = match trouble.kind {
-                        TroubleKind::NotFound => {
+                        ClusterErrorKind::NotFound => {
                             "the kinds of lineside.dev are not there; apply what `lineside crd` prints"
                         }
-                        TroubleKind::Refused => "see the RBAC rules in edge-manifests/base",
+                        ClusterErrorKind::Refused => "see the RBAC rules in edge-manifests/base",
                         _ => "it is tried again",
                     };
                     tracing::warn!(%trouble, advice, "the cluster cannot be listened to, what it asked for last stays in force");
@@ -205,7 +205,7 @@ impl Listener {
                 self.sync.metrics.sync_failures.inc();
                 false
             }
-            Heard::All(kind, items) => {
+            WatchEvent::Listed(kind, items) => {
                 if self.troubles.remove(&kind).is_some() || !self.heard_all.contains(&kind) {
                     tracing::info!(kind = kind.name(), objects = items.len(), "the cluster is heard");
                 }
@@ -213,15 +213,15 @@ impl Listener {
                 let all = items.into_iter().map(|item| given(kind, item)).collect();
                 self.asked.replace(kind.name(), all) || is_first
             }
-            Heard::Put(kind, item) => self.asked.put(given(kind, item)),
-            Heard::Removed(kind, name) => self.asked.remove(kind.name(), &name),
+            WatchEvent::Updated(kind, item) => self.asked.put(given(kind, item)),
+            WatchEvent::Deleted(kind, name) => self.asked.remove(kind.name(), &name),
         }
     }
 
     async fn on_node(&mut self, facts: Facts) -> bool {
         let facts = match facts {
             Ok(facts) => facts,
-            Err(trouble) if trouble.kind == TroubleKind::Unreachable => {
+            Err(trouble) if trouble.kind == ClusterErrorKind::Unreachable => {
                 tracing::debug!(%trouble, "the node's labels cannot be looked at");
                 self.sync.cluster.renew().await;
                 self.doubt.notify_waiters();
@@ -231,8 +231,8 @@ impl Listener {
                 if trouble.is_news(&mut self.node_trouble) {
                     tracing::warn!(%trouble, "the node's labels cannot be looked at; those that are known stay in force");
                 }
-                // A refusal does not go away by itself; what is for every node, or for this one by name, is to run all the same.
-                let is_news = trouble.kind == TroubleKind::Refused && !self.knows_labels;
+                // A rejection does not go away by itself; what is for every node, or for this one by name, is to run all the same.
+                let is_news = trouble.kind == ClusterErrorKind::Refused && !self.knows_labels;
                 self.knows_labels |= is_news;
                 return is_news;
             }
@@ -240,7 +240,7 @@ impl Listener {
         self.node_trouble = None;
         let Some(facts) = facts else {
             // No node of this cluster, or one that is being registered anew. The labels there were stay, since a model that
-            // is unloaded by mistake costs more than one that stays too long.
+            // is unloaded by error costs more than one that stays too long.
             let is_news = !self.knows_labels;
             self.knows_labels = true;
             return is_news;
@@ -260,7 +260,7 @@ impl Listener {
             return;
         }
         self.say();
-        let remembered = Remembered {
+        let remembered = CachedState {
             labels: self.labels.clone(),
             node_uid: self.node_uid.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             objects: self.asked.memory(&self.node()),
@@ -269,19 +269,19 @@ impl Listener {
     }
 
     fn say(&mut self) {
-        let is_certain = self.heard_all.len() == 2;
-        let wishes = self.asked.wishes(&self.node(), &self.labels, is_certain);
+        let is_complete = self.heard_all.len() == 2;
+        let desired_state = self.asked.desired_state(&self.node(), &self.labels, is_complete);
         let mut uids = BTreeMap::new();
-        let names = wishes.objects.iter().map(|wish| wish.object.key());
+        let names = desired_state.objects.iter().map(|wish| wish.object.key());
         let refused =
-            wishes.refused.iter().filter_map(|refused| Some((kind_of(&refused.kind)?, refused.name.as_str())));
+            desired_state.refused.iter().filter_map(|refused| Some((kind_of(&refused.kind)?, refused.name.as_str())));
         for (kind, name) in names.chain(refused) {
             if let Some(uid) = self.asked.uid(kind, name) {
                 uids.insert((kind, name.to_owned()), uid.to_owned());
             }
         }
         *self.uids.lock().unwrap_or_else(PoisonError::into_inner) = uids;
-        self.sync.wishes.send_replace(Some(Arc::new(wishes)));
+        self.sync.desired_state.send_replace(Some(Arc::new(desired_state)));
     }
 
     /// This node with all its labels; those of the agent's own configuration count more.
@@ -292,22 +292,22 @@ impl Listener {
     }
 
     fn measure(&self) {
-        let silent = self.sync.cluster.silent_for();
+        let silent = self.sync.cluster.time_since_response();
         let is_heard = self.heard_all.len() == 2 && silent <= SILENT_MAX;
         self.sync.metrics.sync_connected.set(i64::from(is_heard));
         self.sync.metrics.sync_age.set(i64::try_from(silent.as_secs()).unwrap_or(i64::MAX));
     }
 }
 
-type Facts = Result<Option<lineside_kube::NodeFacts>, lineside_kube::Trouble>;
+type Facts = Result<Option<lineside_kube::NodeFacts>, lineside_kube::ClusterError>;
 
-async fn look_at_node(cluster: Arc<Cluster>, name: String, after: Duration) -> Facts {
+async fn look_at_node(cluster: Arc<ClusterClient>, name: String, after: Duration) -> Facts {
     tokio::time::sleep(after).await;
     cluster.node(&name).await
 }
 
-fn given(kind: Kind, item: Item) -> Given {
-    Given {
+fn given(kind: ResourceKind, item: Resource) -> ApiObject {
+    ApiObject {
         kind: kind.name().to_owned(),
         name: item.name,
         uid: item.uid,
@@ -317,5 +317,5 @@ fn given(kind: Kind, item: Item) -> Given {
 }
 
 fn kind_of(name: &str) -> Option<&'static str> {
-    [Kind::EdgeModel, Kind::CameraStream].into_iter().map(Kind::name).find(|kind| *kind == name)
+    [ResourceKind::EdgeModel, ResourceKind::CameraStream].into_iter().map(ResourceKind::name).find(|kind| *kind == name)
 }

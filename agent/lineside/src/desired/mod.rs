@@ -1,10 +1,10 @@
 //! What this node should be running: everything that is asked for, less what is meant for other nodes.
 
-pub mod asked;
 pub mod cluster;
-pub mod folder;
-pub mod follow;
-mod memory;
+mod desired_cache;
+pub mod folder_watcher;
+pub mod manifest_folder;
+pub mod object_set;
 
 use std::collections::BTreeMap;
 
@@ -32,20 +32,20 @@ pub struct Node {
 
 /// Everything that is asked for at one moment, by a folder of manifests or by a cluster.
 #[derive(Debug, Clone, Default)]
-pub struct Wishes {
+pub struct DesiredState {
     /// What is asked for, in the order in which it counts: of two objects with one name the first one does.
-    pub objects: Vec<Wish>,
+    pub objects: Vec<DesiredObject>,
     /// Objects whose present content cannot be followed. What they said well before, if anything, is among `objects`.
     pub refused: Vec<Refused>,
     /// Labels that the node bears in the cluster; those of the agent's configuration come on top.
     pub labels: BTreeMap<String, String>,
     /// Whether this is all: what is not named is not wanted.
-    pub is_certain: bool,
+    pub is_complete: bool,
 }
 
 /// One object that is asked for.
 #[derive(Debug, Clone)]
-pub struct Wish {
+pub struct DesiredObject {
     /// What is asked for.
     pub object: Object,
     /// Where it stands, for people.
@@ -74,7 +74,7 @@ pub struct Refused {
     pub identity: Identity,
     /// The version it asks for, where it says.
     pub version: Option<u64>,
-    /// Every mistake in it.
+    /// Every error in it.
     pub reasons: Vec<String>,
     selector: BTreeMap<String, String>,
     node_name: Option<String>,
@@ -104,15 +104,15 @@ impl Refused {
 
 /// What should run, by name.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Desired {
+pub struct Assignment {
     /// Models.
     pub models: BTreeMap<String, ModelManifest>,
-    /// Streams.
+    /// StreamStates.
     pub streams: BTreeMap<String, StreamManifest>,
 }
 
-impl Desired {
-    /// Takes what is meant for `node`. Of two objects with one name the first wins; see [`Desired::add`].
+impl Assignment {
+    /// Takes what is meant for `node`. Of two objects with one name the first wins; see [`Assignment::add`].
     pub fn new(objects: impl IntoIterator<Item = Object>, node: &Node) -> Self {
         let mut desired = Self::default();
         objects.into_iter().for_each(|object| {

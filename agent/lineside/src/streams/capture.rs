@@ -6,17 +6,17 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::infer::StreamContext;
-use crate::streams::roster::Roster;
+use super::inspector::StreamContext;
+use crate::streams::registry::StreamRegistry;
 use lineside_api::kinds::StreamManifest;
 use lineside_capture::SourceMetrics;
 use lineside_common::metrics::Metrics;
-use lineside_scheduler::frames::{CapturedFrame, Onlooker};
-use lineside_scheduler::slot::Slot;
+use lineside_scheduler::frames::{CapturedFrame, FrameTap};
+use lineside_scheduler::slot::Deployment;
 
 /// A stream that is being played.
 pub struct Capture {
-    onlooker: Onlooker<StreamContext>,
+    onlooker: FrameTap<StreamContext>,
     stop: CancellationToken,
     task: JoinHandle<()>,
     name: String,
@@ -26,13 +26,13 @@ impl Capture {
     /// Starts playing a stream into the slot of its model.
     pub fn start(
         manifest: StreamManifest,
-        slot: &Slot<StreamContext>,
+        slot: &Deployment<StreamContext>,
         metrics: &Metrics,
-        roster: &Arc<Roster>,
+        registry: &Arc<StreamRegistry>,
     ) -> Self {
         let name = manifest.name.clone();
         let source = SourceMetrics {
-            presence: roster.begin(&name, &manifest.model, metrics.stream_up.with_label_values(&[&name])),
+            presence: registry.begin(&name, &manifest.model, metrics.stream_up.with_label_values(&[&name])),
             reconnects: metrics.stream_reconnects.with_label_values(&[&name]),
             failed: metrics.frames.with_label_values(&[&name, "failed"]),
         };

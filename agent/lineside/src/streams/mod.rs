@@ -1,6 +1,6 @@
 //! The streams of this node: capture, inspection, results.
 
 pub mod capture;
-pub mod exception;
-pub mod infer;
-pub mod roster;
+pub mod inspector;
+pub mod registry;
+pub mod report_filter;

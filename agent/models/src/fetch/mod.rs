@@ -260,7 +260,7 @@ impl Fetcher {
         let went_on = file.bytes() > 0;
         transfer::run(origin, from, &mut file, terms).await?;
         match finish(file) {
-            Err(crate::store::Error::WrongDigest(_)) if went_on => {
+            Err(crate::store::StoreError::WrongDigest(_)) if went_on => {
                 file = partial()?;
                 transfer::run(origin, from, &mut file, terms).await?;
                 Ok(finish(file)?)
@@ -295,7 +295,7 @@ impl Fetcher {
     }
 }
 
-fn finish(partial: Partial) -> Result<u64, crate::store::Error> {
+fn finish(partial: Partial) -> Result<u64, crate::store::StoreError> {
     tokio::task::block_in_place(|| partial.finish())
 }
 

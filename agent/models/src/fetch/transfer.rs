@@ -58,8 +58,8 @@ impl Failure {
     }
 }
 
-impl From<crate::store::Error> for Failure {
-    fn from(error: crate::store::Error) -> Self {
+impl From<crate::store::StoreError> for Failure {
+    fn from(error: crate::store::StoreError) -> Self {
         Self::lasting(error.to_string())
     }
 }
@@ -93,7 +93,7 @@ pub(super) struct Terms<'a> {
     pub(super) throttle: &'a Throttle,
     /// Makes room in the store for so many more bytes.
     pub(super) make_room: &'a (dyn Fn(u64) -> Result<(), Failure> + Send + Sync),
-    /// Told how far it is.
+    /// HostSignal how far it is.
     pub(super) progress: &'a Progress,
 }
 

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::time::SystemTime;
 
-use super::Version;
+use super::VersionRecord;
 use lineside_common::digest::Digest;
 
 const HIGH_PERCENT: u64 = 85;
@@ -23,7 +23,7 @@ pub struct Blob {
     /// When a model was last loaded from it.
     pub last_used: SystemTime,
     /// The versions it belongs to.
-    pub versions: Vec<Version>,
+    pub versions: Vec<VersionRecord>,
 }
 
 impl Blob {
@@ -49,7 +49,7 @@ impl Marks {
 
 /// What goes.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Plan {
+pub struct EvictionPlan {
     /// Least recently used first.
     pub evicted: Vec<Blob>,
 }
@@ -62,7 +62,7 @@ pub(super) fn plan(
     free: u64,
     marks: Marks,
     protected: &BTreeSet<Digest>,
-) -> Result<Plan, String> {
+) -> Result<EvictionPlan, String> {
     let mut after = used.saturating_add(incoming);
     let mut missing_on_disk = incoming.saturating_sub(free);
     let (kept, mut idle): (Vec<Blob>, Vec<Blob>) =
@@ -97,7 +97,7 @@ pub(super) fn plan(
             mib(free)
         ));
     }
-    Ok(Plan { evicted })
+    Ok(EvictionPlan { evicted })
 }
 
 /// A size for people.
@@ -115,7 +115,7 @@ mod tests {
 
     fn blob(name: &str, mib: u64, used_at: u64, pinned: bool) -> Blob {
         let digest = Digest::of(name.as_bytes());
-        let version = Version {
+        let version = VersionRecord {
             name: name.into(),
             version: 1,
             digest,
@@ -128,11 +128,11 @@ mod tests {
         Blob { digest, bytes: mib * MIB, last_used: UNIX_EPOCH + Duration::from_secs(used_at), versions: vec![version] }
     }
 
-    fn names(plan: &Plan) -> Vec<&str> {
+    fn names(plan: &EvictionPlan) -> Vec<&str> {
         plan.evicted.iter().map(|blob| blob.versions[0].name.as_str()).collect()
     }
 
-    fn decide(blobs: &[Blob], incoming: u64, free: u64, protected: &[&str]) -> Result<Plan, String> {
+    fn decide(blobs: &[Blob], incoming: u64, free: u64, protected: &[&str]) -> Result<EvictionPlan, String> {
         let used = blobs.iter().map(|blob| blob.bytes).sum();
         let protected = protected.iter().map(|name| Digest::of(name.as_bytes())).collect();
         plan(blobs.to_vec(), used, incoming * MIB, free * MIB, Marks::of(100 * MIB), &protected)

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::Version;
+use super::VersionRecord;
 use lineside_common::digest::Digest;
 
 /// Bytes sled may cache; the records of a store are far fewer.
@@ -54,7 +54,7 @@ struct Entry {
     size: u64,
     modified: (i64, i64),
     inode: u64,
-    version: Version,
+    version: VersionRecord,
 }
 
 impl Index {
@@ -63,7 +63,7 @@ impl Index {
         Self { db: None, state: IndexState::Off }
     }
 
-    /// Opens the index in a folder. `check` decides whether what is there may be opened in this process; a refusal throws
+    /// Opens the index in a folder. `check` decides whether what is there may be opened in this process; a rejection throws
     /// it away. The reason for anything but a plain opening is returned beside.
     pub fn open(folder: &Path, check: impl Fn(&Path) -> Result<(), String>) -> (Self, Option<String>) {
         let mut refused = None;
@@ -89,7 +89,7 @@ impl Index {
     }
 
     /// The record of a file, if it is the one the entry was made from.
-    pub(super) fn get(&mut self, key: &Digest, facts: &fs::Metadata) -> Option<Version> {
+    pub(super) fn get(&mut self, key: &Digest, facts: &fs::Metadata) -> Option<VersionRecord> {
         let found = self.asked(|db| db.get(key.hex()))??;
         let entry: Entry = serde_json::from_slice(&found).ok()?;
         let is_current = (entry.size, entry.modified, entry.inode)
@@ -97,7 +97,7 @@ impl Index {
         is_current.then_some(entry.version)
     }
 
-    pub(super) fn put(&mut self, key: &Digest, facts: &fs::Metadata, version: &Version) {
+    pub(super) fn put(&mut self, key: &Digest, facts: &fs::Metadata, version: &VersionRecord) {
         let entry = Entry {
             size: facts.size(),
             modified: (facts.mtime(), facts.mtime_nsec()),

@@ -4,8 +4,8 @@
 //! store/blobs/sha256/<hex>     a model's file; complete and verified, or not there
 //! store/partial/<hex>          a file on its way; <hex>.json says how far it is safely on disk and how to go on
 //! store/versions/<hex>.json    one for each model version; <hex> is the SHA-256 of "name:version"
-//! store/verdicts/<hex>.json    what vetting found; <hex> is the SHA-256 of everything the verdict depends on
-//! store/trials/<hex>.json      failed attempts of a digest, and whether it is in quarantine
+//! store/verdicts/<hex>.json    what admission found; <hex> is the SHA-256 of everything the verdict depends on
+//! store/failures_on_record/<hex>.json      failed attempts of a digest, and whether it is in quarantine
 //! store/index/                 sled; a copy of versions/ that can be thrown away at any time
 //! store/lock                   held while blobs are evicted or versions rewritten
 //! ```
@@ -33,10 +33,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 pub use evict::{Blob, mib};
-use evict::{Marks, Plan};
+use evict::{EvictionPlan, Marks};
 pub use index::{Index, IndexState, probe};
 pub use partial::Partial;
-pub use records::{Trials, Version};
+pub use records::{FailureRecord, VersionRecord};
 
 use lineside_common::digest::Digest;
 use lineside_common::files;
@@ -52,11 +52,11 @@ const TRIALS_MAX: usize = 1000;
 const PARTIAL_AGE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// The result of everything in here.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T> = std::result::Result<T, StoreError>;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum StoreError {
     /// The file system refused.
     #[error("{path}: {error}", path = path.display())]
     Io {
@@ -73,7 +73,7 @@ pub enum Error {
     WrongDigest(String),
 }
 
-impl Error {
+impl StoreError {
     fn io(path: &Path) -> impl Fn(io::Error) -> Self + '_ {
         move |error| Self::Io { path: path.to_owned(), error }
     }
@@ -105,9 +105,9 @@ impl Store {
     /// # Errors
     /// When the folder cannot be used.
     pub fn open(root: &Path, quota_bytes: u64, index: Index) -> Result<Self> {
-        for inner in ["blobs/sha256", "partial", "versions", "verdicts", "trials"] {
+        for inner in ["blobs/sha256", "partial", "versions", "verdicts", "failures_on_record"] {
             let folder = root.join(inner);
-            fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+            fs::create_dir_all(&folder).map_err(StoreError::io(&folder))?;
         }
         Ok(Self { root: root.to_owned(), quota_bytes, index: Mutex::new(index) })
     }
@@ -130,10 +130,10 @@ impl Store {
     /// The bytes of a blob, verified. One that is damaged is removed, so that it is fetched again.
     ///
     /// # Errors
-    /// [`Error::WrongDigest`] for a damaged one.
+    /// [`StoreError::WrongDigest`] for a damaged one.
     pub fn read(&self, digest: &Digest, bytes_max: u64) -> Result<Vec<u8>> {
         let path = self.blob_path(digest);
-        let bytes = files::read_bounded(&path, bytes_max).map_err(Error::io(&path))?;
+        let bytes = files::read_bounded(&path, bytes_max).map_err(StoreError::io(&path))?;
         let actual = Digest::of(&bytes);
         match actual == *digest {
             true => Ok(bytes),
@@ -145,11 +145,11 @@ impl Store {
     ///
     /// # Errors
     /// When the folder cannot be read.
-    pub fn verify(&self, mut progress: impl FnMut(u64)) -> Result<Vec<(Digest, std::result::Result<u64, Error>)>> {
+    pub fn verify(&self, mut progress: impl FnMut(u64)) -> Result<Vec<(Digest, std::result::Result<u64, StoreError>)>> {
         let mut found = Vec::new();
         for blob in self.blobs()? {
             let path = self.blob_path(&blob.digest);
-            let read = File::open(&path).and_then(Digest::of_reader).map_err(Error::io(&path));
+            let read = File::open(&path).and_then(Digest::of_reader).map_err(StoreError::io(&path));
             let outcome = read.and_then(|(actual, bytes)| match actual == blob.digest {
                 true => Ok(bytes),
                 false => Err(self.set_aside(&blob.digest, &actual)),
@@ -160,13 +160,13 @@ impl Store {
         Ok(found)
     }
 
-    fn set_aside(&self, digest: &Digest, actual: &Digest) -> Error {
+    fn set_aside(&self, digest: &Digest, actual: &Digest) -> StoreError {
         let path = self.blob_path(digest);
         let removed = match files::remove(&path) {
             Ok(()) => "it was removed and will be fetched again".to_owned(),
             Err(error) => format!("and it cannot be removed: {error}"),
         };
-        Error::WrongDigest(format!("{} is damaged, its digest is {actual}; {removed}", path.display()))
+        StoreError::WrongDigest(format!("{} is damaged, its digest is {actual}; {removed}", path.display()))
     }
 
     /// Marks a blob as used now, so that it is evicted late.
@@ -191,7 +191,7 @@ impl Store {
     /// # Errors
     /// When the folder cannot be read.
     pub fn blobs(&self) -> Result<Vec<Blob>> {
-        let mut versions: BTreeMap<Digest, Vec<Version>> = BTreeMap::new();
+        let mut versions: BTreeMap<Digest, Vec<VersionRecord>> = BTreeMap::new();
         for version in self.versions()? {
             versions.entry(version.digest).or_default().push(version);
         }
@@ -224,13 +224,14 @@ impl Store {
     /// What has to go so that `incoming` more bytes fit. Nothing is removed yet.
     ///
     /// # Errors
-    /// [`Error::NoRoom`] when even that is not enough; the message says what holds the place and what to do.
-    pub fn plan(&self, incoming: u64, protected: &BTreeSet<Digest>) -> Result<Plan> {
+    /// [`StoreError::NoRoom`] when even that is not enough; the message says what holds the place and what to do.
+    pub fn plan(&self, incoming: u64, protected: &BTreeSet<Digest>) -> Result<EvictionPlan> {
         let facts = rustix::fs::statvfs(&self.root)
-            .map_err(|error| Error::Io { path: self.root.clone(), error: error.into() })?;
+            .map_err(|error| StoreError::Io { path: self.root.clone(), error: error.into() })?;
         let free = facts.f_bavail.saturating_mul(facts.f_frsize).saturating_sub(DISK_RESERVE_BYTES);
         let used = self.usage()?.bytes;
-        evict::plan(self.blobs()?, used, incoming, free, Marks::of(self.quota_bytes), protected).map_err(Error::NoRoom)
+        evict::plan(self.blobs()?, used, incoming, free, Marks::of(self.quota_bytes), protected)
+            .map_err(StoreError::NoRoom)
     }
 
     /// Makes room for `incoming` more bytes and says what was evicted.
@@ -250,19 +251,19 @@ impl Store {
     fn evict(&self, blob: &Blob) -> Result<()> {
         for version in &blob.versions {
             let path = self.version_path(&version.name, version.version);
-            files::remove(&path).map_err(Error::io(&path))?;
+            files::remove(&path).map_err(StoreError::io(&path))?;
             self.index().remove(&version_key(&version.name, version.version));
         }
         let path = self.blob_path(&blob.digest);
-        files::remove(&path).map_err(Error::io(&path))?;
-        files::sync_parent(&path).map_err(Error::io(&path))
+        files::remove(&path).map_err(StoreError::io(&path))?;
+        files::sync_parent(&path).map_err(StoreError::io(&path))
     }
 
     /// All versions, by name and number.
     ///
     /// # Errors
     /// When the folder cannot be read. A version whose file cannot be read is left out, and logged.
-    pub fn versions(&self) -> Result<Vec<Version>> {
+    pub fn versions(&self) -> Result<Vec<VersionRecord>> {
         let folder = self.root.join("versions");
         let mut index = self.index();
         let mut found = Vec::new();
@@ -274,7 +275,7 @@ impl Store {
             }
             match files::read_bounded(&path, RECORD_BYTES_MAX)
                 .map_err(|error| error.to_string())
-                .and_then(|bytes| serde_json::from_slice::<Version>(&bytes).map_err(|error| error.to_string()))
+                .and_then(|bytes| serde_json::from_slice::<VersionRecord>(&bytes).map_err(|error| error.to_string()))
             {
                 Ok(version) => {
                     index.put(&key, &facts, &version);
@@ -293,7 +294,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::versions`].
-    pub fn version(&self, name: &str, version: u64) -> Result<Option<Version>> {
+    pub fn version(&self, name: &str, version: u64) -> Result<Option<VersionRecord>> {
         Ok(self.versions()?.into_iter().find(|found| found.name == name && found.version == version))
     }
 
@@ -301,11 +302,11 @@ impl Store {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn record(&self, mut version: Version) -> Result<()> {
+    pub fn record(&self, mut version: VersionRecord) -> Result<()> {
         let _lock = self.lock()?;
         if let Some(before) = self.version(&version.name, version.version)? {
             version.pinned |= before.pinned;
-            let same = Version { fetched: before.fetched.clone(), ..version.clone() };
+            let same = VersionRecord { fetched: before.fetched.clone(), ..version.clone() };
             if same == before {
                 return Ok(());
             }
@@ -320,12 +321,12 @@ impl Store {
     pub fn pin(&self, name: &str, version: u64, pinned: bool) -> Result<bool> {
         let _lock = self.lock()?;
         match self.version(name, version)? {
-            Some(version) => self.write(&Version { pinned, ..version }).map(|()| true),
+            Some(version) => self.write(&VersionRecord { pinned, ..version }).map(|()| true),
             None => Ok(false),
         }
     }
 
-    fn write(&self, version: &Version) -> Result<()> {
+    fn write(&self, version: &VersionRecord) -> Result<()> {
         let path = self.version_path(&version.name, version.version);
         replace_json(&path, version)
     }
@@ -335,7 +336,7 @@ impl Store {
     }
 
     /// A small JSON file of `kind` (a folder's name) under a digest; `None` where there is none that can be read.
-    pub fn recall<T: serde::de::DeserializeOwned>(&self, kind: Kind, key: &Digest) -> Option<T> {
+    pub fn recall<T: serde::de::DeserializeOwned>(&self, kind: NoteKind, key: &Digest) -> Option<T> {
         let path = self.root.join(kind.folder()).join(format!("{}.json", key.hex()));
         let bytes = files::read_bounded(&path, RECORD_BYTES_MAX).ok()?;
         let read = serde_json::from_slice(&bytes);
@@ -349,7 +350,7 @@ impl Store {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn remember<T: serde::Serialize>(&self, kind: Kind, key: &Digest, value: &T) -> Result<()> {
+    pub fn remember<T: serde::Serialize>(&self, kind: NoteKind, key: &Digest, value: &T) -> Result<()> {
         replace_json(&self.root.join(kind.folder()).join(format!("{}.json", key.hex())), value)
     }
 
@@ -357,10 +358,10 @@ impl Store {
     ///
     /// # Errors
     /// When it cannot be removed.
-    pub fn forget(&self, kind: Kind, key: &Digest) -> Result<bool> {
+    pub fn forget(&self, kind: NoteKind, key: &Digest) -> Result<bool> {
         let path = self.root.join(kind.folder()).join(format!("{}.json", key.hex()));
         let was_there = path.exists();
-        files::remove(&path).map_err(Error::io(&path))?;
+        files::remove(&path).map_err(StoreError::io(&path))?;
         Ok(was_there)
     }
 
@@ -376,8 +377,8 @@ impl Store {
     /// Held while blobs or versions are removed or rewritten, so that the agent and the command line do not meet.
     fn lock(&self) -> Result<File> {
         let path = self.root.join("lock");
-        let file = File::options().create(true).append(true).open(&path).map_err(Error::io(&path))?;
-        file.lock().map_err(Error::io(&path))?;
+        let file = File::options().create(true).append(true).open(&path).map_err(StoreError::io(&path))?;
+        file.lock().map_err(StoreError::io(&path))?;
         Ok(file)
     }
 
@@ -388,11 +389,11 @@ impl Store {
     /// When a folder cannot be read or a file not removed.
     pub fn tidy(&self) -> Result<()> {
         let _lock = self.lock()?;
-        for inner in ["partial", "versions", "verdicts", "trials"] {
+        for inner in ["partial", "versions", "verdicts", "failures_on_record"] {
             let folder = self.root.join(inner);
-            for entry in fs::read_dir(&folder).map_err(Error::io(&folder))?.filter_map(io::Result::ok) {
+            for entry in fs::read_dir(&folder).map_err(StoreError::io(&folder))?.filter_map(io::Result::ok) {
                 if entry.path().extension().is_some_and(|suffix| suffix == "tmp") {
-                    files::remove(&entry.path()).map_err(Error::io(&entry.path()))?;
+                    files::remove(&entry.path()).map_err(StoreError::io(&entry.path()))?;
                 }
             }
         }
@@ -408,17 +409,17 @@ impl Store {
             struct Subject {
                 digest: Digest,
             }
-            let subject: Option<Subject> = self.recall(Kind::Verdicts, &key);
+            let subject: Option<Subject> = self.recall(NoteKind::Verdicts, &key);
             if subject.is_none_or(|subject| self.blob(&subject.digest).is_none()) {
-                self.forget(Kind::Verdicts, &key)?;
+                self.forget(NoteKind::Verdicts, &key)?;
             }
         }
-        let folder = self.root.join("trials");
-        let mut trials = listed(&folder)?;
-        if trials.len() > TRIALS_MAX {
-            trials.sort_by_key(|(_, facts)| facts.modified().ok());
-            for (digest, _) in &trials[..trials.len() - TRIALS_MAX] {
-                self.forget(Kind::Trials, digest)?;
+        let folder = self.root.join("failures_on_record");
+        let mut failures_on_record = listed(&folder)?;
+        if failures_on_record.len() > TRIALS_MAX {
+            failures_on_record.sort_by_key(|(_, facts)| facts.modified().ok());
+            for (digest, _) in &failures_on_record[..failures_on_record.len() - TRIALS_MAX] {
+                self.forget(NoteKind::FailureRecord, digest)?;
             }
         }
         Ok(())
@@ -427,18 +428,18 @@ impl Store {
 
 /// The kinds of small files that are kept under a digest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// What vetting found.
+pub enum NoteKind {
+    /// What admission found.
     Verdicts,
     /// Failed attempts.
-    Trials,
+    FailureRecord,
 }
 
-impl Kind {
+impl NoteKind {
     fn folder(self) -> &'static str {
         match self {
             Self::Verdicts => "verdicts",
-            Self::Trials => "trials",
+            Self::FailureRecord => "failures_on_record",
         }
     }
 }
@@ -450,8 +451,8 @@ fn version_key(name: &str, version: u64) -> Digest {
 /// The files of a folder that are called by a digest, with or without `.json`; anything else is not ours to touch.
 fn listed(folder: &Path) -> Result<Vec<(Digest, fs::Metadata)>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
-        let entry = entry.map_err(Error::io(folder))?;
+    for entry in fs::read_dir(folder).map_err(StoreError::io(folder))? {
+        let entry = entry.map_err(StoreError::io(folder))?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
         let Ok(digest) = Digest::from_hex(name.strip_suffix(".json").unwrap_or(name)) else { continue };
@@ -465,8 +466,8 @@ fn listed(folder: &Path) -> Result<Vec<(Digest, fs::Metadata)>> {
 }
 
 fn replace_json<T: serde::Serialize>(path: &Path, value: &T) -> Result<()> {
-    let text = serde_json::to_vec_pretty(value).map_err(io::Error::other).map_err(Error::io(path))?;
-    files::replace(path, &text).map_err(Error::io(path))
+    let text = serde_json::to_vec_pretty(value).map_err(io::Error::other).map_err(StoreError::io(path))?;
+    files::replace(path, &text).map_err(StoreError::io(path))
 }
 
 #[cfg(test)]

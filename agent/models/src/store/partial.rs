@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, RECORD_BYTES_MAX, Result, replace_json};
+use super::{RECORD_BYTES_MAX, Result, StoreError, replace_json};
 use lineside_common::digest::{Digest, Hasher};
 use lineside_common::files;
 
@@ -42,7 +42,7 @@ pub struct Partial {
 
 impl Partial {
     pub(super) fn open(path: &Path, digest: &Digest, target: PathBuf) -> Result<Self> {
-        let at = Error::io(path);
+        let at = StoreError::io(path);
         let note: Note = files::read_bounded(&note_path(path), RECORD_BYTES_MAX)
             .ok()
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
@@ -81,9 +81,9 @@ impl Partial {
     }
 
     pub(super) fn remove(path: &Path) -> Result<()> {
-        files::remove(path).map_err(Error::io(path))?;
+        files::remove(path).map_err(StoreError::io(path))?;
         let note = note_path(path);
-        files::remove(&note).map_err(Error::io(&note))
+        files::remove(&note).map_err(StoreError::io(&note))
     }
 
     /// Bytes that are there.
@@ -109,8 +109,8 @@ impl Partial {
     pub fn restart(&mut self) -> Result<()> {
         self.note = Note::default();
         replace_json(&note_path(&self.path), &self.note)?;
-        self.file.set_len(0).map_err(Error::io(&self.path))?;
-        self.file.seek(SeekFrom::Start(0)).map_err(Error::io(&self.path))?;
+        self.file.set_len(0).map_err(StoreError::io(&self.path))?;
+        self.file.seek(SeekFrom::Start(0)).map_err(StoreError::io(&self.path))?;
         (self.bytes, self.hasher) = (0, Hasher::default());
         Ok(())
     }
@@ -126,7 +126,7 @@ impl Partial {
     /// # Errors
     /// Whatever the file system says.
     pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(Error::io(&self.path))?;
+        self.file.write_all(bytes).map_err(StoreError::io(&self.path))?;
         self.hasher.update(bytes);
         self.bytes += bytes.len() as u64;
         match self.bytes - self.note.synced_bytes >= SYNC_EVERY_BYTES {
@@ -140,7 +140,7 @@ impl Partial {
     /// # Errors
     /// Whatever the file system says.
     pub fn sync(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(Error::io(&self.path))?;
+        self.file.sync_data().map_err(StoreError::io(&self.path))?;
         self.note.synced_bytes = self.bytes;
         replace_json(&note_path(&self.path), &self.note)
     }
@@ -148,21 +148,21 @@ impl Partial {
     /// Compares the digest and puts the file under its name. Returns its size.
     ///
     /// # Errors
-    /// [`Error::WrongDigest`], after which everything fetched is thrown away; and whatever the file system says.
+    /// [`StoreError::WrongDigest`], after which everything fetched is thrown away; and whatever the file system says.
     pub fn finish(self) -> Result<u64> {
         let actual = self.hasher.finish();
         if actual != self.digest {
             Self::remove(&self.path)?;
-            return Err(Error::WrongDigest(format!(
+            return Err(StoreError::WrongDigest(format!(
                 "what came has the digest {actual}, but {} is asked for",
                 self.digest
             )));
         }
-        self.file.sync_all().map_err(Error::io(&self.path))?;
-        std::fs::rename(&self.path, &self.target).map_err(Error::io(&self.target))?;
-        files::sync_parent(&self.target).map_err(Error::io(&self.target))?;
+        self.file.sync_all().map_err(StoreError::io(&self.path))?;
+        std::fs::rename(&self.path, &self.target).map_err(StoreError::io(&self.target))?;
+        files::sync_parent(&self.target).map_err(StoreError::io(&self.target))?;
         let note = note_path(&self.path);
-        files::remove(&note).map_err(Error::io(&note))?;
+        files::remove(&note).map_err(StoreError::io(&note))?;
         Ok(self.bytes)
     }
 }

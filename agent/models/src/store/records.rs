@@ -9,7 +9,7 @@ use lineside_common::digest::Digest;
 
 /// A model version whose file the store holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Version {
+pub struct VersionRecord {
     /// The model's name.
     pub name: String,
     /// Its version.
@@ -31,7 +31,7 @@ pub struct Version {
 }
 
 /// `name:version`, as the command line takes it.
-impl fmt::Display for Version {
+impl fmt::Display for VersionRecord {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{}:{}", self.name, self.version)
     }
@@ -39,7 +39,7 @@ impl fmt::Display for Version {
 
 /// What went wrong with a digest so far.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Trials {
+pub struct FailureRecord {
     /// Attempts that failed, one after the other.
     pub failures: u32,
     /// Why the last one did.

@@ -4,8 +4,8 @@ fn store(root: &Path) -> Store {
     Store::open(root, 100 << 20, Index::off()).unwrap()
 }
 
-fn version(name: &str, number: u64, bytes: &[u8]) -> Version {
-    Version {
+fn version(name: &str, number: u64, bytes: &[u8]) -> VersionRecord {
+    VersionRecord {
         name: name.into(),
         version: number,
         digest: Digest::of(bytes),
@@ -33,7 +33,7 @@ fn a_blob_is_there_whole_or_not_at_all() {
     let mut partial = store.partial(&wanted).unwrap();
     partial.append(b"wrong").unwrap();
     assert!(store.blob(&wanted).is_none());
-    assert!(matches!(partial.finish(), Err(Error::WrongDigest(_))));
+    assert!(matches!(partial.finish(), Err(StoreError::WrongDigest(_))));
     assert!(store.blob(&wanted).is_none());
     assert_eq!(store.usage().unwrap().bytes, 0, "nothing of it is kept");
     assert_eq!(put(&store, b"right"), wanted);
@@ -93,7 +93,7 @@ fn eviction_takes_the_versions_with_the_blob_and_spares_the_protected() {
     assert_eq!(evicted.iter().map(|blob| blob.digest).collect::<Vec<_>>(), [digests[2]]);
     let left: Vec<u64> = store.versions().unwrap().iter().map(|version| version.version).collect();
     assert_eq!(left, [1, 2]);
-    assert!(matches!(store.make_room(60, &protected), Err(Error::NoRoom(_))));
+    assert!(matches!(store.make_room(60, &protected), Err(StoreError::NoRoom(_))));
     assert_eq!(store.versions().unwrap().len(), 2, "what cannot help is not evicted either");
 
     // Recording a version again keeps its pin.
@@ -142,11 +142,20 @@ fn what_is_found_on_disk_may_be_anything() {
     fs::write(root.path().join("versions/notes.txt"), "hello").unwrap();
     fs::write(root.path().join("versions/x.json.tmp"), "half").unwrap();
     assert_eq!(store.versions().unwrap().len(), 1);
-    let trials = Digest::of(b"t");
-    assert_eq!(store.recall::<Trials>(Kind::Trials, &trials), None);
-    store.remember(Kind::Trials, &trials, &Trials { failures: 2, ..Trials::default() }).unwrap();
-    assert_eq!(store.recall::<Trials>(Kind::Trials, &trials).unwrap().failures, 2);
-    assert!(store.forget(Kind::Trials, &trials).unwrap() && !store.forget(Kind::Trials, &trials).unwrap());
+    let failures_on_record = Digest::of(b"t");
+    assert_eq!(store.recall::<FailureRecord>(NoteKind::FailureRecord, &failures_on_record), None);
+    store
+        .remember(
+            NoteKind::FailureRecord,
+            &failures_on_record,
+            &FailureRecord { failures: 2, ..FailureRecord::default() },
+        )
+        .unwrap();
+    assert_eq!(store.recall::<FailureRecord>(NoteKind::FailureRecord, &failures_on_record).unwrap().failures, 2);
+    assert!(
+        store.forget(NoteKind::FailureRecord, &failures_on_record).unwrap()
+            && !store.forget(NoteKind::FailureRecord, &failures_on_record).unwrap()
+    );
     store.tidy().unwrap();
     assert!(root.path().join("versions/notes.txt").exists() && !root.path().join("versions/x.json.tmp").exists());
 }

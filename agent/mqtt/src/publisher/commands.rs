@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::connection::Message;
-use crate::order::{Order, Task};
-use lineside_api::message::{CommandOutcome, CommandRequest, CommandState, Incoming, Topics};
+use crate::command::{Command, CommandRequest};
+use lineside_api::message::{CommandOutcome, CommandMessage, CommandState, Incoming, Topics};
 use lineside_common::clock;
 use lineside_common::metrics::Metrics;
 
@@ -27,7 +27,7 @@ pub(super) struct Commands {
     node: String,
     topics: Topics,
     allowed: BTreeSet<String>,
-    orders: mpsc::Sender<Task>,
+    commands: mpsc::Sender<CommandRequest>,
     set_level: SetLevel,
     metrics: Metrics,
     answer: mpsc::Sender<Message>,
@@ -40,7 +40,7 @@ impl Commands {
         node: &str,
         topics: Topics,
         allowed: BTreeSet<String>,
-        orders: mpsc::Sender<Task>,
+        commands: mpsc::Sender<CommandRequest>,
         set_level: SetLevel,
         metrics: Metrics,
     ) -> Self {
@@ -49,7 +49,7 @@ impl Commands {
             node: node.to_owned(),
             topics,
             allowed,
-            orders,
+            commands,
             set_level,
             metrics,
             answer,
@@ -92,25 +92,25 @@ impl Commands {
 
     fn carry_out(&self, name: &str, message: &Message) {
         let read = match message.payload.len() {
-            0 => Ok(CommandRequest::default()),
+            0 => Ok(CommandMessage::default()),
             bytes if bytes > COMMAND_BYTES_MAX => Err(format!("{bytes} bytes are too many for a command")),
-            _ => serde_json::from_slice::<CommandRequest>(&message.payload)
+            _ => serde_json::from_slice::<CommandMessage>(&message.payload)
                 .map_err(|error| format!("this is no command: {error}; an example is {{\"stream\":\"cam7\"}}")),
         };
-        let (id, order) = match read {
-            Ok(request) => (request.id.clone(), self.order(name, request)),
+        let (id, command) = match read {
+            Ok(request) => (request.id.clone(), self.command(name, request)),
             Err(error) => (None, Err(error)),
         };
         let (node, topics, name) = (self.node.clone(), self.topics.clone(), name.to_owned());
         let (answer, metrics) = (self.answer.clone(), self.metrics.clone());
-        let (orders, set_level) = (self.orders.clone(), self.set_level.clone());
+        let (commands, set_level) = (self.commands.clone(), self.set_level.clone());
         tokio::spawn(async move {
-            let outcome = match order {
+            let outcome = match command {
                 Err(error) => Err(error),
                 Ok(Wanted::Level(level)) => {
                     set_level(&level).map(|level| CommandOutcome { level: Some(level), ..CommandOutcome::default() })
                 }
-                Ok(Wanted::Order(order)) => ask(&orders, order).await,
+                Ok(Wanted::Command(command)) => ask(&commands, command).await,
             };
             metrics.mqtt_received.with_label_values(&["command", if outcome.is_ok() { "ok" } else { "refused" }]).inc();
             match &outcome {
@@ -138,34 +138,34 @@ impl Commands {
         });
     }
 
-    fn order(&self, name: &str, request: CommandRequest) -> Result<Wanted, String> {
+    fn command(&self, name: &str, request: CommandMessage) -> Result<Wanted, String> {
         if !crate::config::COMMANDS.contains(&name) {
             return Err(format!("there is no such command; there are {}", crate::config::COMMANDS.join(", ")));
         }
         if !self.allowed.contains(name) {
             return Err(format!("this node does not carry out {name}; --mqtt-commands says what it does"));
         }
-        let CommandRequest { stream, level, .. } = request;
+        let CommandMessage { stream, level, .. } = request;
         let stream = || stream.ok_or_else(|| "stream is missing".to_owned());
         Ok(match name {
-            "pause" => Wanted::Order(Order::Pause(stream()?)),
-            "resume" => Wanted::Order(Order::Resume(stream()?)),
-            "snapshot" => Wanted::Order(Order::Snapshot(stream()?)),
+            "pause" => Wanted::Command(Command::Pause(stream()?)),
+            "resume" => Wanted::Command(Command::Resume(stream()?)),
+            "snapshot" => Wanted::Command(Command::Snapshot(stream()?)),
             "log-level" => Wanted::Level(level.ok_or("level is missing")?),
-            _ => Wanted::Order(Order::Reload),
+            _ => Wanted::Command(Command::Reload),
         })
     }
 }
 
 /// What a command wants.
 enum Wanted {
-    Order(Order),
+    Command(Command),
     Level(String),
 }
 
-async fn ask(orders: &mpsc::Sender<Task>, order: Order) -> Result<CommandOutcome, String> {
+async fn ask(commands: &mpsc::Sender<CommandRequest>, command: Command) -> Result<CommandOutcome, String> {
     let (reply, answer) = oneshot::channel();
-    if orders.try_send(Task { order, reply }).is_err() {
+    if commands.try_send(CommandRequest { command, reply }).is_err() {
         return Err("too many commands at once; try again".to_owned());
     }
     match tokio::time::timeout(DEADLINE, answer).await {

@@ -4,7 +4,7 @@
 //!            the first broker that may be tried          accepted: say online; what was on the way goes again
 //! (start) ------------------------------------> Waiting ------------------------------------------------> Open
 //!                        ^                         |                                                        |
-//!                        |  back off, each broker for itself; a refusal for half a minute                   | PUBACK: forget
+//!                        |  back off, each broker for itself; a rejection for half a minute                   | PUBACK: forget
 //!                        +-------------------------+------ lost, wedged, silent ----------------------------+ append: send
 //!                        |                                                                                  |
 //!                        +-- left in order: a better broker is there again, or credentials have changed ----+
@@ -15,11 +15,11 @@
 
 mod commands;
 #[cfg(test)]
-mod day;
-mod doors;
-mod flow;
-mod talk;
-mod voice;
+mod simulated_days;
+mod broker_selector;
+mod send_window;
+mod session;
+mod encoder;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,18 +32,18 @@ use tokio_util::sync::CancellationToken;
 
 use self::commands::Commands;
 pub use self::commands::SetLevel;
-use self::doors::Doors;
-use self::talk::Talk;
-use self::voice::Voice;
-use crate::access::{Access, fingerprint};
-use crate::config::Mqtt;
+use self::broker_selector::BrokerSelector;
+use self::session::Session;
+use self::encoder::Encoder;
+use crate::credentials::{BrokerCredentials, fingerprint};
+use crate::config::MqttConfig;
 use crate::connection;
-use crate::connection::{Event, Loss, Message, Receiver, Sender};
-use lineside_api::message::{Presence, StatusMessage, Topics};
-use lineside_api::state::Streams;
+use crate::connection::{Event, ConnectionLoss, Message, Receiver, Sender};
+use lineside_api::message::{AgentPresence, StatusMessage, Topics};
+use lineside_api::state::StreamStates;
 use lineside_common::clock;
 use lineside_common::metrics::Metrics;
-use lineside_spool::{Place, Spool};
+use lineside_spool::{RecordId, Spool};
 
 /// How often the files of the secret are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -52,9 +52,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Token {
     /// This record.
-    Record(Place),
+    Record(RecordId),
     /// These records, which went before without being acknowledged each.
-    Records(Vec<Place>),
+    Records(Vec<RecordId>),
     /// Something that no record says.
     Own,
 }
@@ -62,7 +62,7 @@ enum Token {
 /// Who speaks.
 pub struct Publisher {
     /// Brokers, and what is said to them.
-    pub mqtt: Mqtt,
+    pub mqtt: MqttConfig,
     /// Our topics.
     pub topics: Topics,
     /// The node's name.
@@ -76,9 +76,9 @@ pub struct Publisher {
     /// Where records come from.
     pub spool: Arc<Spool>,
     /// The streams.
-    pub roster: watch::Receiver<Streams>,
+    pub registry: watch::Receiver<StreamStates>,
     /// Who carries out commands.
-    pub orders: mpsc::Sender<crate::order::Task>,
+    pub commands: mpsc::Sender<crate::command::CommandRequest>,
     /// Changes what is logged.
     pub set_level: SetLevel,
     /// Where it is counted.
@@ -87,9 +87,9 @@ pub struct Publisher {
 
 /// How a connection ended.
 #[derive(Debug)]
-enum Ended {
+enum SessionEnd {
     /// It broke, or never came to be.
-    Lost(Loss),
+    Lost(ConnectionLoss),
     /// It was left on purpose, and there is to be another.
     Moved,
     /// The agent ends.
@@ -99,19 +99,19 @@ enum Ended {
 impl Publisher {
     /// Publishes until stopped; then it waits a little for the broker to take what is left and says goodbye.
     pub async fn run(self, stop: CancellationToken) {
-        let mut doors = Doors::new(&self.mqtt.brokers);
+        let mut selector = BrokerSelector::new(&self.mqtt.brokers);
         let mut commands = Commands::new(
             &self.node,
             self.topics.clone(),
             self.mqtt.commands.clone(),
-            self.orders.clone(),
+            self.commands.clone(),
             self.set_level.clone(),
             self.metrics.clone(),
         );
         let mut print = fingerprint(self.mqtt.secret.as_deref());
-        let mut roster = self.roster.clone();
+        let mut registry = self.registry.clone();
         loop {
-            let index = match doors.choose(Instant::now()) {
+            let index = match selector.choose(Instant::now()) {
                 Ok(index) => index,
                 Err(until) => {
                     tokio::select! {
@@ -122,13 +122,13 @@ impl Publisher {
                     if now != print {
                         // Other credentials may be accepted.
                         print = now;
-                        doors.forgive();
+                        selector.reset();
                     }
                     continue;
                 }
             };
             let published_before = self.metrics.mqtt_results.get();
-            let ended = self.visit(&doors, index, &mut commands, &mut roster, &stop).await;
+            let ended = self.visit(&selector, index, &mut commands, &mut registry, &stop).await;
             let was_open = self.metrics.mqtt_connected.get() == 1;
             self.metrics.mqtt_connected.set(0);
             self.spool.disconnected();
@@ -136,15 +136,15 @@ impl Publisher {
             // Only a connection that got a record across has earned a quick next try. The status does not count: two
             // agents of one name would throw each other out at full speed.
             if self.metrics.mqtt_results.get() > published_before {
-                doors.praise(index);
+                selector.record_success(index);
             }
             match ended {
-                Ended::Farewell => return,
-                Ended::Moved => {}
-                Ended::Lost(loss) => {
-                    let is_news = doors.blame(index, &loss, was_open, Instant::now());
+                SessionEnd::Farewell => return,
+                SessionEnd::Moved => {}
+                SessionEnd::Lost(loss) => {
+                    let is_news = selector.record_failure(index, &loss, was_open, Instant::now());
                     if is_news {
-                        let broker = doors.broker(index);
+                        let broker = selector.broker(index);
                         tracing::warn!(%broker, reason = loss.reason(), "broker is not reached, results wait");
                     }
                 }
@@ -155,36 +155,36 @@ impl Publisher {
     /// One connection to one broker, from the attempt to its end.
     async fn visit(
         &self,
-        doors: &Doors,
+        selector: &BrokerSelector,
         index: usize,
         commands: &mut Commands,
-        roster: &mut watch::Receiver<Streams>,
+        registry: &mut watch::Receiver<StreamStates>,
         stop: &CancellationToken,
-    ) -> Ended {
-        let broker = doors.broker(index);
-        let access = match Access::read(broker, self.mqtt.secret.as_deref()) {
+    ) -> SessionEnd {
+        let broker = selector.broker(index);
+        let access = match BrokerCredentials::read(broker, self.mqtt.secret.as_deref()) {
             Ok(access) => access,
-            Err(reason) => return Ended::Lost(Loss::Refused(reason)),
+            Err(reason) => return SessionEnd::Lost(ConnectionLoss::Refused(reason)),
         };
         let expires = access.expires.and_then(|expires| expires.duration_since(SystemTime::UNIX_EPOCH).ok());
         let expires = expires.and_then(|expires| i64::try_from(expires.as_secs()).ok());
         self.metrics.mqtt_certificate_expiry.set(expires.unwrap_or(0));
-        let voice = match Voice::new(self) {
-            Ok(voice) => voice,
-            Err(error) => return Ended::Lost(Loss::Unreachable(format!("bdSeq cannot be written down: {error}"))),
+        let encoder = match Encoder::new(self) {
+            Ok(encoder) => encoder,
+            Err(error) => return SessionEnd::Lost(ConnectionLoss::Unreachable(format!("bdSeq cannot be written down: {error}"))),
         };
         // The client id is the node's, so that a broker lets go of our last connection when it sees the new one.
         let client_id = format!("lineside/{}/{}", self.site, self.node);
         let (mut sender, mut receiver) =
-            connection::connection(broker, &access, &client_id, self.mqtt.keep_alive, Some(voice.will(self)));
+            connection::connection(broker, &access, &client_id, self.mqtt.keep_alive, Some(encoder.will(self)));
         if let Err(ended) = self.accepted(&mut sender, &mut receiver, stop).await {
             return ended;
         }
         self.metrics.mqtt_connected.set(1);
         self.metrics.mqtt_broker_index.set(i64::try_from(index).unwrap_or(i64::MAX));
         tracing::info!(%broker, waiting = self.spool.stats().records, "broker is reached");
-        let talk = Talk::new(self, sender, voice, doors, index);
-        talk.run(receiver, commands, roster, stop).await
+        let talk = Session::new(self, sender, encoder, selector, index);
+        talk.run(receiver, commands, registry, stop).await
     }
 
     /// Waits for the broker to accept us.
@@ -193,24 +193,24 @@ impl Publisher {
         sender: &mut Sender<Token>,
         receiver: &mut Receiver,
         stop: &CancellationToken,
-    ) -> Result<(), Ended> {
+    ) -> Result<(), SessionEnd> {
         loop {
             let seen = tokio::select! {
                 seen = receiver.next() => seen,
                 () = stop.cancelled() => {
                     self.tell_what_is_left();
-                    return Err(Ended::Farewell);
+                    return Err(SessionEnd::Farewell);
                 }
             };
             match sender.understand(seen) {
                 Event::Connected => return Ok(()),
-                Event::Lost(loss) => return Err(Ended::Lost(loss)),
+                Event::Lost(loss) => return Err(SessionEnd::Lost(loss)),
                 _ => {}
             }
         }
     }
 
-    fn status(&self, state: Presence) -> Message {
+    fn status(&self, state: AgentPresence) -> Message {
         let status = StatusMessage {
             state,
             ts: clock::rfc3339(SystemTime::now()),

@@ -8,8 +8,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{ModelManifest, StreamManifest, lenient};
-use crate::names::Mistakes;
+use super::{ModelManifest, StreamManifest, yaml};
+use crate::names::ConfigErrors;
 
 /// Group and version of our kinds.
 pub const API_VERSION: &str = "lineside.dev/v1alpha1";
@@ -39,18 +39,18 @@ impl Object {
 /// An object as it was typed, kept so that it can be written down and read again by a later version of this program. It
 /// takes no part in comparisons: what two manifests mean is compared, not how they are written.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Typed {
+pub struct ManifestDocument {
     document: Value,
     folder: PathBuf,
 }
 
-impl PartialEq for Typed {
+impl PartialEq for ManifestDocument {
     fn eq(&self, _: &Self) -> bool {
         true
     }
 }
 
-impl Typed {
+impl ManifestDocument {
     pub(super) fn new(document: Value, folder: &Path) -> Self {
         Self { document, folder: folder.to_owned() }
     }
@@ -63,12 +63,12 @@ impl Typed {
     /// Reads the object again.
     ///
     /// # Errors
-    /// Every mistake in it.
+    /// Every error in it.
     pub fn read(&self, check_rule: RuleCheck<'_>) -> Result<Object, Vec<String>> {
-        let mut mistakes = Mistakes::default();
-        match object(1, self.document.clone(), &self.folder, check_rule, &mut mistakes) {
-            Some(object) if mistakes.is_empty() => Ok(object),
-            _ => Err(mistakes.into_list()),
+        let mut errors = ConfigErrors::default();
+        match object(1, self.document.clone(), &self.folder, check_rule, &mut errors) {
+            Some(object) if errors.is_empty() => Ok(object),
+            _ => Err(errors.into_list()),
         }
     }
 }
@@ -76,29 +76,29 @@ impl Typed {
 /// Reads an object as a cluster gives it. Its files are named by whole paths.
 ///
 /// # Errors
-/// Every mistake in it.
+/// Every error in it.
 pub fn read_object(document: Value, check_rule: RuleCheck<'_>) -> Result<Object, Vec<String>> {
-    Typed::new(document, Path::new("/")).read(check_rule)
+    ManifestDocument::new(document, Path::new("/")).read(check_rule)
 }
 
 /// Reads a file of manifests. Relative `file:` and `dir:` addresses are taken from `folder`.
 ///
 /// # Errors
-/// Every mistake in it; a file with any mistake is refused as a whole.
+/// Every error in it; a file with any error is refused as a whole.
 pub fn read(text: &str, folder: &Path, check_rule: RuleCheck<'_>) -> Result<Vec<Object>, Vec<String>> {
-    let documents = lenient::documents(text).map_err(|mistake| vec![mistake])?;
-    let mut mistakes = Mistakes::default();
+    let documents = yaml::documents(text).map_err(|error| vec![error])?;
+    let mut errors = ConfigErrors::default();
     let mut objects: Vec<Object> = Vec::new();
     for (index, document) in documents.into_iter().enumerate() {
-        let Some(object) = object(index + 1, document, folder, check_rule, &mut mistakes) else { continue };
+        let Some(object) = object(index + 1, document, folder, check_rule, &mut errors) else { continue };
         match objects.iter().any(|other| other.key() == object.key()) {
-            true => mistakes.add(place(object.key()), "stands in the file twice"),
+            true => errors.add(place(object.key()), "stands in the file twice"),
             false => objects.push(object),
         }
     }
-    match mistakes.is_empty() {
+    match errors.is_empty() {
         true => Ok(objects),
-        false => Err(mistakes.into_list()),
+        false => Err(errors.into_list()),
     }
 }
 
@@ -107,7 +107,7 @@ fn object(
     document: Value,
     folder: &Path,
     check_rule: RuleCheck<'_>,
-    mistakes: &mut Mistakes,
+    errors: &mut ConfigErrors,
 ) -> Option<Object> {
     let kind = document.get("kind").and_then(Value::as_str).unwrap_or_default().to_owned();
     let name = document.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -117,23 +117,23 @@ fn object(
     };
     match kind.as_str() {
         "EdgeModel" => {
-            let raw: RawObject<RawModelSpec> = lenient::read(&place, document.clone(), mistakes);
-            let (name, spec) = raw.checked(&place, mistakes)?;
-            let model = ModelManifest::resolve(&place, name, spec, Typed::new(document, folder), mistakes);
+            let raw: RawObject<RawModelSpec> = yaml::read(&place, document.clone(), errors);
+            let (name, spec) = raw.checked(&place, errors)?;
+            let model = ModelManifest::resolve(&place, name, spec, ManifestDocument::new(document, folder), errors);
             model.map(|model| Object::Model(Box::new(model)))
         }
         "CameraStream" => {
-            let raw: RawObject<RawStreamSpec> = lenient::read(&place, document, mistakes);
-            let (name, spec) = raw.checked(&place, mistakes)?;
-            StreamManifest::resolve(&place, name, spec, folder, check_rule, mistakes)
+            let raw: RawObject<RawStreamSpec> = yaml::read(&place, document, errors);
+            let (name, spec) = raw.checked(&place, errors)?;
+            StreamManifest::resolve(&place, name, spec, folder, check_rule, errors)
                 .map(|stream| Object::Stream(Box::new(stream)))
         }
         "" => {
-            mistakes.add(place, "kind is missing; expected EdgeModel or CameraStream");
+            errors.add(place, "kind is missing; expected EdgeModel or CameraStream");
             None
         }
         other => {
-            mistakes.add(place, format!("kind {other} is not known; expected EdgeModel or CameraStream"));
+            errors.add(place, format!("kind {other} is not known; expected EdgeModel or CameraStream"));
             None
         }
     }
@@ -167,17 +167,17 @@ struct RawMetadata {
 }
 
 impl<S> RawObject<S> {
-    fn checked(self, place: &str, mistakes: &mut Mistakes) -> Option<(String, S)> {
+    fn checked(self, place: &str, errors: &mut ConfigErrors) -> Option<(String, S)> {
         if self.api_version.as_deref() != Some(API_VERSION) {
-            mistakes.add(format!("{place} apiVersion"), format!("must be {API_VERSION}"));
+            errors.add(format!("{place} apiVersion"), format!("must be {API_VERSION}"));
         }
         let name = self.metadata.and_then(|metadata| metadata.name);
-        let name = mistakes.require(&format!("{place} metadata.name"), name);
+        let name = errors.require(&format!("{place} metadata.name"), name);
         if name.as_deref().is_some_and(|name| !crate::names::is_name(name)) {
             let what = "must be at most 63 of a-z, 0-9 and -, and begin with a letter or digit";
-            mistakes.add(format!("{place} metadata.name"), what);
+            errors.add(format!("{place} metadata.name"), what);
         }
-        let spec = mistakes.require(&format!("{place} spec"), self.spec);
+        let spec = errors.require(&format!("{place} spec"), self.spec);
         Some((name?, spec?))
     }
 }
@@ -406,8 +406,8 @@ pub struct RawStreamSource {
 }
 
 /// Notes a field of the contract that this version does not act on. To pass over it in silence would be worse.
-pub(super) fn not_built(place: &str, field: &str, value: Option<&Value>, mistakes: &mut Mistakes) {
+pub(super) fn not_built(place: &str, field: &str, value: Option<&Value>, errors: &mut ConfigErrors) {
     if value.is_some_and(|value| !value.is_null()) {
-        mistakes.add(format!("{place} {field}"), "is not built into this version yet; remove it");
+        errors.add(format!("{place} {field}"), "is not built into this version yet; remove it");
     }
 }

@@ -1,14 +1,14 @@
 //! The kinds of `lineside.dev`: what a manifest of an `EdgeModel` or a `CameraStream` says.
 //!
 //! Reading goes through two stages. The raw stage holds what was typed, field by field, all optional; unknown keys and wrong
-//! types are collected, not stopped at. The resolved stage is validated and complete, and every mistake found on the way
+//! types are collected, not stopped at. The resolved stage is validated and complete, and every error found on the way
 //! is reported in one go, each with the place it stands in.
 
-pub mod lenient;
 pub mod manifest;
 mod model;
 mod source;
 mod stream;
+pub mod yaml;
 
 use std::collections::BTreeMap;
 

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use crate::spec::ModelSpec;
 
-use super::manifest::{RawGolden, RawModelSource, RawModelSpec, Typed, not_built};
+use super::manifest::{ManifestDocument, RawGolden, RawModelSource, RawModelSpec, not_built};
 use super::source::ModelSource;
 use crate::envelope::Envelope;
-use crate::names::{Mistakes, is_name};
+use crate::names::{ConfigErrors, is_name};
 use lineside_common::digest::Digest;
 
 /// Instances of one model at most. Each takes a thread and working memory of its own.
@@ -49,7 +49,7 @@ pub struct ModelManifest {
     /// Labels a node must bear.
     pub node_selector: BTreeMap<String, String>,
     /// As it was written.
-    pub typed: Typed,
+    pub typed: ManifestDocument,
 }
 
 /// A picture and the answer a model has to give to it.
@@ -68,31 +68,31 @@ impl ModelManifest {
         place: &str,
         name: String,
         raw: RawModelSpec,
-        typed: Typed,
-        mistakes: &mut Mistakes,
+        typed: ManifestDocument,
+        errors: &mut ConfigErrors,
     ) -> Option<Self> {
         let at = |field: &str| format!("{place} spec.{field}");
-        not_built(place, "spec.rollout", raw.rollout.as_ref(), mistakes);
-        let version = mistakes.require(&at("version"), raw.version);
+        not_built(place, "spec.rollout", raw.rollout.as_ref(), errors);
+        let version = errors.require(&at("version"), raw.version);
         let from = raw.source.unwrap_or_default();
-        let uri = mistakes.require(&at("source.uri"), from.uri.clone());
-        let source = uri.and_then(|uri| mistakes.take(&at("source.uri"), ModelSource::parse(&uri, typed.folder())));
-        let (digest, secret, signature) = provenance(&at, &from, source.as_ref(), mistakes);
+        let uri = errors.require(&at("source.uri"), from.uri.clone());
+        let source = uri.and_then(|uri| errors.take(&at("source.uri"), ModelSource::parse(&uri, typed.folder())));
+        let (digest, secret, signature) = provenance(&at, &from, source.as_ref(), errors);
         let runtime = raw.runtime.unwrap_or_default();
         let instances = runtime.instances.unwrap_or(1);
         if !(1..=INSTANCES_MAX).contains(&instances) {
-            mistakes.add(at("runtime.instances"), format!("{instances} is not within 1 and {INSTANCES_MAX}"));
+            errors.add(at("runtime.instances"), format!("{instances} is not within 1 and {INSTANCES_MAX}"));
         }
         if runtime.max_batch_size.is_some_and(|size| size != 1) {
-            mistakes.add(at("runtime.maxBatchSize"), "batching is not built into this version yet; leave it at 1");
+            errors.add(at("runtime.maxBatchSize"), "batching is not built into this version yet; leave it at 1");
         }
         if runtime.max_queue_delay_microseconds.is_some_and(|delay| delay != 0) {
-            mistakes.add(
+            errors.add(
                 at("runtime.maxQueueDelayMicroseconds"),
                 "batching is not built into this version yet; leave it at 0",
             );
         }
-        let golden = golden(&at, raw.golden.unwrap_or_default(), &typed, mistakes);
+        let golden = golden(&at, raw.golden.unwrap_or_default(), &typed, errors);
         Some(Self {
             name,
             version: version?,
@@ -121,38 +121,43 @@ fn provenance(
     at: &impl Fn(&str) -> String,
     from: &RawModelSource,
     source: Option<&ModelSource>,
-    mistakes: &mut Mistakes,
+    errors: &mut ConfigErrors,
 ) -> (Option<Digest>, Option<String>, Option<Envelope>) {
-    let digest = from.digest.as_ref().and_then(|text| mistakes.take(&at("source.digest"), Digest::parse(text)));
+    let digest = from.digest.as_ref().and_then(|text| errors.take(&at("source.digest"), Digest::parse(text)));
     if from.digest.is_none() && source.is_some_and(|source| !matches!(source, ModelSource::File(_))) {
-        mistakes.add(at("source.digest"), "is missing; `sha256sum model.onnx` tells it (sha256:...)");
+        errors.add(at("source.digest"), "is missing; `sha256sum model.onnx` tells it (sha256:...)");
     }
     let secret = from.secret_ref.as_ref().and_then(|secret| {
-        let name = mistakes.require(&at("source.secretRef.name"), secret.name.clone())?;
+        let name = errors.require(&at("source.secretRef.name"), secret.name.clone())?;
         // The name becomes a path, and Kubernetes' own names of Secrets may hold dots.
         let is_plain = name.split('.').all(is_name);
-        mistakes.take(&at("source.secretRef.name"), is_plain.then_some(name).ok_or("is no name of a Secret".to_owned()))
+        errors.take(&at("source.secretRef.name"), is_plain.then_some(name).ok_or("is no name of a Secret".to_owned()))
     });
     let signature = from.signature.as_ref().filter(|value| !value.is_null()).and_then(|value| {
         let read = serde_json::from_value(value.clone());
         let advice = |error| format!("is no envelope as `lineside sign` prints it: {error}");
-        mistakes.take(&at("source.signature"), read.map_err(advice))
+        errors.take(&at("source.signature"), read.map_err(advice))
     });
     (digest, secret, signature)
 }
 
-fn golden(at: &impl Fn(&str) -> String, raw: Vec<RawGolden>, typed: &Typed, mistakes: &mut Mistakes) -> Vec<Golden> {
+fn golden(
+    at: &impl Fn(&str) -> String,
+    raw: Vec<RawGolden>,
+    typed: &ManifestDocument,
+    errors: &mut ConfigErrors,
+) -> Vec<Golden> {
     if raw.len() > GOLDEN_MAX {
-        mistakes.add(at("golden"), format!("{} samples; at most {GOLDEN_MAX} are taken", raw.len()));
+        errors.add(at("golden"), format!("{} samples; at most {GOLDEN_MAX} are taken", raw.len()));
     }
     let mut samples = Vec::new();
     for (index, sample) in raw.into_iter().enumerate() {
         let at = |field: &str| at(&format!("golden[{index}].{field}"));
-        let input = mistakes.require(&at("input"), sample.input);
-        let output = mistakes.require(&at("output"), sample.output);
+        let input = errors.require(&at("input"), sample.input);
+        let output = errors.require(&at("output"), sample.output);
         let tolerance = sample.tolerance.unwrap_or(TOLERANCE_DEFAULT);
         if !(0.0..=1.0).contains(&tolerance) {
-            mistakes.add(at("tolerance"), format!("{tolerance} is not within 0 and 1"));
+            errors.add(at("tolerance"), format!("{tolerance} is not within 0 and 1"));
         }
         if let (Some(input), Some(output)) = (input, output) {
             let path = |text: String| typed.folder().join(text.strip_prefix("file:").unwrap_or(&text));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::StreamSource;
 use super::manifest::{RawReport, RawStreamSpec, RuleCheck, not_built};
-use crate::names::{Mistakes, is_name};
+use crate::names::{ConfigErrors, is_name};
 
 /// Frames per second at most; no camera here is faster.
 const FPS_MAX: f64 = 1000.0;
@@ -49,15 +49,15 @@ pub struct Report {
 }
 
 impl Report {
-    fn resolve(place: &str, raw: &RawReport, mistakes: &mut Mistakes) -> Option<Self> {
+    fn resolve(place: &str, raw: &RawReport, errors: &mut ConfigErrors) -> Option<Self> {
         let deadband = raw.deadband.unwrap_or(DEADBAND_DEFAULT);
         if !(0.0..=DEADBAND_MAX).contains(&deadband) {
-            mistakes.add(format!("{place}.deadband"), format!("{deadband} is not within 0 and {DEADBAND_MAX}"));
+            errors.add(format!("{place}.deadband"), format!("{deadband} is not within 0 and {DEADBAND_MAX}"));
         }
         let heartbeat = raw.heartbeat_seconds.unwrap_or(HEARTBEAT_DEFAULT_SECONDS);
         if !(1..=HEARTBEAT_MAX_SECONDS).contains(&heartbeat) {
             let what = format!("{heartbeat} is not within 1 and {HEARTBEAT_MAX_SECONDS}");
-            mistakes.add(format!("{place}.heartbeatSeconds"), what);
+            errors.add(format!("{place}.heartbeatSeconds"), what);
         }
         raw.by_exception.unwrap_or(false).then(|| Self { deadband, heartbeat: Duration::from_secs(heartbeat) })
     }
@@ -70,31 +70,31 @@ impl StreamManifest {
         raw: RawStreamSpec,
         folder: &Path,
         check_rule: RuleCheck<'_>,
-        mistakes: &mut Mistakes,
+        errors: &mut ConfigErrors,
     ) -> Option<Self> {
         let at = |field: &str| format!("{place} spec.{field}");
-        not_built(place, "spec.pipeline", raw.pipeline.as_ref(), mistakes);
-        not_built(place, "spec.roi", raw.roi.as_ref(), mistakes);
-        not_built(place, "spec.trigger", raw.trigger.as_ref(), mistakes);
-        not_built(place, "spec.evidence", raw.evidence.as_ref(), mistakes);
+        not_built(place, "spec.pipeline", raw.pipeline.as_ref(), errors);
+        not_built(place, "spec.roi", raw.roi.as_ref(), errors);
+        not_built(place, "spec.trigger", raw.trigger.as_ref(), errors);
+        not_built(place, "spec.evidence", raw.evidence.as_ref(), errors);
         let source = raw.source.unwrap_or_default();
-        not_built(place, "spec.source.secretRef", source.secret_ref.as_ref(), mistakes);
-        let uri = mistakes.require(&at("source.uri"), source.uri);
-        let source = uri.and_then(|uri| mistakes.take(&at("source.uri"), StreamSource::parse(&uri, folder)));
-        let model = mistakes.require(&at("model"), raw.model);
+        not_built(place, "spec.source.secretRef", source.secret_ref.as_ref(), errors);
+        let uri = errors.require(&at("source.uri"), source.uri);
+        let source = uri.and_then(|uri| errors.take(&at("source.uri"), StreamSource::parse(&uri, folder)));
+        let model = errors.require(&at("model"), raw.model);
         if model.as_deref().is_some_and(|model| !is_name(model)) {
-            mistakes.add(at("model"), "is no name of a model: at most 63 of a-z, 0-9 and -");
+            errors.add(at("model"), "is no name of a model: at most 63 of a-z, 0-9 and -");
         }
         let fps = raw.fps.unwrap_or(0.0);
         if !(0.0..=FPS_MAX).contains(&fps) {
-            mistakes.add(at("fps"), format!("{fps} is not within 0 and {FPS_MAX}"));
+            errors.add(at("fps"), format!("{fps} is not within 0 and {FPS_MAX}"));
             return None;
         }
         if raw.max_age_ms == Some(0) {
-            mistakes.add(at("maxAgeMs"), "0 would drop every frame; leave it out to drop none");
+            errors.add(at("maxAgeMs"), "0 would drop every frame; leave it out to drop none");
         }
-        let report = raw.report.and_then(|report| Report::resolve(&at("report"), &report, mistakes));
-        let verdict = raw.verdict.filter(|rule| mistakes.take(&at("verdict"), check_rule(rule)).is_some());
+        let report = raw.report.and_then(|report| Report::resolve(&at("report"), &report, errors));
+        let verdict = raw.verdict.filter(|rule| errors.take(&at("verdict"), check_rule(rule)).is_some());
         Some(Self {
             name,
             source: source?,
@@ -139,7 +139,7 @@ mod tests {
              ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'ftp://x'}}\n  fps: fast\n  \
              verdict: 'nonsense('\n  roi: [[0, 0]]\n---\nkind: Pod\nmetadata: {{name: p}}\n---\n{{}}\n"
         );
-        let mistakes = read(&text, Path::new("/"), &|rule| {
+        let errors = read(&text, Path::new("/"), &|rule| {
             if rule.ends_with('(') { Err("unfinished".to_owned()) } else { Ok(()) }
         })
         .unwrap_err();
@@ -157,7 +157,7 @@ mod tests {
             "Pod p: kind Pod is not known",
             "document 4: kind is missing",
         ] {
-            assert!(mistakes.iter().any(|mistake| mistake.starts_with(expected)), "{expected}\n{mistakes:#?}");
+            assert!(errors.iter().any(|error| error.starts_with(expected)), "{expected}\n{errors:#?}");
         }
     }
 
@@ -165,10 +165,10 @@ mod tests {
     fn one_file_may_not_define_an_object_twice() {
         let one =
             format!("{HEAD}kind: EdgeModel\nmetadata: {{name: m}}\nspec: {{version: 1, source: {{uri: 'file:m'}}}}\n");
-        let mistakes = read(&format!("{one}---\n{one}"), Path::new("/"), &|rule| {
+        let errors = read(&format!("{one}---\n{one}"), Path::new("/"), &|rule| {
             if rule.ends_with('(') { Err("unfinished".to_owned()) } else { Ok(()) }
         })
         .unwrap_err();
-        assert_eq!(mistakes, ["EdgeModel m: stands in the file twice"]);
+        assert_eq!(errors, ["EdgeModel m: stands in the file twice"]);
     }
 }

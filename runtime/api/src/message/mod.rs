@@ -195,7 +195,7 @@ pub enum SeriesValue {
 /// allows; which fields it needs depends on the name.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct CommandRequest {
+pub struct CommandMessage {
     /// Comes back in the answer.
     pub id: Option<String>,
     /// `pause`, `resume`, `snapshot`: the stream.
@@ -344,7 +344,7 @@ impl FrameInfo {
 #[schemars(title = "Lineside status")]
 pub struct StatusMessage<'a> {
     /// Whether the agent is connected.
-    pub state: Presence,
+    pub state: AgentPresence,
     /// When this was written, RFC 3339 in UTC. In a Will that is the time of connecting, not of vanishing.
     pub ts: String,
     /// The site's name.
@@ -360,7 +360,7 @@ pub struct StatusMessage<'a> {
 /// Whether an agent is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Presence {
+pub enum AgentPresence {
     /// Connected.
     Online,
     /// Ended, or vanished.
@@ -378,7 +378,7 @@ pub fn schemas() -> Vec<(&'static str, schemars::Schema)> {
         ("event.schema.json", titled(schemars::schema_for!(Numbered<EventBody<'static>>), "Lineside event")),
         ("metrics.schema.json", titled(schemars::schema_for!(Numbered<MetricsBody<'static>>), "Lineside metrics")),
         ("status.schema.json", schemars::schema_for!(StatusMessage<'static>)),
-        ("command.schema.json", titled(schemars::schema_for!(CommandRequest), "Lineside command")),
+        ("command.schema.json", titled(schemars::schema_for!(CommandMessage), "Lineside command")),
         ("command-state.schema.json", titled(schemars::schema_for!(CommandState<'static>), "Lineside command state")),
     ]
 }

@@ -37,7 +37,7 @@ impl Topics {
         format!("{}/metrics", self.base)
     }
 
-    /// Where the message goes whose acknowledgement counts for messages with QoS 0 before it (Sparkplug B only).
+    /// Where the message goes whose acknowledgement counts for messages with QoS 0 before it (SparkplugConfig B only).
     pub fn fence(&self) -> String {
         format!("{}/fence", self.base)
     }

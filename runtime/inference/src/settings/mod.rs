@@ -1,4 +1,4 @@
-//! What the pipeline does for one model: the manifest's wishes joined with the facts of the graph.
+//! What the pipeline does for one model: the manifest's desired_state joined with the facts of the graph.
 //!
 //! This happens in two steps, because the shape of an output is certain only once the model has run. [`input`] decides
 //! how a picture becomes a tensor and with which input size the engine is to load the model; [`output`] then reads how
@@ -42,7 +42,7 @@ pub struct InputSettings {
     pub width: u32,
     /// Height in pixels.
     pub height: u32,
-    /// How the picture is brought to that size.
+    /// How the picture is loaded to that size.
     pub resize: Resize,
     /// Order of the channels.
     pub color: Color,

@@ -1,0 +1,355 @@
+//! The nodes' statuses added up into those of models and streams.
+//!
+//! A node counts for a model when its labels match the model's selector, whether or not its agent has heard of the model
+//! yet; so a model that a node has not taken up is a model that is not ready there. A node that is silent is counted, and
+//! not as ready: what it does is not known.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use lineside_api::kinds::selects;
+use lineside_api::state::ModelState;
+use lineside_api::status::{
+    CameraStreamStatus, Condition, DEGRADED, EdgeModelStatus, ModelStatus, NodeCounts, NodeStatus, READY, date,
+    shortened,
+};
+
+/// Nodes named in a message at most.
+const NAMED_MAX: usize = 5;
+/// The condition that says that nodes are on their way to what is asked for.
+const PROGRESSING: &str = "Progressing";
+
+/// What a version has behind it on a node once it is in the state beside or further on, as conditions of an `EdgeModel`.
+const STEPS: [(&str, ModelState); 4] = [
+    ("Downloaded", ModelState::Verifying),
+    ("Verified", ModelState::Vetting),
+    ("Compatible", ModelState::Warming),
+    ("Loaded", ModelState::Ready),
+];
+
+/// Keeps of a status's conditions those that are written here; others are somebody else's, and no difference to us.
+pub fn own(conditions: &mut Vec<Condition>) {
+    let ours = [READY, PROGRESSING, DEGRADED].into_iter().chain(STEPS.map(|(kind, _)| kind));
+    conditions.retain(|condition| ours.clone().any(|kind| kind == condition.kind));
+}
+
+/// A node, as far as the sums need it.
+#[derive(Debug, Clone, Copy)]
+pub struct NodeView<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// What it said last.
+    pub status: &'a NodeStatus,
+    /// Whether it has said nothing for too long.
+    pub is_silent: bool,
+}
+
+/// An `EdgeModel` or `CameraStream` that is asked for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct FleetObject {
+    /// Its name.
+    pub name: String,
+    /// Which of all objects that ever bore its name it is.
+    pub uid: String,
+    /// How often its spec was changed.
+    pub generation: Option<i64>,
+    version: Option<u64>,
+    selector: BTreeMap<String, String>,
+    node_name: Option<String>,
+}
+
+impl FleetObject {
+    /// Reads what is needed of an object. What is missing or of another type counts as not said: the API server has
+    /// validated the rest.
+    pub fn new(name: &str, uid: &str, generation: Option<i64>, document: &Value) -> Self {
+        let spec = |field: &str| document.pointer(&format!("/spec/{field}"));
+        let labels = spec("nodeSelector").and_then(Value::as_object).into_iter().flatten();
+        Self {
+            name: name.to_owned(),
+            uid: uid.to_owned(),
+            generation,
+            version: spec("version").and_then(Value::as_u64),
+            selector: labels.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),
+            node_name: spec("nodeName").and_then(Value::as_str).map(str::to_owned),
+        }
+    }
+
+    /// Whether what a node says is of this very object, as it is now.
+    fn is_meant(&self, uid: Option<&str>, generation: Option<i64>) -> bool {
+        uid.is_none_or(|uid| uid == self.uid) && generation >= self.generation
+    }
+
+    fn concerns(&self, node: &NodeView<'_>) -> bool {
+        self.node_name.as_deref().is_none_or(|name| name == node.name)
+            && selects(&self.selector, &node.status.agent.labels)
+    }
+}
+
+/// How one node stands to one subject.
+enum NodeState<'a> {
+    Ready,
+    Pending,
+    Failed(&'a str),
+    Silent,
+}
+
+/// A model on all nodes. `now` dates what has changed since `before`.
+pub fn model(subject: &FleetObject, nodes: &[NodeView<'_>], before: &EdgeModelStatus, now: &str) -> EdgeModelStatus {
+    let mut came = Vec::new();
+    let stands = nodes.iter().filter(|node| subject.concerns(node)).map(|node| {
+        let said = node.status.models.iter().find(|model| model.name == subject.name);
+        let said = said.filter(|said| subject.is_meant(said.uid.as_deref(), said.observed_generation));
+        came.push((node.name, said.map_or((0, false), way_come)));
+        let Some(said) = said else {
+            return (node.name, if node.is_silent { NodeState::Silent } else { NodeState::Pending });
+        };
+        let state = ModelState::named(&said.state);
+        let standing = if node.is_silent {
+            NodeState::Silent
+        } else if state == Some(ModelState::Ready) && Some(said.version) == subject.version {
+            NodeState::Ready
+        } else if state.is_some_and(ModelState::has_failed) {
+            NodeState::Failed(said.reason.as_deref().unwrap_or_default())
+        } else {
+            NodeState::Pending
+        };
+        (node.name, standing)
+    });
+    let stands = stands.collect();
+    let (nodes, mut conditions) = sum(stands, ["AllNodesServe", "serves"]);
+    conditions.extend(STEPS.iter().enumerate().map(|(index, (kind, _))| step(kind, index + 1, &came)));
+    settle(&mut conditions, subject, &before.conditions, now);
+    EdgeModelStatus { observed_generation: subject.generation, nodes, conditions }
+}
+
+/// How many of the [`STEPS`] a version has behind it, and whether it failed at the next.
+fn way_come(said: &ModelStatus) -> (usize, bool) {
+    let state = ModelState::named(&said.state).unwrap_or(ModelState::Pending);
+    let failed_while = said.failed_while.as_deref().and_then(ModelState::named).unwrap_or(ModelState::Pending);
+    // What is tried again has the steps behind it that it had before.
+    let came_to = if state.has_failed() { failed_while } else { state.max(failed_while) };
+    (STEPS.iter().filter(|(_, from)| came_to >= *from).count(), state.has_failed())
+}
+
+/// Whether all nodes have so many steps behind them.
+fn step(kind: &str, steps: usize, came: &[(&str, (usize, bool))]) -> Condition {
+    let done = came.iter().filter(|(_, (behind, _))| *behind >= steps).count();
+    let failed =
+        came.iter().filter(|(_, (behind, has_failed))| *has_failed && behind + 1 == steps).map(|(name, _)| *name);
+    let failed: Vec<&str> = failed.take(NAMED_MAX).collect();
+    let reason = match (came.len(), failed.is_empty()) {
+        (0, _) => "NoNodes",
+        (all, _) if done == all => "OnAllNodes",
+        (_, false) => "NodesFailed",
+        _ => "NodesPending",
+    };
+    let message = match failed.as_slice() {
+        [] => format!("on {done} of {} nodes", came.len()),
+        names => shortened(&format!("on {done} of {} nodes; it failed on {}", came.len(), names.join(", "))),
+    };
+    Condition::new(kind, reason == "OnAllNodes", reason, message)
+}
+
+/// A stream on the nodes that play it.
+pub fn stream(
+    subject: &FleetObject,
+    nodes: &[NodeView<'_>],
+    before: &CameraStreamStatus,
+    now: &str,
+) -> CameraStreamStatus {
+    let mut stands: Vec<(&str, NodeState<'_>)> = nodes
+        .iter()
+        .filter(|node| subject.concerns(node))
+        .map(|node| {
+            let said = node.status.streams.iter().find(|stream| stream.name == subject.name);
+            let standing = match said.filter(|said| subject.is_meant(said.uid.as_deref(), said.observed_generation)) {
+                _ if node.is_silent => NodeState::Silent,
+                Some(said) if said.up => NodeState::Ready,
+                Some(said) => said.reason.as_deref().map_or(NodeState::Pending, NodeState::Failed),
+                None => NodeState::Pending,
+            };
+            (node.name, standing)
+        })
+        .collect();
+    // A node that is named is meant even where nobody has heard of it.
+    if let (Some(name), true) = (&subject.node_name, stands.is_empty()) {
+        stands.push((name.as_str(), NodeState::Failed("no agent of this name has reported")));
+    }
+    let (nodes, mut conditions) = sum(stands, ["FramesCome", "plays"]);
+    settle(&mut conditions, subject, &before.conditions, now);
+    CameraStreamStatus { observed_generation: subject.generation, nodes, conditions }
+}
+
+fn sum(stands: Vec<(&str, NodeState<'_>)>, [reason, verb]: [&str; 2]) -> (NodeCounts, Vec<Condition>) {
+    let whole = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+    let count = |is: fn(&NodeState<'_>) -> bool| whole(stands.iter().filter(|(_, standing)| is(standing)).count());
+    let counts = NodeCounts {
+        desired: whole(stands.len()),
+        ready: count(|standing| matches!(standing, NodeState::Ready)),
+        candidate: 0,
+        failed: count(|standing| matches!(standing, NodeState::Failed(_))),
+    };
+    let (pending, silent) = (
+        count(|standing| matches!(standing, NodeState::Pending)),
+        count(|standing| matches!(standing, NodeState::Silent)),
+    );
+    let named = |is: fn(&NodeState<'_>) -> bool| {
+        let names: Vec<String> = stands
+            .iter()
+            .filter(|(_, standing)| is(standing))
+            .take(NAMED_MAX + 1)
+            .enumerate()
+            .map(|(index, (name, standing))| match standing {
+                _ if index == NAMED_MAX => "and more".to_owned(),
+                NodeState::Failed(why) if !why.is_empty() => format!("{name} ({why})"),
+                _ => (*name).to_owned(),
+            })
+            .collect();
+        shortened(&names.join(", "))
+    };
+    let is_ready = counts.desired > 0 && counts.ready == counts.desired;
+    let failed_names = named(|standing| matches!(standing, NodeState::Failed(_)));
+    let silent_names = named(|standing| matches!(standing, NodeState::Silent));
+    let (why, message) = match (counts.desired, counts.failed, silent) {
+        _ if is_ready => (reason, format!("it {verb} on all {} nodes", counts.desired)),
+        (0, ..) => ("NoNodes", "no node that reports bears the labels asked for".to_owned()),
+        (_, 1.., _) => ("NodesFailed", format!("it failed on {failed_names}")),
+        (_, _, 1..) => ("NodesSilent", format!("nothing is heard of {silent_names}")),
+        _ => ("NodesPending", format!("{} of {} are on their way", pending, counts.desired)),
+    };
+    let mut conditions = vec![Condition::new(READY, is_ready, why, message)];
+    conditions.push(match pending {
+        0 => Condition::new(PROGRESSING, false, "Settled", ""),
+        _ => Condition::new(
+            PROGRESSING,
+            true,
+            "NodesPending",
+            format!("{} of {} are on their way", pending, counts.desired),
+        ),
+    });
+    conditions.push(match (counts.failed, silent) {
+        (0, 0) => Condition::new(DEGRADED, false, "AsExpected", ""),
+        (0, _) => Condition::new(DEGRADED, true, "NodesSilent", silent_names),
+        _ => Condition::new(DEGRADED, true, "NodesFailed", failed_names),
+    });
+    (counts, conditions)
+}
+
+fn settle(conditions: &mut [Condition], subject: &FleetObject, before: &[Condition], now: &str) {
+    conditions.iter_mut().for_each(|condition| condition.observed_generation = subject.generation);
+    date(conditions, before, now);
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use lineside_api::status::StreamStatus;
+
+    fn node(line: &str, state: &str, version: u64, generation: i64) -> NodeStatus {
+        let mut status = NodeStatus::default();
+        status.agent.labels.insert("line".into(), line.into());
+        status.models.push(ModelStatus {
+            name: "m".into(),
+            version,
+            state: state.into(),
+            observed_generation: Some(generation),
+            reason: (state == "Failed").then(|| "no such file".into()),
+            ..ModelStatus::default()
+        });
+        status.streams.push(StreamStatus {
+            name: "s".into(),
+            up: true,
+            observed_generation: Some(1),
+            ..StreamStatus::default()
+        });
+        status
+    }
+
+    fn view<'a>(name: &'a str, status: &'a NodeStatus, is_silent: bool) -> NodeView<'a> {
+        NodeView { name, status, is_silent }
+    }
+
+    fn subject() -> FleetObject {
+        FleetObject::new("m", "u", Some(4), &json!({"spec": {"version": 3, "nodeSelector": {"line": "a"}}}))
+    }
+
+    fn ready(status: &EdgeModelStatus) -> (&str, &str) {
+        (status.conditions[0].status.as_str(), status.conditions[0].reason.as_str())
+    }
+
+    #[test]
+    fn nodes_count_by_their_labels_and_by_what_they_say_of_this_generation() {
+        let (good, old, failed, other) =
+            (node("a", "Ready", 3, 4), node("a", "Ready", 2, 3), node("a", "Failed", 3, 4), node("b", "Ready", 3, 4));
+        let all =
+            [view("n1", &good, false), view("n2", &old, false), view("n3", &failed, false), view("n4", &other, false)];
+        let status = model(&subject(), &all, &EdgeModelStatus::default(), "t1");
+        assert_eq!(status.nodes, NodeCounts { desired: 3, ready: 1, candidate: 0, failed: 1 });
+        assert_eq!(ready(&status), ("False", "NodesFailed"));
+        assert_eq!(status.conditions[0].message, "it failed on n3 (no such file)");
+        let status = model(&subject(), &all[..1], &status, "t2");
+        assert_eq!((ready(&status), status.nodes.ready), (("True", "AllNodesServe"), 1));
+        assert_eq!(model(&subject(), &all[..1], &status, "t3"), status, "what stays the same is not written again");
+        assert_eq!(ready(&model(&subject(), &all[1..2], &status, "t3")), ("False", "NodesPending"));
+        assert_eq!(ready(&model(&subject(), &all[3..], &status, "t3")), ("False", "NoNodes"));
+        let mut of_another = node("a", "Ready", 3, 9);
+        of_another.models[0].uid = Some("before".into());
+        let views = [view("n1", &of_another, false)];
+        assert_eq!(ready(&model(&subject(), &views, &status, "t3")), ("False", "NodesPending"), "it was made anew");
+    }
+
+    #[test]
+    fn each_step_of_a_version_is_a_condition() {
+        let steps = |states: &[(&str, Option<&str>)]| -> Vec<(String, String)> {
+            let nodes: Vec<NodeStatus> = states
+                .iter()
+                .map(|(state, failed_while)| {
+                    let mut status = node("a", state, 3, 4);
+                    status.models[0].failed_while = failed_while.map(str::to_owned);
+                    status
+                })
+                .collect();
+            let views: Vec<NodeView<'_>> = nodes.iter().map(|status| view("n", status, false)).collect();
+            let status = model(&subject(), &views, &EdgeModelStatus::default(), "t");
+            let of = |(kind, _): &(&str, ModelState)| {
+                let condition = status.conditions.iter().find(|condition| condition.kind == *kind).unwrap();
+                (condition.status.clone(), condition.reason.clone())
+            };
+            STEPS.iter().map(of).collect()
+        };
+        let all =
+            |statuses: [(&str, &str); 4]| statuses.map(|(one, other)| (one.to_owned(), other.to_owned())).to_vec();
+        let (yes, no) = (("True", "OnAllNodes"), ("False", "NodesPending"));
+        assert_eq!(steps(&[("Ready", None), ("Ready", None)]), all([yes; 4]));
+        assert_eq!(steps(&[("Ready", None), ("Vetting", None)]), all([yes, yes, no, no]));
+        assert_eq!(steps(&[("Downloading", None)]), all([no; 4]));
+        let failed = ("False", "NodesFailed");
+        assert_eq!(steps(&[("Quarantined", Some("Vetting"))]), all([yes, yes, failed, no]));
+        assert_eq!(steps(&[("Failed", Some("Downloading"))]), all([failed, no, no, no]));
+        assert_eq!(steps(&[("Downloading", Some("Vetting"))]), all([yes, yes, no, no]), "it is tried again");
+        assert_eq!(steps(&[]), all([("False", "NoNodes"); 4]));
+    }
+
+    #[test]
+    fn a_silent_node_is_not_ready_and_is_named() {
+        let good = node("a", "Ready", 3, 4);
+        let status = model(&subject(), &[view("n1", &good, true)], &EdgeModelStatus::default(), "t1");
+        assert_eq!((ready(&status), status.nodes.ready, status.nodes.desired), (("False", "NodesSilent"), 0, 1));
+        assert_eq!(status.conditions[0].message, "nothing is heard of n1");
+    }
+
+    #[test]
+    fn a_stream_on_a_node_that_is_not_there_is_told() {
+        let on = |name: &str| FleetObject::new("s", "u", Some(1), &json!({"spec": {"nodeName": name}}));
+        let good = node("a", "Ready", 3, 4);
+        let all = [view("n1", &good, false)];
+        let status = stream(&on("n1"), &all, &CameraStreamStatus::default(), "t");
+        assert_eq!((status.nodes.ready, status.conditions[0].reason.as_str()), (1, "FramesCome"));
+        let status = stream(&on("n9"), &all, &CameraStreamStatus::default(), "t");
+        assert_eq!((status.nodes.desired, status.nodes.failed), (1, 1));
+        assert!(status.conditions[0].message.contains("n9 (no agent of this name has reported)"));
+    }
+}

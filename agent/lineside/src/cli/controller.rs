@@ -1,0 +1,112 @@
+//! `lineside controller`: adds up what the nodes say.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::Args;
+use tokio_util::sync::CancellationToken;
+
+use super::Failure;
+use crate::http::controller::router;
+use crate::http::server::Server;
+use lineside_common::metrics::ControllerMetrics;
+use lineside_common::{allocator, shutdown};
+use lineside_controller::Heartbeat;
+use lineside_controller::{Controller, Timeouts};
+use lineside_kube::ClusterClient;
+use lineside_kube::ClusterConfig;
+
+#[derive(Args)]
+#[command(after_help = "\
+The controller reads what every node's agent says of itself, writes the status of EdgeModels and CameraStreams, marks
+nodes that have fallen silent, and removes the EdgeNodes of nodes that are gone. Run two; one leads.
+
+Every option can also be given as a variable: --http as LINESIDE_HTTP.
+
+Example, with the current context of a kubeconfig:
+  lineside controller --kubeconfig ~/.kube/config --http 127.0.0.1:0")]
+pub(super) struct Arguments {
+    /// A kubeconfig [default: the service account of the pod this runs in].
+    #[arg(long, value_name = "FILE", env = "LINESIDE_KUBECONFIG", hide_env = true)]
+    kubeconfig: Option<PathBuf>,
+    /// Contexts of the kubeconfig, tried in order, with commas [default: its current one].
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', env = "LINESIDE_KUBE_CONTEXTS", hide_env = true)]
+    kube_contexts: Vec<String>,
+    /// The namespace of our objects [default: the pod's or context's own, else lineside].
+    #[arg(long, value_name = "NAME", env = "LINESIDE_KUBE_NAMESPACE", hide_env = true)]
+    kube_namespace: Option<String>,
+    /// Tells this controller from others [default: the pod's name, elsewhere the host name and the process].
+    #[arg(long, value_name = "NAME", env = "LINESIDE_IDENTITY", hide_env = true)]
+    identity: Option<String>,
+    /// Where /livez, /readyz and /metrics are served; port 0 takes a free one and logs it.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", env = "LINESIDE_HTTP", hide_env = true)]
+    http: SocketAddr,
+    /// Allow --http to be an address that other machines can reach.
+    #[arg(long, env = "LINESIDE_INSECURE_BIND", hide_env = true)]
+    insecure_bind: bool,
+    /// A node that has said nothing for this long is marked as silent. Agents speak once a minute at least.
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, value_parser = clap::value_parser!(u64).range(1..=86_400),
+          env = "LINESIDE_SILENT_AFTER_SECONDS", hide_env = true)]
+    silent_after_seconds: u64,
+    /// A node that has said nothing for this long, and that the cluster has no more, is forgotten.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=2_592_000),
+          env = "LINESIDE_GONE_AFTER_SECONDS", hide_env = true)]
+    gone_after_seconds: u64,
+}
+
+pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
+    if !arguments.http.ip().is_loopback() && !arguments.insecure_bind {
+        let error = format!(
+            "--http {} can be reached from other machines; use a loopback address, or --insecure-bind where the network \
+             is trusted",
+            arguments.http
+        );
+        return Err(Failure::Usage(vec![error]));
+    }
+    allocator::share_one_heap();
+    let host_name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    // In a pod the host name is the pod's, and no other has it.
+    let identity = arguments.identity.unwrap_or_else(|| match &arguments.kubeconfig {
+        None => host_name.trim().to_owned(),
+        Some(_) => format!("{}_{}", host_name.trim(), std::process::id()),
+    });
+    let access = ClusterConfig {
+        kubeconfig: arguments.kubeconfig,
+        contexts: arguments.kube_contexts,
+        namespace: arguments.kube_namespace,
+    };
+    let timeouts = Timeouts {
+        silent_after: Duration::from_secs(arguments.silent_after_seconds),
+        gone_after: Duration::from_secs(arguments.gone_after_seconds.max(arguments.silent_after_seconds)),
+    };
+    let runtime = super::runtime()?;
+    let ended = runtime.block_on(async {
+        let stop = CancellationToken::new();
+        shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
+        let cluster = Arc::new(ClusterClient::new(access, "lineside-controller", &identity).await?);
+        let metrics = ControllerMetrics::new().context("the metrics cannot be set up")?;
+        let heartbeat = Arc::new(Heartbeat::new(Instant::now()));
+        let server = Server::bind(arguments.http).await?;
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            identity,
+            namespace = cluster.namespace(),
+            http = %server.address(),
+            "the controller starts"
+        );
+        let serve = tokio::spawn(server.run(
+            router(heartbeat.clone(), metrics.clone()),
+            metrics.http_refused.clone(),
+            stop.clone(),
+        ));
+        Controller::new(cluster, &identity, timeouts, heartbeat, metrics).run(stop).await;
+        serve.await.context("the probes had panicked")?;
+        tracing::info!("the controller ended");
+        Ok(())
+    });
+    runtime.shutdown_background();
+    ended.map_err(Failure::Failed)
+}

@@ -1,0 +1,225 @@
+//! `lineside demo`: the agent as it runs on a node, with everything around it that a plant would have.
+//!
+//! Nothing in here is a shortcut past the agent. Manifests, model and frames are written to a temporary folder, a broker
+//! listens on a free port of this machine, the agent is started on them as `lineside run` would, and what is printed are
+//! the messages a subscriber of that broker gets.
+
+mod bundle;
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal as _, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+use super::Failure;
+use crate::app::App;
+use crate::config::settings::{Config, DesiredSource};
+use crate::telemetry::SetLevel;
+use lineside_api::message::Topics;
+use lineside_common::shutdown;
+use lineside_models::ModelsConfig;
+use lineside_mqtt::config::{Broker, MqttConfig};
+use lineside_mqtt::connection;
+use lineside_mqtt::connection::Event;
+use lineside_mqtt::credentials::BrokerCredentials;
+use lineside_mqtt::loopback::Loopback;
+use lineside_spool::SpoolConfig;
+
+const MODEL_NAME: &str = "surface-defects";
+const STREAM_NAME: &str = "line-1";
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+#[derive(Args)]
+pub(super) struct Arguments {
+    /// Stop after this many results; 0 goes on until Ctrl-C.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    results: u64,
+    /// Parts per second on the simulated line; 0 goes as fast as the model can.
+    #[arg(long, default_value_t = 5.0)]
+    fps: f64,
+    /// Print the results as they are, one JSON message to a line.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failure> {
+    if !(0.0..=1000.0).contains(&arguments.fps) {
+        return Err(Failure::Usage(vec![format!("--fps: {} is not within 0 and 1000", arguments.fps)]));
+    }
+    let runtime = super::runtime()?;
+    let ended = runtime.block_on(show(&arguments, set_level));
+    runtime.shutdown_background();
+    ended.map_err(Failure::Failed)
+}
+
+async fn show(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> {
+    let folder = tempfile::Builder::new().prefix("lineside-demo-").tempdir().context("no temporary folder")?;
+    lay_out(folder.path(), arguments.fps).context("the demonstration's files cannot be written")?;
+    let stop = CancellationToken::new();
+    shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
+    let address = Loopback::start().await.context("no free port for the broker")?.address();
+    let broker = Broker { host: address.ip().to_string(), port: address.port(), tls: false, credentials: None };
+    let config = Config {
+        node: "demo-node".to_owned(),
+        site: "demo".to_owned(),
+        prefix: "lineside".to_owned(),
+        desired_state: DesiredSource::Folder(folder.path().join("manifests")),
+        data_dir: folder.path().join("data"),
+        mqtt: MqttConfig::to(broker.clone()),
+        http: ([127, 0, 0, 1], 0).into(),
+        labels: BTreeMap::new(),
+        spool: SpoolConfig::default(),
+        models: ModelsConfig::default(),
+    };
+    let topics = Topics::new(&config.prefix, &config.site, &config.node);
+    let app = App::start(config, set_level).await?;
+    eprintln!("A node with one camera, one model and a broker runs on this machine now.");
+    eprintln!();
+    eprintln!("  results   mosquitto_sub -h {} -p {} -v -t '{}'", address.ip(), address.port(), topics.all());
+    eprintln!("  metrics   http://{}/metrics   (also /readyz and /livez)", app.http());
+    eprintln!("  manifests {}   (edit them while it runs)", folder.path().join("manifests").display());
+    eprintln!();
+    let told = tokio::select! {
+        told = tell(arguments, &broker, &topics) => told,
+        () = stop.cancelled() => Ok(()),
+    };
+    app.end().await;
+    told
+}
+
+/// Writes model, frames and manifests as a plant would have them.
+fn lay_out(folder: &Path, fps: f64) -> std::io::Result<()> {
+    for inner in ["manifests", "frames"] {
+        std::fs::create_dir(folder.join(inner))?;
+    }
+    std::fs::write(folder.join("model.onnx"), bundle::MODEL)?;
+    for (name, jpeg) in bundle::FRAMES {
+        std::fs::write(folder.join("frames").join(name), jpeg)?;
+    }
+    let model = format!(
+        "# The model: a classifier of metal parts. Its task, labels and input size stand in the ONNX file.\n\
+         apiVersion: lineside.dev/v1alpha1\nkind: EdgeModel\nmetadata: {{name: {MODEL_NAME}}}\nspec:\n  version: 1\n  \
+         source: {{uri: file:../model.onnx}}\n"
+    );
+    let stream = format!(
+        "# The camera: here a folder of pictures, played in a loop. Try another fps, or another verdict.\n\
+         apiVersion: lineside.dev/v1alpha1\nkind: CameraStream\nmetadata: {{name: {STREAM_NAME}}}\nspec:\n  \
+         source: {{uri: 'dir:../frames?loop=true'}}\n  model: {MODEL_NAME}\n  fps: {fps}\n  \
+         verdict: 'classes[0].label == \"good\" ? \"pass\" : \"reject\"'\n"
+    );
+    std::fs::write(folder.join("manifests/model.yaml"), model)?;
+    std::fs::write(folder.join("manifests/stream.yaml"), stream)
+}
+
+/// Subscribes like any consumer and prints what comes.
+async fn tell(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow::Result<()> {
+    let (mut sender, mut receiver) =
+        connection::connection::<()>(broker, &BrokerCredentials::default(), "lineside-demo-terminal", KEEP_ALIVE, None);
+    let mut table = Table::new();
+    let mut stdout = std::io::stdout();
+    loop {
+        match sender.understand(receiver.next().await) {
+            Event::Connected if !sender.subscribe(&topics.result("+")) => {
+                anyhow::bail!("the broker takes no subscription")
+            }
+            Event::Received(message) => {
+                let result: Value = serde_json::from_slice(&message.payload).context("a result is no JSON")?;
+                table.count(&result);
+                let line = match arguments.json {
+                    true => result.to_string(),
+                    false => table.row(&result),
+                };
+                // Whoever reads our output may leave at any time, as `head` does.
+                if writeln!(stdout, "{line}").is_err() {
+                    return Ok(());
+                }
+                if table.results == arguments.results {
+                    eprintln!("\n{}", table.summary());
+                    return Ok(());
+                }
+            }
+            Event::Lost(loss) => anyhow::bail!("the demonstration's broker is gone: {}", loss.reason()),
+            _ => {}
+        }
+    }
+}
+
+/// The printed table and what it adds up to.
+struct Table {
+    results: u64,
+    verdicts: BTreeMap<String, u64>,
+    /// Results whose best class is the one in the frame's name.
+    agreeing: u64,
+    infer_ms: Vec<f64>,
+    in_colour: bool,
+}
+
+impl Table {
+    fn new() -> Self {
+        let in_colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        Self { results: 0, verdicts: BTreeMap::new(), agreeing: 0, infer_ms: Vec::new(), in_colour }
+    }
+
+    fn count(&mut self, result: &Value) {
+        self.results += 1;
+        *self.verdicts.entry(text(result, "/verdict").to_owned()).or_default() += 1;
+        let truth = text(result, "/frame/name").trim_end_matches(".jpg").rsplit('-').next().unwrap_or_default();
+        self.agreeing += u64::from(truth == text(result, "/classes/0/label"));
+        self.infer_ms.push(number(result, "/latency_ms/infer"));
+    }
+
+    fn row(&self, result: &Value) -> String {
+        let mut out = String::new();
+        if self.results % 20 == 1 {
+            out = format!(
+                "{:<12}  {:>5}  {:<8} {:<22} {:<9} {:>6}  {:<7}  {:>8}  {:>8}\n",
+                "TIME", "SEQ", "STREAM", "FRAME", "CLASS", "SCORE", "VERDICT", "INFER ms", "TOTAL ms"
+            );
+        }
+        let verdict = text(result, "/verdict");
+        let colour = match verdict {
+            "reject" => "31",
+            "pass" => "32",
+            _ => "33",
+        };
+        let verdict = format!("{verdict:<7}");
+        let verdict = if self.in_colour { format!("\x1b[{colour}m{verdict}\x1b[0m") } else { verdict };
+        out + &format!(
+            "{:<12}  {:>5}  {:<8} {:<22} {:<9} {:>6.3}  {verdict}  {:>8.1}  {:>8.1}",
+            text(result, "/ts").get(11..23).unwrap_or_default(),
+            number(result, "/seq"),
+            text(result, "/stream"),
+            text(result, "/frame/name"),
+            text(result, "/classes/0/label"),
+            number(result, "/classes/0/score"),
+            number(result, "/latency_ms/infer"),
+            number(result, "/latency_ms/total"),
+        )
+    }
+
+    fn summary(&self) -> String {
+        let mut infer = self.infer_ms.clone();
+        infer.sort_by(f64::total_cmp);
+        let median = infer.get(infer.len() / 2).copied().unwrap_or_default();
+        let verdicts: Vec<String> = self.verdicts.iter().map(|(verdict, count)| format!("{count} {verdict}")).collect();
+        format!(
+            "{} results over MQTT: {}. The model agrees with the frame's name in {} of them. Median inference {median:.1} ms.",
+            self.results,
+            verdicts.join(", "),
+            self.agreeing
+        )
+    }
+}
+
+fn text<'a>(result: &'a Value, pointer: &str) -> &'a str {
+    result.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn number(result: &Value, pointer: &str) -> f64 {
+    result.pointer(pointer).and_then(Value::as_f64).unwrap_or_default()
+}

@@ -1,0 +1,524 @@
+//! The agent's own configuration: flags override the environment, which overrides the file.
+//!
+//! Every setting is looked up in the three layers by one table, so that its flag (`--data-dir`), its variable
+//! (`LINESIDE_DATA_DIR`) and its key in the file (`dataDir`) cannot drift apart, and a error is reported with the name
+//! under which the value was given.
+//!
+//! Unknown keys of the file are errors. Unknown `LINESIDE_` variables are not: Kubernetes puts such variables into
+//! every pod beside a Service called `lineside` (`LINESIDE_SERVICE_HOST`, `LINESIDE_PORT_8080_TCP` and more). For the same
+//! reason no setting of ours is called `port` or begins with `service`.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::Value;
+use url::Url;
+
+use super::mqtt;
+use lineside_api::kinds::yaml;
+use lineside_api::names::{ConfigErrors, is_name, topic_segment};
+use lineside_kube::ClusterConfig;
+use lineside_models::ModelsConfig;
+use lineside_mqtt::config::MqttConfig;
+use lineside_spool::SpoolConfig;
+
+/// The settings: name as a flag without its dashes. Variable and file key follow from it.
+const SETTINGS: [&str; 40] = [
+    "node",
+    "site",
+    "prefix",
+    "manifests",
+    "in-cluster",
+    "kubeconfig",
+    "kube-contexts",
+    "kube-namespace",
+    "data-dir",
+    "mqtt",
+    "http",
+    "insecure-bind",
+    "labels",
+    "mqtt-secret",
+    "mqtt-commands",
+    "mqtt-drain",
+    "mqtt-keep-alive-seconds",
+    "mqtt-metrics-seconds",
+    "sparkplug-group",
+    "sparkplug-host",
+    "home-assistant",
+    "spool-mib",
+    "spool-max-hours",
+    "spool-sync-ms",
+    "spool-when-full",
+    "source-hosts",
+    "source-http",
+    "source-ca",
+    "source-kib-per-second",
+    "source-stall-seconds",
+    "source-jitter-seconds",
+    "secrets-dir",
+    "model-mib-max",
+    "store-mib-max",
+    "trusted-keys",
+    "signature-threshold",
+    "peers",
+    "peer-token-file",
+    "vet-memory-mib",
+    "vet-seconds",
+];
+
+const HTTP_DEFAULT: &str = "127.0.0.1:8080";
+/// The agent's configuration, complete and validated.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The node's name, in topics and ids.
+    pub node: String,
+    /// The site's name, in topics.
+    pub site: String,
+    /// What every topic begins with.
+    pub prefix: String,
+    /// Where it stands what is to run.
+    pub desired_state: DesiredSource,
+    /// The folder the agent keeps its own state in.
+    pub data_dir: PathBuf,
+    /// Brokers, and what is said to them.
+    pub mqtt: MqttConfig,
+    /// Where health and metrics are served.
+    pub http: SocketAddr,
+    /// Labels of the node, which manifests select by.
+    pub labels: BTreeMap<String, String>,
+    /// How results wait for a broker.
+    pub spool: SpoolConfig,
+    /// How models come to this node, and what they have to show.
+    pub models: ModelsConfig,
+}
+
+/// Where it stands what a node is to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DesiredSource {
+    /// In a folder of manifests.
+    Folder(PathBuf),
+    /// In a cluster.
+    ClusterClient(ClusterConfig),
+}
+
+impl std::fmt::Display for DesiredSource {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Folder(folder) => write!(formatter, "the folder {}", folder.display()),
+            Self::ClusterClient(access) => write!(formatter, "{access}"),
+        }
+    }
+}
+
+/// The three layers, each from setting to value as text.
+#[derive(Debug, Default)]
+pub struct ConfigLayers {
+    flags: BTreeMap<&'static str, String>,
+    environment: BTreeMap<&'static str, String>,
+    file: BTreeMap<&'static str, String>,
+    file_name: String,
+}
+
+impl ConfigLayers {
+    /// ConfigLayers with nothing in them.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets a flag; a setting that is not in the table is a error of this program and is left out.
+    pub fn flag(&mut self, setting: &str, value: Option<String>) {
+        if let (Some(setting), Some(value)) = (SETTINGS.iter().find(|known| **known == setting), value) {
+            self.flags.insert(setting, value);
+        }
+    }
+
+    /// Takes our variables out of an environment. An empty variable counts as none.
+    pub fn environment(&mut self, variables: impl IntoIterator<Item = (String, String)>) {
+        let variables: BTreeMap<String, String> = variables.into_iter().collect();
+        for setting in SETTINGS {
+            if let Some(value) = variables.get(&variable(setting)).filter(|value| !value.is_empty()) {
+                self.environment.insert(setting, value.clone());
+            }
+        }
+    }
+
+    /// Takes the settings out of a configuration file's text.
+    pub fn file(&mut self, name: &str, text: &str, errors: &mut ConfigErrors) {
+        name.clone_into(&mut self.file_name);
+        let documents = match yaml::documents(text) {
+            Ok(documents) => documents,
+            Err(error) => return errors.add(name, error),
+        };
+        for document in documents {
+            let Value::Object(entries) = document else {
+                errors.add(name, "must be settings, one `key: value` to a line");
+                continue;
+            };
+            for (key, value) in entries {
+                let Some(setting) = SETTINGS.iter().find(|setting| file_key(setting) == key) else {
+                    let known = SETTINGS.map(file_key).join(", ");
+                    errors.add(format!("{name} {key}"), format!("is not a known key; there are {known}"));
+                    continue;
+                };
+                match plain(&value) {
+                    Some(text) => drop(self.file.insert(setting, text)),
+                    None => errors.add(format!("{name} {key}"), "must be a single value"),
+                }
+            }
+        }
+    }
+
+    /// The value in force and the name it was given under.
+    pub(super) fn get(&self, setting: &'static str) -> (Option<&str>, String) {
+        if let Some(value) = self.flags.get(setting) {
+            return (Some(value), format!("--{setting}"));
+        }
+        if let Some(value) = self.environment.get(setting) {
+            return (Some(value), variable(setting));
+        }
+        match self.file.get(setting) {
+            Some(value) => (Some(value), format!("{} {}", self.file_name, file_key(setting))),
+            None => (None, format!("--{setting}")),
+        }
+    }
+
+    /// Validates everything.
+    ///
+    /// # Errors
+    /// Every error, in the order of the settings.
+    pub fn resolve(&self, mut errors: ConfigErrors, host_name: &str) -> Result<Config, Vec<String>> {
+        let mut text = |setting: &'static str, otherwise: Option<&str>, check: fn(&str) -> Result<(), String>| {
+            let (value, place) = self.get(setting);
+            let value = value.or(otherwise).map(str::to_owned);
+            let value = errors.require(&place, value)?;
+            errors.take(&place, check(&value)).map(|()| value)
+        };
+        let any = |_: &str| Ok(());
+        let node = text("node", Some(&host_name.to_lowercase()), topic_segment);
+        let site = text("site", Some("default"), topic_segment);
+        let prefix = text("prefix", Some("lineside"), |prefix| prefix.split('/').try_for_each(topic_segment));
+        let data_dir = text("data-dir", Some("/var/lib/lineside"), any);
+        let http = text("http", Some(HTTP_DEFAULT), any);
+        let insecure = text("insecure-bind", Some("false"), any);
+        let labels = text("labels", Some(""), any);
+
+        let insecure = insecure.and_then(|text| {
+            let flag = text.parse::<bool>().map_err(|_| format!("`{text}` is neither true nor false"));
+            errors.take(&self.get("insecure-bind").1, flag)
+        });
+        let http = http.and_then(|text| {
+            let address = bind_address(&text, insecure.unwrap_or(false));
+            errors.take(&self.get("http").1, address)
+        });
+        let labels = labels.and_then(|text| errors.take(&self.get("labels").1, labels_of(&text)));
+        let desired_state = self.wish_source(&mut errors);
+        let mqtt = mqtt::resolve(self, &mut errors);
+        let spool = mqtt::spooling(self, &mut errors);
+        let models = self.models(&mut errors);
+        let complete = || {
+            Some(Config {
+                node: node?,
+                site: site?,
+                prefix: prefix?,
+                desired_state: desired_state?,
+                data_dir: data_dir?.into(),
+                mqtt: mqtt?,
+                http: http?,
+                labels: labels?,
+                spool,
+                models,
+            })
+        };
+        match complete() {
+            Some(config) if errors.is_empty() => Ok(config),
+            _ => Err(errors.into_list()),
+        }
+    }
+}
+
+impl ConfigLayers {
+    /// A setting that is there and not empty.
+    pub(super) fn text(&self, setting: &'static str) -> Option<&str> {
+        self.get(setting).0.filter(|value| !value.is_empty())
+    }
+
+    /// The items of a setting that is a list.
+    pub(super) fn list(&self, setting: &'static str) -> impl Iterator<Item = String> {
+        self.text(setting).into_iter().flat_map(|value| value.split(',')).map(|item| item.trim().to_owned())
+    }
+
+    /// A number; what is wrong is noted and stands at its default.
+    pub(super) fn number(
+        &self,
+        setting: &'static str,
+        otherwise: u64,
+        range: RangeInclusive<u64>,
+        errors: &mut ConfigErrors,
+    ) -> u64 {
+        let Some(value) = self.text(setting) else { return otherwise };
+        let read = value.parse::<u64>().ok().filter(|number| range.contains(number));
+        let read = read.ok_or_else(|| format!("`{value}` is no number within {} and {}", range.start(), range.end()));
+        errors.take(&self.get(setting).1, read).unwrap_or(otherwise)
+    }
+
+    /// Where it stands what is to run: in exactly one place.
+    fn wish_source(&self, errors: &mut ConfigErrors) -> Option<DesiredSource> {
+        let in_cluster = match self.text("in-cluster") {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(other) => {
+                errors.add(self.get("in-cluster").1, format!("`{other}` is neither true nor false"));
+                return None;
+            }
+        };
+        let access = ClusterConfig {
+            kubeconfig: self.text("kubeconfig").map(PathBuf::from),
+            contexts: self.list("kube-contexts").collect(),
+            namespace: self.text("kube-namespace").map(str::to_owned),
+        };
+        if let Some(namespace) = access.namespace.as_ref().filter(|name| !is_name(name)) {
+            errors.add(self.get("kube-namespace").1, format!("`{namespace}` is no name of a namespace"));
+        }
+        if !access.contexts.is_empty() && access.kubeconfig.is_none() {
+            errors.add(self.get("kube-contexts").1, "--kubeconfig is needed too: contexts stand in it");
+        }
+        match (self.text("manifests"), in_cluster, &access.kubeconfig) {
+            (Some(folder), false, None) => {
+                let folder = PathBuf::from(folder);
+                let place = self.get("manifests").1;
+                let found =
+                    std::fs::metadata(&folder).map_err(|error| format!("{} cannot be read: {error}", folder.display()));
+                match errors.take(&place, found)? {
+                    found if found.is_dir() => Some(DesiredSource::Folder(folder)),
+                    _ => {
+                        errors.add(place, format!("{} is no folder", folder.display()));
+                        None
+                    }
+                }
+            }
+            (None, true, None) => Some(DesiredSource::ClusterClient(access)),
+            (None, false, Some(file)) => {
+                let place = self.get("kubeconfig").1;
+                let found =
+                    std::fs::metadata(file).map_err(|error| format!("{} cannot be read: {error}", file.display()));
+                errors.take(&place, found)?;
+                Some(DesiredSource::ClusterClient(access))
+            }
+            (None, false, None) => {
+                errors.add(
+                    self.get("manifests").1,
+                    "is missing: name a folder of manifests, or say --in-cluster or --kubeconfig FILE to follow a cluster",
+                );
+                None
+            }
+            _ => {
+                errors.add(
+                    self.get("manifests").1,
+                    "--manifests, --in-cluster and --kubeconfig exclude each other: what is to run stands in one place",
+                );
+                None
+            }
+        }
+    }
+
+    /// The settings of models. What is wrong is noted and stands at its default.
+    fn models(&self, errors: &mut ConfigErrors) -> ModelsConfig {
+        let defaults = ModelsConfig::default();
+        let path = |setting: &'static str| self.text(setting).map(PathBuf::from);
+        let mut number = |setting, otherwise, least, most| self.number(setting, otherwise, least..=most, errors);
+        const MIB_MAX: u64 = 1 << 24;
+        const SECONDS_MAX: u64 = 24 * 3600;
+        let mut models = ModelsConfig {
+            source_stall: Duration::from_secs(number("source-stall-seconds", 30, 1, SECONDS_MAX)),
+            source_jitter: Duration::from_secs(number("source-jitter-seconds", 3, 0, SECONDS_MAX)),
+            source_bytes_per_second: match number("source-kib-per-second", 0, 0, 1 << 30) {
+                0 => None,
+                kib => Some(kib << 10),
+            },
+            // ONNX itself ends at 2 GiB.
+            model_bytes_max: number("model-mib-max", 2048, 1, 2048) << 20,
+            store_bytes_max: number("store-mib-max", 4096, 1, MIB_MAX) << 20,
+            signature_threshold: usize::try_from(number("signature-threshold", 1, 1, 100)).unwrap_or(1),
+            vet_memory_bytes: number("vet-memory-mib", 2048, 64, MIB_MAX) << 20,
+            vet_seconds: number("vet-seconds", 120, 1, SECONDS_MAX),
+            source_ca: path("source-ca"),
+            secrets_dir: path("secrets-dir").unwrap_or(defaults.secrets_dir.clone()),
+            trusted_keys: path("trusted-keys"),
+            peer_token: path("peer-token-file"),
+            source_hosts: self.list("source-hosts").collect(),
+            peers: self.list("peers").collect(),
+            ..defaults
+        };
+        if let Some(flag) = self.text("source-http") {
+            let read = flag.parse::<bool>().map_err(|_| format!("`{flag}` is neither true nor false"));
+            models.source_http = errors.take(&self.get("source-http").1, read).unwrap_or(false);
+        }
+        for (setting, hosts) in
+            [("source-hosts", models.source_hosts.iter().collect()), ("peers", models.peers.iter().collect::<Vec<_>>())]
+        {
+            for host in hosts {
+                // A peer needs a port; a source's host may leave it to its scheme.
+                let is_one = !host.contains(['/', '@', '?', '#', ' '])
+                    && Url::parse(&format!("http://{host}/"))
+                        .is_ok_and(|url| setting != "peers" || url.port().is_some() || host.ends_with(":80"));
+                if !is_one {
+                    errors.add(self.get(setting).1, format!("`{host}` is no host:port"));
+                }
+            }
+        }
+        if !models.peers.is_empty() && models.peer_token.is_none() {
+            errors.add(
+                self.get("peers").1,
+                "--peer-token-file is needed too: peers answer only those who share its secret",
+            );
+        }
+        models
+    }
+}
+
+/// `data-dir` as `LINESIDE_DATA_DIR`.
+fn variable(setting: &str) -> String {
+    format!("LINESIDE_{}", setting.to_uppercase().replace('-', "_"))
+}
+
+/// `data-dir` as `dataDir`; units keep their own spelling.
+fn file_key(setting: &str) -> String {
+    let mut words = setting.split('-');
+    let first = words.next().unwrap_or_default().to_owned();
+    words.fold(first, |key, word| match word {
+        "mib" => key + "MiB",
+        word => key + &word[..1].to_uppercase() + &word[1..],
+    })
+}
+
+/// A YAML value as the text a flag would have; a mapping becomes `key=value,key=value`, a list `item,item`.
+fn plain(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Bool(flag) => Some(flag.to_string()),
+        Value::Number(number) => Some(number.to_string()),
+        Value::Object(entries) => entries
+            .iter()
+            .map(|(key, value)| Some(format!("{key}={}", value.as_str()?)))
+            .collect::<Option<Vec<_>>>()
+            .map(|pairs| pairs.join(",")),
+        Value::Array(items) => items.iter().map(Value::as_str).collect::<Option<Vec<_>>>().map(|items| items.join(",")),
+        Value::Null => None,
+    }
+}
+
+/// `host:port`, where the host is an address; only the machine itself can reach it unless told otherwise.
+fn bind_address(text: &str, insecure: bool) -> Result<SocketAddr, String> {
+    let address: SocketAddr =
+        text.parse().map_err(|_| format!("`{text}` is no address and port, such as {HTTP_DEFAULT} or [::1]:8080"))?;
+    let is_loopback = match address.ip() {
+        IpAddr::V4(ip) => ip.is_loopback(),
+        IpAddr::V6(ip) => ip.is_loopback(),
+    };
+    match is_loopback || insecure {
+        true => Ok(address),
+        false => Err(format!(
+            "{address} can be reached from other machines without TLS or a token; use a loopback address, or \
+             --insecure-bind where the network is trusted"
+        )),
+    }
+}
+
+fn labels_of(text: &str) -> Result<BTreeMap<String, String>, String> {
+    text.split(',')
+        .filter(|pair| !pair.trim().is_empty())
+        .map(|pair| match pair.trim().split_once('=') {
+            Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+            _ => Err(format!("`{pair}` is no label; expected key=value")),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolved(flags: &[(&str, &str)], environment: &[(&str, &str)], file: &str) -> Result<Config, Vec<String>> {
+        let mut layers = ConfigLayers::new();
+        let mut errors = ConfigErrors::default();
+        flags.iter().for_each(|(setting, value)| layers.flag(setting, Some((*value).to_owned())));
+        layers.environment(environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        layers.file("lineside.yaml", file, &mut errors);
+        layers.resolve(errors, "Edge-3")
+    }
+
+    #[test]
+    fn flags_override_the_environment_which_overrides_the_file() {
+        let file = "manifests: /\nmqtt: mqtt://file\nsite: file\nnode: file\nlabels: {line: a, zone: b}\nspoolMiB: 7\n";
+        let environment = [
+            ("LINESIDE_SITE", "environment"),
+            ("LINESIDE_NODE", "environment"),
+            ("LINESIDE_PREFIX", ""),
+            ("LINESIDE_SERVICE_HOST", "10.0.0.1"),
+            ("LINESIDE_PORT", "tcp://10.0.0.1:8080"),
+        ];
+        let config = resolved(&[("node", "flag")], &environment, file).unwrap();
+        assert_eq!((config.node.as_str(), config.site.as_str()), ("flag", "environment"));
+        assert_eq!((config.mqtt.brokers[0].host.as_str(), config.prefix.as_str()), ("file", "lineside"));
+        assert_eq!(config.labels.len(), 2);
+        assert_eq!(config.spool.bytes_max, 7 << 20);
+        let defaults = resolved(&[("manifests", "/"), ("mqtt", "mqtt://b")], &[], "").unwrap();
+        assert_eq!((defaults.node.as_str(), defaults.http.port()), ("edge-3", 8080));
+    }
+
+    #[test]
+    fn one_start_reports_every_mistake_with_the_name_it_was_given_under() {
+        let errors = resolved(
+            &[("node", "a/b"), ("http", "nowhere")],
+            &[("LINESIDE_SPOOL_MIB", "0"), ("LINESIDE_MANIFESTS", "/no/such/folder")],
+            "mqtt: http://x\nspeed: 3\nsite: [1]\nlabels: novalue\n",
+        )
+        .unwrap_err();
+        for expected in [
+            "--node: `a/b`",
+            "--http: `nowhere`",
+            "LINESIDE_SPOOL_MIB: `0`",
+            "LINESIDE_MANIFESTS: /no/such/folder cannot be read",
+            "lineside.yaml mqtt: http: is not known",
+            "lineside.yaml speed: is not a known key",
+            "lineside.yaml site: must be a single value",
+            "lineside.yaml labels: `novalue`",
+        ] {
+            assert!(errors.iter().any(|error| error.starts_with(expected)), "{expected}\n{errors:#?}");
+        }
+        let missing = resolved(&[], &[], "").unwrap_err();
+        assert_eq!(
+            missing,
+            [
+                "--manifests: is missing: name a folder of manifests, or say --in-cluster or --kubeconfig FILE to follow a cluster",
+                "--mqtt: is missing"
+            ]
+        );
+    }
+
+    #[test]
+    fn an_open_address_has_to_be_wanted() {
+        let with = |address: &str, insecure: &str| {
+            resolved(
+                &[("manifests", "/"), ("mqtt", "mqtt://b"), ("http", address), ("insecure-bind", insecure)],
+                &[],
+                "",
+            )
+        };
+        assert!(with("127.0.0.1:0", "false").is_ok() && with("[::1]:8080", "false").is_ok());
+        assert!(with("0.0.0.0:8080", "false").unwrap_err()[0].contains("--insecure-bind"));
+        assert!(with("0.0.0.0:8080", "true").is_ok());
+        assert!(with("0.0.0.0:8080", "maybe").is_err());
+    }
+
+    #[test]
+    fn a_setting_has_one_name_in_three_spellings() {
+        assert_eq!(
+            (variable("spool-mib"), file_key("spool-mib")),
+            ("LINESIDE_SPOOL_MIB".to_owned(), "spoolMiB".to_owned())
+        );
+    }
+}

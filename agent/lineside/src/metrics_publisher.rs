@@ -1,0 +1,154 @@
+//! Says on MQTT how things stand, for sites without a scraper: what `/metrics` gives, and what changed since the last time.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use prometheus::proto::{Metric, MetricFamily, MetricType};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use crate::message_writer::MessageWriter;
+use lineside_api::message::{Series, SeriesValue};
+use lineside_common::metrics::Metrics;
+
+/// Puts the metrics into the message_writer once per period, until it is stopped. `refresh` brings up to date what is only looked
+/// at when somebody asks.
+pub async fn measure(
+    metrics: Metrics,
+    message_writer: std::sync::Arc<MessageWriter>,
+    every: Duration,
+    refresh: impl Fn(),
+    stop: CancellationToken,
+) {
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut rollup = Rollup::default();
+    rollup.take(&metrics.gather());
+    let mut since = Instant::now();
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = stop.cancelled() => return,
+        }
+        refresh();
+        let series = rollup.take(&metrics.gather());
+        let now = Instant::now();
+        message_writer.metrics(now.duration_since(since).as_secs_f64(), series);
+        since = now;
+    }
+}
+
+/// A metric's name and labels.
+type Key = (String, BTreeMap<String, String>);
+
+/// What was seen the last time.
+#[derive(Default)]
+struct Rollup {
+    counters: HashMap<Key, f64>,
+    /// Cumulative bucket counts, and the sum of what was observed.
+    distributions: HashMap<Key, (Vec<u64>, f64)>,
+}
+
+impl Rollup {
+    /// All series, with what changed since the last call.
+    fn take(&mut self, families: &[MetricFamily]) -> Vec<Series> {
+        let mut series = Vec::new();
+        for family in families {
+            for metric in family.get_metric() {
+                let labels: BTreeMap<String, String> =
+                    metric.get_label().iter().map(|pair| (pair.name().to_owned(), pair.value().to_owned())).collect();
+                let name = family.name().to_owned();
+                let value = match family.get_field_type() {
+                    MetricType::COUNTER => Some(self.counter(&name, &labels, metric.get_counter().get_value())),
+                    MetricType::GAUGE => Some(SeriesValue::Gauge { value: metric.get_gauge().get_value() }),
+                    _ => self.distribution(&name, &labels, metric),
+                };
+                series.extend(value.map(|value| Series { name, labels, value }));
+            }
+        }
+        series
+    }
+
+    fn counter(&mut self, name: &str, labels: &BTreeMap<String, String>, total: f64) -> SeriesValue {
+        let before = self.counters.insert((name.to_owned(), labels.clone()), total).unwrap_or(0.0);
+        SeriesValue::Counter { total, increase: total - before }
+    }
+
+    fn distribution(&mut self, name: &str, labels: &BTreeMap<String, String>, metric: &Metric) -> Option<SeriesValue> {
+        let histogram = metric.get_histogram();
+        let bounds: Vec<f64> = histogram.get_bucket().iter().map(|bucket| bucket.upper_bound()).collect();
+        let mut counts: Vec<u64> = histogram.get_bucket().iter().map(|bucket| bucket.cumulative_count()).collect();
+        counts.push(histogram.get_sample_count());
+        let sum = histogram.get_sample_sum();
+        let (before, sum_before) = self
+            .distributions
+            .insert((name.to_owned(), labels.clone()), (counts.clone(), sum))
+            .unwrap_or_else(|| (vec![0; counts.len()], 0.0));
+        let increase: Vec<u64> =
+            counts.iter().zip(before).map(|(count, before)| count.saturating_sub(before)).collect();
+        let count = *increase.last()?;
+        (count > 0).then(|| SeriesValue::Distribution {
+            count,
+            mean: (sum - sum_before) / count as f64,
+            p50: quantile(&bounds, &increase, 0.5),
+            p99: quantile(&bounds, &increase, 0.99),
+        })
+    }
+}
+
+/// A quantile of cumulative bucket counts, the last of which is that of all observations: interpolated within its bucket as
+/// Prometheus' `histogram_quantile` does; beyond the last bound it is that bound.
+fn quantile(bounds: &[f64], cumulative: &[u64], quantile: f64) -> f64 {
+    let total = cumulative.last().copied().unwrap_or(0);
+    let rank = quantile * total as f64;
+    let index = cumulative.iter().position(|count| *count as f64 >= rank).unwrap_or(0);
+    let Some(upper) = bounds.get(index) else { return bounds.last().copied().unwrap_or(0.0) };
+    let (lower, below) = match index.checked_sub(1) {
+        Some(before) => (bounds[before], cumulative[before]),
+        None => (0.0, 0),
+    };
+    let within = (cumulative[index] - below).max(1) as f64;
+    lower + (upper - lower) * (rank - below as f64) / within
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(series: &[Series], name: &str) -> Option<SeriesValue> {
+        series.iter().find(|series| series.name == name).map(|series| series.value.clone())
+    }
+
+    #[test]
+    fn a_period_shows_what_changed_within_it() {
+        let metrics = Metrics::new().unwrap();
+        let mut rollup = Rollup::default();
+        metrics.mqtt_results.inc_by(5);
+        rollup.take(&metrics.gather());
+        metrics.mqtt_results.inc_by(2);
+        metrics.mqtt_connected.set(1);
+        let phase = metrics.inference_duration.with_label_values(&["m", "1", "infer"]);
+        (0..100).for_each(|_| phase.observe(0.003));
+        let series = rollup.take(&metrics.gather());
+        let counter = SeriesValue::Counter { total: 7.0, increase: 2.0 };
+        assert_eq!(find(&series, "lineside_mqtt_results_published_total"), Some(counter));
+        assert_eq!(find(&series, "lineside_mqtt_connected"), Some(SeriesValue::Gauge { value: 1.0 }));
+        let Some(SeriesValue::Distribution { count, mean, p50, p99 }) =
+            find(&series, "lineside_inference_duration_seconds")
+        else {
+            panic!("no distribution")
+        };
+        assert!(count == 100 && (mean - 0.003).abs() < 1e-9);
+        assert!((0.002..=0.004).contains(&p50) && p99 > p50 && p99 <= 0.004, "{p50} {p99}");
+        let quiet = rollup.take(&metrics.gather());
+        assert_eq!(find(&quiet, "lineside_inference_duration_seconds"), None, "nothing was observed");
+    }
+
+    #[test]
+    fn quantiles_are_those_of_prometheus() {
+        let bounds = [1.0, 2.0, 4.0];
+        assert_eq!(quantile(&bounds, &[10, 10, 10, 10], 0.5), 0.5);
+        assert_eq!(quantile(&bounds, &[0, 5, 10, 10], 0.5), 2.0);
+        assert_eq!(quantile(&bounds, &[0, 0, 0, 10], 0.99), 4.0, "beyond the last bound");
+    }
+}

@@ -77,7 +77,7 @@ class Agent:
         def look():
             for line in (self.folder / "log").read_text().splitlines():
                 entry = json.loads(line)
-                if entry.get("message") == "lineside starts":
+                if entry.get("event") == "agent_started" or entry.get("message") == "lineside starts":
                     return entry["http"]
         return wait_for("the agent", look)
 

@@ -99,15 +99,15 @@ impl Agent {
         let pid = child.id();
         let mut agent = Self { child, logs, http: String::new(), pid };
         agent.http = until("the agent to say where it serves", || {
-            agent.log("lineside starts").first().and_then(|entry| entry["http"].as_str().map(str::to_owned))
+            agent.events("agent_started").first().and_then(|entry| entry["http"].as_str().map(str::to_owned))
         });
         agent
     }
 
-    /// Log entries with this message, oldest first.
-    pub fn log(&self, message: &str) -> Vec<Value> {
+    /// Log entries with this event code, oldest first.
+    pub fn events(&self, code: &str) -> Vec<Value> {
         let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
-        logs.iter().filter(|entry| entry["message"] == message).cloned().collect()
+        logs.iter().filter(|entry| entry["event"] == code).cloned().collect()
     }
 
     /// All log entries.
@@ -115,12 +115,12 @@ impl Agent {
         self.logs.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits for a log entry with this message.
+    /// Waits for a log entry with this event code.
     ///
     /// # Panics
     /// When none comes.
-    pub fn wait_for_log(&self, message: &str) -> Value {
-        until(&format!("the log to say: {message}\n{:#?}", self.logs()), || self.log(message).last().cloned())
+    pub fn wait_for_event(&self, code: &str) -> Value {
+        until(&format!("a log entry with event {code}\n{:#?}", self.logs()), || self.events(code).last().cloned())
     }
 
     /// Where it serves.

@@ -20,7 +20,7 @@ pub enum Script {
     /// Every watch ends at once: the version is too old.
     Expired,
     /// Too many requests, without a word on when to come again.
-    TooMany,
+    LimitExceeded,
     /// Not available.
     Unavailable,
     /// Every answer breaks off in the middle.
@@ -149,7 +149,7 @@ fn serve(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                 match script {
                     Script::Expired => chunked(&mut stream, &error(410, "Expired").to_string())?,
                     Script::Truncated => chunked(&mut stream, "{\"type\":\"ADDED\",\"object\":{\"apiVersion\":\"li")?,
-                    Script::TooMany => whole(&mut stream, 429, &status(429, "TooManyRequests").to_string())?,
+                    Script::LimitExceeded => whole(&mut stream, 429, &status(429, "TooManyRequests").to_string())?,
                     Script::Unavailable => whole(&mut stream, 503, &status(503, "ServiceUnavailable").to_string())?,
                     // A quiet watch, which ends when the script changes.
                     Script::Well => {
@@ -176,7 +176,7 @@ fn serve(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                     .to_string()
                 };
                 match script {
-                    Script::TooMany => whole(&mut stream, 429, &status(429, "TooManyRequests").to_string())?,
+                    Script::LimitExceeded => whole(&mut stream, 429, &status(429, "TooManyRequests").to_string())?,
                     Script::Unavailable => whole(&mut stream, 503, &status(503, "ServiceUnavailable").to_string())?,
                     Script::Truncated => whole(&mut stream, 200, &list[..list.len() / 2])?,
                     Script::Well | Script::Expired => whole(&mut stream, 200, &list)?,

@@ -40,20 +40,20 @@ fn bad_frames_are_counted_named_once_and_passed_over() {
         mqtt: &broker.url(),
         flags: &[],
     });
-    agent.wait_for_log("stream has ended: all its frames were played");
+    agent.wait_for_event("stream_ended");
     let results = subscriber.wait_for("/line-1/result", 2);
     let names: Vec<_> = results.iter().map(|result| result["frame"]["name"].clone()).collect();
     assert_eq!(names, ["1-good.jpg", "9-good.jpg"]);
     assert_eq!(agent.metric("lineside_frames_total{outcome=\"failed\",stream=\"line-1\"}"), 7.0);
     let reasons = |message: &str| -> Vec<String> {
-        agent.log(message).iter().map(|entry| entry["reason"].as_str().unwrap().to_owned()).collect()
+        agent.events(message).iter().map(|entry| entry["reason"].as_str().unwrap().to_owned()).collect()
     };
     let failed = reasons("frame failed, going on").join("\n");
     for expected in ["is cut off", "neither JPEG nor PNG", "is empty", "60000x60000"] {
         assert!(failed.contains(expected), "{expected} in {failed}");
     }
     assert_eq!(reasons("frame cannot be read, going on").len(), 2, "a folder and a dead link");
-    assert_eq!(agent.log("panic").len(), 0);
+    assert_eq!(agent.events("panic").len(), 0);
     assert!(agent.end().success());
 }
 
@@ -102,7 +102,7 @@ fn models_that_are_none_are_refused_with_a_reason() {
     });
     for (name, _, expected) in &cases {
         let reason = until(&format!("{name} to be refused"), || {
-            let entries = agent.log("model cannot be loaded, trying again later");
+            let entries = agent.events("model_load_failed");
             entries
                 .iter()
                 .find(|entry| entry["model"] == *name)
@@ -233,7 +233,7 @@ fn a_result_too_large_for_the_wire_is_counted_and_holds_up_nobody() {
     assert_eq!(seqs, (1..=40).collect::<Vec<u64>>(), "what was never sent has used no number");
     assert!(subscriber.payloads("/wide/result").is_empty());
     assert_eq!(agent.metric("lineside_mqtt_connected"), 1.0);
-    let complaints = agent.log("frame failed, going on");
+    let complaints = agent.events("frame_failed");
     assert_eq!(complaints.len(), 1, "{complaints:#?}");
     assert!(complaints[0]["reason"].as_str().unwrap().contains("cannot be sent"));
     assert!(agent.end().success());

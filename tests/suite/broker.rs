@@ -64,8 +64,8 @@ fn a_broker_that_stops_and_starts_gets_every_result_and_is_complained_about_once
         until_true("every result", || check_sequence(&subscriber.results()).gaps.is_empty());
         let late = results.iter().filter(|result| result["historical"] == true).count();
         assert!(late >= 25, "what was made meanwhile says so: {late} of {}", results.len());
-        assert_eq!(agent.log("broker is not reached, results wait").len(), round, "{:#?}", agent.logs());
-        assert_eq!(agent.log("broker is reached").len(), round + 1);
+        assert_eq!(agent.events("broker_disconnected").len(), round, "{:#?}", agent.logs());
+        assert_eq!(agent.events("broker_connected").len(), round + 1);
     }
     // Live results are in order among themselves, and so are late ones of one outage.
     let live: Vec<u64> = subscriber
@@ -85,10 +85,10 @@ fn a_broker_that_is_never_there_stops_nothing() {
     let mut agent = agent(&folder, "mqtt://127.0.0.1:1");
     agent.wait_ready();
     agent.wait_for_metric("lineside_frames_total{outcome=\"processed\",stream=\"line-1\"}", 10.0);
-    assert_eq!(agent.log("broker is not reached, results wait").len(), 1, "{:#?}", agent.logs());
+    assert_eq!(agent.events("broker_disconnected").len(), 1, "{:#?}", agent.logs());
     assert!(agent.is_running());
     assert!(agent.end().success());
-    assert_eq!(agent.log("ending with results the broker has not taken; the spool keeps them").len(), 1);
+    assert_eq!(agent.events("records_left_in_spool").len(), 1);
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn the_end_waits_for_the_broker_to_take_what_is_left() {
     subscriber.wait_for("/line-1/result", 5);
     assert!(agent.end().success());
     let lines = agent.logs();
-    assert!(agent.log("ending with results the broker has not taken; the spool keeps them").is_empty(), "{lines:#?}");
+    assert!(agent.events("records_left_in_spool").is_empty(), "{lines:#?}");
     let messages = subscriber.messages();
     let published = messages.iter().filter(|message| message.topic.ends_with("/result")).count() as u64;
     subscriber.wait_for("edge-1/status", 2);

@@ -86,13 +86,13 @@ fn a_camera_that_stops_and_starts_is_reported_once_each_way_and_comes_back() {
         site.agent.wait_for_value("lineside_stream_up{stream=\"cam\"}", 0.0);
         site.agent.wait_for_metric("lineside_stream_reconnects_total{stream=\"cam\"}", 3.0);
         assert_steady(&site);
-        let downs = site.agent.log("stream is down, trying again").len();
+        let downs = site.agent.events("stream_down").len();
         assert_eq!(downs, 1, "{name}: once, not for every attempt");
         let so_far = site.subscriber.payloads("/cam/result").len();
         camera.resume();
         site.subscriber.wait_for("/cam/result", so_far + 5);
         site.agent.wait_for_value("lineside_stream_up{stream=\"cam\"}", 1.0);
-        let ups = site.agent.log("stream is up").into_iter().filter(|entry| entry["stream"] == "cam").count();
+        let ups = site.agent.events("stream_up").into_iter().filter(|entry| entry["stream"] == "cam").count();
         assert_eq!(ups, 2, "{name}");
         assert_steady(&site);
         assert!(site.agent.end().success());
@@ -128,7 +128,7 @@ fn a_camera_that_answers_rubbish_is_named_and_disturbs_nobody() {
     let mut site = site(&streams);
     for (name, _, expected) in &cases {
         let reason = lineside_tests::wait::until(&format!("{name} to be named"), || {
-            let entries = site.agent.log("stream is down, trying again");
+            let entries = site.agent.events("stream_down");
             entries.into_iter().find(|entry| entry["stream"] == *name).map(|entry| entry["reason"].to_string())
         });
         assert!(reason.contains(expected), "{name}: {reason}");
@@ -145,7 +145,7 @@ fn credentials_of_a_camera_are_never_logged() {
     let camera = Camera::start(Script::Raw(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n".to_vec()));
     let url = camera.url().replace("http://", "http://operator:hunter2@") + "?token=s3cret";
     let mut site = site(&[stream_manifest("cam", &url, "parts", "")]);
-    site.agent.wait_for_log("stream is down, trying again");
+    site.agent.wait_for_event("stream_down");
     camera.stop();
     site.agent.wait_for_metric("lineside_stream_reconnects_total{stream=\"cam\"}", 3.0);
     let logs = format!("{:?}", site.agent.logs());

@@ -69,9 +69,9 @@ fn a_second_signal_ends_at_once() {
     request.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: ").unwrap();
     agent.wait_for_metric("lineside_build_info{version=\"0.1.0\"}", 1.0);
     agent.signal("TERM");
-    agent.wait_for_log("shutting down");
+    agent.wait_for_event("shutdown_requested");
     agent.signal("INT");
     assert_eq!(agent.wait().code(), Some(1));
-    assert!(agent.log("lineside ended").is_empty());
-    assert_eq!(agent.log("told twice, ending at once").len(), 1);
+    assert!(agent.events("agent_stopped").is_empty());
+    assert_eq!(agent.events("shutdown_forced").len(), 1);
 }

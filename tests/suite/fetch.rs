@@ -41,7 +41,7 @@ fn arrives(agent: &Agent, name: &str, bytes: &[u8]) {
 /// connection that was cut.
 fn is_refused(agent: &Agent, name: &str, words: &[&str]) {
     until_true(&format!("{name} to be refused, saying one of {words:?}"), || {
-        let entries = agent.log("model cannot be loaded, trying again later");
+        let entries = agent.events("model_load_failed");
         let mut reasons =
             entries.iter().filter(|entry| entry["model"] == name).map(|entry| entry["reason"].to_string());
         reasons.any(|reason| holds(&reason, words))
@@ -65,7 +65,7 @@ fn assert_stored(plant: &Plant, files: &[&[u8]]) {
 
 /// The end of a download in the log, with where it came from.
 fn came_from(agent: &Agent, name: &str) -> String {
-    let entries = agent.log("model downloaded");
+    let entries = agent.events("model_downloaded");
     let entry = entries.iter().find(|entry| entry["model"] == name).unwrap();
     entry["from"].as_str().unwrap().to_owned()
 }
@@ -90,7 +90,7 @@ fn a_model_comes_over_tls_when_its_authority_is_trusted() {
     let mut agent = plant.start(&["--source-hosts", &hosts, "--source-ca", utf8(&tls.ca())]);
     arrives(&agent, "parts", &bytes);
     assert_stored(&plant, &[&bytes]);
-    let entry = agent.wait_for_log("model downloaded");
+    let entry = agent.wait_for_event("model_downloaded");
     assert_eq!(entry["bytes"].as_u64(), Some(bytes.len() as u64));
     assert_eq!(entry["digest"], digest(&bytes));
     assert_eq!(agent.metric("lineside_fetch_bytes_total{from=\"source\"}"), bytes.len() as f64);
@@ -337,7 +337,7 @@ fn nobody_is_led_to_addresses_that_are_this_machines_own() {
         let reason = refusal(&agent, &format!("case-{index}"));
         assert!(holds(&reason, &why), "{uri}: {reason}");
     }
-    let entry = agent.wait_for_log("manifest refused, its last good content stays in force");
+    let entry = agent.wait_for_event("manifest_rejected");
     assert!(holds(entry["reason"].as_str().unwrap(), &["credentials"]), "{entry}");
     assert!(!format!("{:?}", agent.logs()).contains("hunter2"));
     assert_eq!(server.connections(), 0, "{:?}", server.requests());

@@ -91,14 +91,14 @@ fn edits_additions_and_removals_are_followed_without_disturbing_others() {
 
     // A removal.
     fs::remove_file(site.manifest("added.yaml")).unwrap();
-    until_true("the removal", || site.agent.log("stream stopped").iter().any(|entry| entry["stream"] == "added"));
+    until_true("the removal", || site.agent.events("stream_stopped").iter().any(|entry| entry["stream"] == "added"));
     let gone_at = site.results("added").len();
     let so_far = site.results("steady").len();
     site.subscriber.wait_for("/steady/result", so_far + 10);
     assert!(site.results("added").len() <= gone_at + 2, "it has stopped");
 
     assert_eq!(site.agent.metric("lineside_frames_total{outcome=\"failed\",stream=\"steady\"}"), 0.0);
-    let starts = site.agent.log("stream starts");
+    let starts = site.agent.events("stream_started");
     assert_eq!(starts.iter().filter(|entry| entry["stream"] == "steady").count(), 1, "never started anew");
     let seqs: Vec<u64> = ["steady", "changing", "added"]
         .iter()
@@ -119,7 +119,7 @@ fn a_broken_file_is_reported_once_and_the_last_good_state_runs_on() {
     site.agent.wait_for_value(rejected, 1.0);
     let so_far = site.results("line-1").len();
     site.subscriber.wait_for("/line-1/result", so_far + 20);
-    let refusals = site.agent.log("manifest refused, its last good content stays in force");
+    let refusals = site.agent.events("manifest_rejected");
     let reasons: Vec<&str> = refusals.iter().map(|entry| entry["reason"].as_str().unwrap()).collect();
     assert_eq!(reasons.len(), 2, "each mistake once: {reasons:?}");
     assert!(reasons.iter().any(|reason| reason.contains("spec.fps")), "{reasons:?}");
@@ -139,7 +139,7 @@ fn a_version_that_cannot_load_leaves_the_one_before_in_place() {
     site.subscriber.wait_for("/line-1/result", 3);
     fs::write(site.folder.path().join("broken.onnx"), b"not a model").unwrap();
     site.write("model.yaml", &model_manifest("parts", 2, "file:../broken.onnx", ""));
-    let entry = site.agent.wait_for_log("model cannot be loaded, trying again later");
+    let entry = site.agent.wait_for_event("model_load_failed");
     let reason = entry["reason"].as_str().unwrap();
     assert!(reason.contains("broken.onnx") && reason.contains("not an ONNX model"), "{reason}");
     assert_eq!(entry["serving"], 1);
@@ -156,7 +156,7 @@ fn a_version_that_cannot_load_leaves_the_one_before_in_place() {
 
     // Back to a lower version only when asked.
     site.write("model.yaml", &parts(1, ""));
-    let refusal = site.agent.wait_for_log("a lower version is refused; set rollback: true to go back");
+    let refusal = site.agent.wait_for_event("model_version_refused");
     assert_eq!((refusal["version"].as_u64(), refusal["highest"].as_u64()), (Some(1), Some(2)));
     site.write("model.yaml", &parts(1, "  rollback: true\n"));
     until_true("the way back", || site.results("line-1").last().unwrap()["model"]["version"] == 1);
@@ -180,7 +180,7 @@ fn a_wrong_digest_and_wrong_labels_are_refused_by_name() {
     ]);
     let reason = |name: &str| {
         lineside_tests::wait::until(&format!("{name} to be refused"), || {
-            let entries = site.agent.log("model cannot be loaded, trying again later");
+            let entries = site.agent.events("model_load_failed");
             entries
                 .iter()
                 .find(|entry| entry["model"] == name)

@@ -16,7 +16,7 @@ use crate::results::check_schema;
 const ALL: &str = "lineside/v1/plant/edge-1/#";
 
 fn reason(agent: &Agent) -> String {
-    agent.wait_for_log("broker is not reached, results wait")["reason"].as_str().unwrap().to_owned()
+    agent.wait_for_event("broker_disconnected")["reason"].as_str().unwrap().to_owned()
 }
 
 fn connected(agent: &Agent) {
@@ -79,10 +79,10 @@ fn commands_are_carried_out_as_far_as_they_are_allowed() {
     };
     let paused = command("pause", r#"{"id":"ID","stream":"line-1"}"#);
     assert_eq!((&paused["ok"], &paused["paused"]), (&json!(true), &json!(["line-1"])));
-    agent.wait_for_log("stream stopped");
+    agent.wait_for_event("stream_stopped");
     let resumed = command("resume", r#"{"id":"ID","stream":"line-1"}"#);
     assert_eq!((&resumed["ok"], &resumed["paused"]), (&json!(true), &json!([])));
-    until_true("the stream to be back", || agent.log("stream starts").len() == 2);
+    until_true("the stream to be back", || agent.events("stream_started").len() == 2);
     let unknown = command("pause", r#"{"id":"ID","stream":"nobody"}"#);
     assert!(unknown["ok"] == false && unknown["error"].as_str().unwrap().contains("line-1"), "{unknown}");
     let level = command("log-level", r#"{"id":"ID","level":"error"}"#);
@@ -126,7 +126,7 @@ fn without_being_allowed_no_command_is_carried_out() {
     let answers = subscriber.wait_for("/cmd/pause/state", 1);
     assert!(answers[0]["error"].as_str().unwrap().contains("--mqtt-commands"), "{answers:?}");
     assert_eq!(agent.metric("lineside_mqtt_received_total{kind=\"command\",outcome=\"stale\"}"), 1.0);
-    assert!(agent.log("stream stopped").is_empty());
+    assert!(agent.events("stream_stopped").is_empty());
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn tls_with_certificates_on_both_sides_and_their_rotation() {
     // Our own certificate has expired.
     certificates.client_secret(&secret, -1);
     until_late("the broker's refusal", || {
-        let told = agent.log("broker is not reached, results wait");
+        let told = agent.events("broker_disconnected");
         told.iter()
             .any(|entry| entry["reason"].as_str().unwrap().contains("does it accept our certificate"))
             .then_some(())
@@ -161,7 +161,7 @@ fn tls_with_certificates_on_both_sides_and_their_rotation() {
     assert!(first > 1.7e9, "{first}");
     // A certificate that is renewed while the old one is still good is used without a restart, and costs no result.
     certificates.client_secret(&secret, 200);
-    agent.wait_for_log("credentials for the broker have changed, connecting anew with them");
+    agent.wait_for_event("broker_credentials_changed");
     agent.wait_for_metric("lineside_mqtt_certificate_expiry_timestamp_seconds", first + 86_400.0);
     connected(&agent);
     let so_far = subscriber.results().len();
@@ -266,7 +266,7 @@ fn home_assistant_is_told_of_streams_that_come_and_go() {
     assert!(configs.iter().all(|config| config["unique_id"].is_string() && config["device"]["identifiers"].is_array()));
     assert!(configs.iter().any(|config| config["state_topic"] == "lineside/v1/plant/edge-1/line-1/result"));
     plant.withdraw("stream.yaml");
-    agent.wait_for_log("stream stopped");
+    agent.wait_for_event("stream_stopped");
     subscriber.wait_for("/config", 6);
     // Nothing is kept of a stream that is gone.
     let late = Paho::start(&broker.access(), "homeassistant/#", None);

@@ -33,7 +33,7 @@ fn every_frame_of_a_folder_becomes_one_result_that_says_where_it_comes_from() {
     let start = Start { manifests: &folder.path().join("manifests"), data: &data, mqtt: &broker.url(), flags: &[] };
     let mut agent = Agent::start(&start);
     let results = subscriber.wait_for("/line-1/result", FRAMES);
-    agent.wait_for_log("stream has ended: all its frames were played");
+    agent.wait_for_event("stream_ended");
 
     let mut right = 0;
     for (index, result) in results.iter().enumerate() {

@@ -58,7 +58,7 @@ fn results_wait_for_the_primary_host_and_are_replayed_as_historical() {
     broker.publish("spBv1.0/STATE/scada", state(true, 3000), true);
     until_late("another birth", || (count(&capture, "NBIRTH") > 1).then_some(()));
     plant.withdraw("stream.yaml");
-    agent.wait_for_log("stream stopped");
+    agent.wait_for_event("stream_stopped");
     until_late("an empty spool", || (agent.metric("lineside_spool_records") == 0.0).then_some(()));
     let made = agent.metric("lineside_frames_total{outcome=\"processed\",stream=\"line-1\"}") as usize;
     assert!(agent.end().success());

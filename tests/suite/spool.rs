@@ -25,9 +25,9 @@ fn pause(random: &mut Random, most_ms: usize) {
 
 /// Stops the stream, once it plays, and waits until everything that was made has been received; how it stands then.
 fn settle(plant: &Plant, agent: &Agent, subscriber: &Paho) -> Summary {
-    agent.wait_for_log("stream starts");
+    agent.wait_for_event("stream_started");
     plant.withdraw("stream.yaml");
-    agent.wait_for_log("stream stopped");
+    agent.wait_for_event("stream_stopped");
     until_late("the spool to be empty", || (agent.metric("lineside_spool_records") == 0.0).then_some(()));
     let made = agent.metric(PROCESSED) as u64;
     until_late("the last result", || {
@@ -146,7 +146,7 @@ fn a_full_spool_counts_exactly_what_it_gives_up() {
     agent.wait_for_metric(dropped, 300.0);
     until_late("the condition", || status(&agent)["conditions"].to_string().contains("SpoolFull").then_some(()));
     plant.withdraw("stream.yaml");
-    agent.wait_for_log("stream stopped");
+    agent.wait_for_event("stream_stopped");
     broker.restart();
     let subscriber = Paho::start(&broker.access(), RESULTS, None);
     // The agent may have been faster than the subscriber, so it is asked what it has got across.
@@ -182,14 +182,14 @@ fn a_full_disk_stops_nothing_and_is_used_again_when_there_is_room() {
     agent.wait_for_metric(PROCESSED, 20.0);
     let filler = data.join("filler");
     drop(fs::write(&filler, vec![0; 16 << 20]).unwrap_err());
-    agent.wait_for_value("lineside_spool_in_trouble", 1.0);
-    assert!(status(&agent)["conditions"].to_string().contains("SpoolDiskFailing"));
+    agent.wait_for_value("lineside_spool_degraded", 1.0);
+    assert!(status(&agent)["conditions"].to_string().contains("SpoolDegraded"));
     let made = agent.metric(PROCESSED);
     agent.wait_for_metric(PROCESSED, made + 50.0);
     fs::remove_file(&filler).unwrap();
-    agent.wait_for_value("lineside_spool_in_trouble", 0.0);
+    agent.wait_for_value("lineside_spool_degraded", 0.0);
     assert_eq!(agent.metric("lineside_spool_dropped_total{reason=\"disk\"}"), 0.0);
-    assert_eq!(agent.log("the disk does not take results, memory holds them meanwhile").len(), 1);
+    assert_eq!(agent.events("spool_disk_failed").len(), 1);
     // What memory held is on the disk now: it outlasts the process.
     let made = agent.metric(PROCESSED);
     agent.wait_for_metric(PROCESSED, made + 20.0);
@@ -213,7 +213,7 @@ fn a_silent_broker_is_noticed_and_left() {
     subscriber.wait_for("/result", 10);
     relay.set(Mode::Hold);
     let begun = Instant::now();
-    agent.wait_for_log("broker is not reached, results wait");
+    agent.wait_for_event("broker_disconnected");
     eprintln!("a silent broker was noticed after {:?}, with a keep-alive of 2 s", begun.elapsed());
     relay.set(Mode::Refuse);
     relay.set(Mode::Pass);
@@ -244,7 +244,7 @@ fn a_broker_that_answers_wrongly_wedges_nobody() {
         }
         broker.set(Script::InOrder);
         plant.withdraw("stream.yaml");
-        agent.wait_for_log("stream stopped");
+        agent.wait_for_event("stream_stopped");
         until_late(&format!("the spool to be empty, {script:?}"), || {
             (agent.metric("lineside_spool_records") == 0.0).then_some(())
         });
@@ -306,8 +306,7 @@ fn the_tool_shows_saves_and_throws_away_what_waits() {
     let purge = plant.spool(&["purge", "--yes"]);
     assert!(!purge.status.success() && said(&purge).contains("another agent"), "{}", said(&purge));
     assert!(agent.end().success());
-    let made =
-        agent.log("ending with results the broker has not taken; the spool keeps them")[0]["records"].as_u64().unwrap();
+    let made = agent.events("records_left_in_spool")[0]["records"].as_u64().unwrap();
 
     let table = plant.spool(&["ls", "--limit", "3"]);
     assert!(said(&table).contains("edge-1:1:1 ") && said(&table).lines().count() == 4, "{}", said(&table));

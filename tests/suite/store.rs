@@ -193,7 +193,7 @@ fn the_last_good_version_serves_until_the_one_that_is_wanted_can_be_had() {
     assert!(agent.end().success());
     plant.apply("model.yaml", &model_manifest("parts", 2, "file:../late.onnx", ""));
     let mut agent = plant.start(&[]);
-    let entry = agent.wait_for_log("last good version serves meanwhile");
+    let entry = agent.wait_for_event("last_good_serving");
     assert_eq!((&entry["model"], &entry["version"], &entry["wanted"]), (&json!("parts"), &json!(1), &json!(2)));
     let results = plant.more_results(5);
     assert!(results.iter().all(|result| result["model"]["version"] == 1), "{results:#?}");
@@ -302,7 +302,7 @@ fn whatever_befalls_the_index_the_agent_starts_and_serves() {
         assert_eq!(serves(&agent, "parts", 1)["serving"]["digest"], digest);
         let state = status(&agent)["store"]["index"].as_str().unwrap().to_owned();
         assert!(["ok", "rebuilt", "off"].contains(&&state[..]), "{state}");
-        rebuilt += agent.log("the store's index was rebuilt").len();
+        rebuilt += agent.events("store_index_rebuilt").len();
         assert!(agent.end().success());
         assert!(plant.store_done(&["ls", "--json"]).contains(&digest));
     }

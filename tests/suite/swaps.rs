@@ -68,7 +68,7 @@ fn flipping_between_two_versions_loses_no_result_and_no_memory() {
     assert!(changes <= swaps, "{changes} changes of version in {swaps} swaps: one came back after its time");
     assert!(changes > 0);
     assert_eq!(failures(&agent), 0.0);
-    assert_eq!(agent.log("model vetted").len(), 2, "each file was vetted once");
+    assert_eq!(agent.events("model_admitted").len(), 2, "each file was vetted once");
     assert!(agent.end().success());
 }
 

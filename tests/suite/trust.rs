@@ -243,7 +243,7 @@ fn a_signature_that_expires_is_reported_and_the_running_version_goes_on() {
         });
     };
     is_reported(&agent);
-    agent.wait_for_log("signature has expired, the running version goes on");
+    agent.wait_for_event("signature_expired");
     assert_eq!(model(&agent, "parts")["serving"]["version"], 1);
     agent.wait_ready();
     assert!(agent.end().success());

@@ -10,7 +10,7 @@ use lineside_tests::{example, model_manifest};
 use serde_json::{Value, json};
 
 /// Tight limits, so that hostile models are found out soon.
-const TIGHT: [&str; 4] = ["--vet-memory-mib", "512", "--vet-seconds", "5"];
+const TIGHT: [&str; 4] = ["--admission-memory-mib", "512", "--admission-seconds", "5"];
 /// A long chain does no harm in itself: where the node works it off within the limits, it may serve.
 const MAY_SERVE: [&str; 1] = ["chain"];
 
@@ -100,9 +100,9 @@ fn three_failed_attempts_are_quarantine_which_outlasts_a_restart_until_it_is_rel
         until_late("quarantine", || (model(agent, "parts")["state"] == "Quarantined").then_some(()));
     };
     quarantined(&agent);
-    let entry = agent.wait_for_log("model is quarantined");
+    let entry = agent.wait_for_event("model_quarantined");
     assert_eq!((&entry["digest"], &entry["failures"]), (&json!(digest), &json!(3)), "{entry}");
-    assert_eq!(agent.metric("lineside_vet_failures_total"), 3.0);
+    assert_eq!(agent.metric("lineside_admission_failures_total"), 3.0);
     is_undisturbed(&plant, &mut agent);
     assert!(agent.end().success());
 
@@ -112,13 +112,13 @@ fn three_failed_attempts_are_quarantine_which_outlasts_a_restart_until_it_is_rel
     assert!(!refusal(&agent, "parts").is_empty());
     serves(&agent, "parts", 1);
     is_undisturbed(&plant, &mut agent);
-    assert_eq!(agent.metric("lineside_vet_failures_total"), 0.0);
+    assert_eq!(agent.metric("lineside_admission_failures_total"), 0.0);
     assert!(agent.end().success());
 
     // Somebody says that it may be tried again.
     plant.store_done(&["release", &digest]);
     let mut agent = plant.start(&TIGHT);
-    until_late("another attempt", || (agent.metric("lineside_vet_failures_total") >= 1.0).then_some(()));
+    until_late("another attempt", || (agent.metric("lineside_admission_failures_total") >= 1.0).then_some(()));
     is_undisturbed(&plant, &mut agent);
     assert!(agent.end().success());
 }
@@ -163,7 +163,7 @@ fn a_verdict_comes_with_figures_and_is_kept() {
     let plant = Plant::with_stream(20);
     let mut agent = plant.start(&[]);
     let before = serves(&agent, "parts", 1);
-    assert_eq!(agent.log("model vetted").len(), 1);
+    assert_eq!(agent.events("model_admitted").len(), 1);
     let figure = |model: &Value, name: &str| model[name].as_f64().unwrap_or_default();
     for name in ["p50Ms", "p99Ms", "peakMemoryMiB"] {
         assert!(figure(&before, name) > 0.0, "{name} in {before}");
@@ -173,7 +173,7 @@ fn a_verdict_comes_with_figures_and_is_kept() {
 
     let mut agent = plant.start(&[]);
     let after = serves(&agent, "parts", 1);
-    assert!(agent.log("model vetted").is_empty(), "the verdict was kept");
+    assert!(agent.events("model_admitted").is_empty(), "the verdict was kept");
     for name in ["p50Ms", "p99Ms", "peakMemoryMiB"] {
         assert_eq!(after[name], before[name], "{name}");
     }
@@ -190,7 +190,7 @@ fn a_version_that_answers_nan_takes_nothing_from_the_one_before() {
     plant.apply("model.yaml", &model_manifest("parts", 2, "file:../nan.onnx", ""));
     let reason = refusal(&agent, "parts");
     assert!(reason.contains("NaN") || reason.contains("not a number"), "{reason}");
-    let entry = agent.wait_for_log("model cannot be loaded, trying again later");
+    let entry = agent.wait_for_event("model_load_failed");
     assert_eq!((&entry["version"], &entry["serving"]), (&json!(2), &json!(1)), "{entry}");
     is_undisturbed(&plant, &mut agent);
     let results = plant.results();

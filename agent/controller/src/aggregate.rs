@@ -117,7 +117,7 @@ pub fn model(subject: &FleetObject, nodes: &[NodeView<'_>], before: &EdgeModelSt
         (node.name, standing)
     });
     let stands = stands.collect();
-    let (nodes, mut conditions) = sum(stands, ["AllNodesServe", "serves"]);
+    let (nodes, mut conditions) = sum(stands, ["AllNodesReady", "serves"]);
     conditions.extend(STEPS.iter().enumerate().map(|(index, (kind, _))| step(kind, index + 1, &came)));
     settle(&mut conditions, subject, &before.conditions, now);
     EdgeModelStatus { observed_generation: subject.generation, nodes, conditions }
@@ -126,9 +126,9 @@ pub fn model(subject: &FleetObject, nodes: &[NodeView<'_>], before: &EdgeModelSt
 /// How many of the [`STEPS`] a version has behind it, and whether it failed at the next.
 fn way_come(said: &ModelStatus) -> (usize, bool) {
     let state = ModelState::named(&said.state).unwrap_or(ModelState::Pending);
-    let failed_while = said.failed_while.as_deref().and_then(ModelState::named).unwrap_or(ModelState::Pending);
+    let failed_phase = said.failed_phase.as_deref().and_then(ModelState::named).unwrap_or(ModelState::Pending);
     // What is tried again has the steps behind it that it had before.
-    let came_to = if state.has_failed() { failed_while } else { state.max(failed_while) };
+    let came_to = if state.has_failed() { failed_phase } else { state.max(failed_phase) };
     (STEPS.iter().filter(|(_, from)| came_to >= *from).count(), state.has_failed())
 }
 
@@ -176,7 +176,7 @@ pub fn stream(
     if let (Some(name), true) = (&subject.node_name, stands.is_empty()) {
         stands.push((name.as_str(), NodeState::Failed("no agent of this name has reported")));
     }
-    let (nodes, mut conditions) = sum(stands, ["FramesCome", "plays"]);
+    let (nodes, mut conditions) = sum(stands, ["StreamsReady", "plays"]);
     settle(&mut conditions, subject, &before.conditions, now);
     CameraStreamStatus { observed_generation: subject.generation, nodes, conditions }
 }
@@ -215,7 +215,7 @@ fn sum(stands: Vec<(&str, NodeState<'_>)>, [reason, verb]: [&str; 2]) -> (NodeCo
         _ if is_ready => (reason, format!("it {verb} on all {} nodes", counts.desired)),
         (0, ..) => ("NoNodes", "no node that reports bears the labels asked for".to_owned()),
         (_, 1.., _) => ("NodesFailed", format!("it failed on {failed_names}")),
-        (_, _, 1..) => ("NodesSilent", format!("nothing is heard of {silent_names}")),
+        (_, _, 1..) => ("NodesUnreachable", format!("nothing is heard of {silent_names}")),
         _ => ("NodesPending", format!("{} of {} are on their way", pending, counts.desired)),
     };
     let mut conditions = vec![Condition::new(READY, is_ready, why, message)];
@@ -230,7 +230,7 @@ fn sum(stands: Vec<(&str, NodeState<'_>)>, [reason, verb]: [&str; 2]) -> (NodeCo
     });
     conditions.push(match (counts.failed, silent) {
         (0, 0) => Condition::new(DEGRADED, false, "AsExpected", ""),
-        (0, _) => Condition::new(DEGRADED, true, "NodesSilent", silent_names),
+        (0, _) => Condition::new(DEGRADED, true, "NodesUnreachable", silent_names),
         _ => Condition::new(DEGRADED, true, "NodesFailed", failed_names),
     });
     (counts, conditions)
@@ -291,7 +291,7 @@ mod tests {
         assert_eq!(ready(&status), ("False", "NodesFailed"));
         assert_eq!(status.conditions[0].message, "it failed on n3 (no such file)");
         let status = model(&subject(), &all[..1], &status, "t2");
-        assert_eq!((ready(&status), status.nodes.ready), (("True", "AllNodesServe"), 1));
+        assert_eq!((ready(&status), status.nodes.ready), (("True", "AllNodesReady"), 1));
         assert_eq!(model(&subject(), &all[..1], &status, "t3"), status, "what stays the same is not written again");
         assert_eq!(ready(&model(&subject(), &all[1..2], &status, "t3")), ("False", "NodesPending"));
         assert_eq!(ready(&model(&subject(), &all[3..], &status, "t3")), ("False", "NoNodes"));
@@ -306,9 +306,9 @@ mod tests {
         let steps = |states: &[(&str, Option<&str>)]| -> Vec<(String, String)> {
             let nodes: Vec<NodeStatus> = states
                 .iter()
-                .map(|(state, failed_while)| {
+                .map(|(state, failed_phase)| {
                     let mut status = node("a", state, 3, 4);
-                    status.models[0].failed_while = failed_while.map(str::to_owned);
+                    status.models[0].failed_phase = failed_phase.map(str::to_owned);
                     status
                 })
                 .collect();
@@ -337,7 +337,7 @@ mod tests {
     fn a_silent_node_is_not_ready_and_is_named() {
         let good = node("a", "Ready", 3, 4);
         let status = model(&subject(), &[view("n1", &good, true)], &EdgeModelStatus::default(), "t1");
-        assert_eq!((ready(&status), status.nodes.ready, status.nodes.desired), (("False", "NodesSilent"), 0, 1));
+        assert_eq!((ready(&status), status.nodes.ready, status.nodes.desired), (("False", "NodesUnreachable"), 0, 1));
         assert_eq!(status.conditions[0].message, "nothing is heard of n1");
     }
 
@@ -347,7 +347,7 @@ mod tests {
         let good = node("a", "Ready", 3, 4);
         let all = [view("n1", &good, false)];
         let status = stream(&on("n1"), &all, &CameraStreamStatus::default(), "t");
-        assert_eq!((status.nodes.ready, status.conditions[0].reason.as_str()), (1, "FramesCome"));
+        assert_eq!((status.nodes.ready, status.conditions[0].reason.as_str()), (1, "StreamsReady"));
         let status = stream(&on("n9"), &all, &CameraStreamStatus::default(), "t");
         assert_eq!((status.nodes.desired, status.nodes.failed), (1, 1));
         assert!(status.conditions[0].message.contains("n9 (no agent of this name has reported)"));

@@ -44,9 +44,9 @@ const DOUBT_AFTER: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
     /// A node that has not said anything for this long is silent.
-    pub silent_after: Duration,
+    pub unreachable_after: Duration,
     /// A silent node's `EdgeNode` is removed after this long in all, where the cluster has no such node any more.
-    pub gone_after: Duration,
+    pub remove_after: Duration,
 }
 
 /// The controller.
@@ -243,7 +243,7 @@ impl Controller {
     /// by whichever controller, stays so until its agent takes the mark back.
     fn is_silent(&self, seen: &Seen) -> bool {
         let listened = self.hears_nodes_since.map_or(Duration::ZERO, |since| since.elapsed());
-        is_marked(&seen.status) || seen.changed.elapsed().min(listened) >= self.timeouts.silent_after
+        is_marked(&seen.status) || seen.changed.elapsed().min(listened) >= self.timeouts.unreachable_after
     }
 
     /// Writes the statuses of models and streams that are not as the nodes say.
@@ -315,8 +315,8 @@ impl Controller {
             if Instant::now() >= end {
                 return Ok(());
             }
-            let message = format!("nothing was heard of its agent for {} s", self.timeouts.silent_after.as_secs());
-            let mut mark = [Condition::new(READY, false, "NodeSilent", message.clone()).unknown()];
+            let message = format!("nothing was heard of its agent for {} s", self.timeouts.unreachable_after.as_secs());
+            let mut mark = [Condition::new(READY, false, "NodeUnreachable", message.clone()).unknown()];
             date(&mut mark, &before, &clock::rfc3339(SystemTime::now()));
             if !self.write(ResourceKind::EdgeNode, &name, &serde_json::json!({"conditions": mark})).await? {
                 continue;
@@ -327,7 +327,7 @@ impl Controller {
             }
             let saying = ClusterEvent {
                 is_warning: true,
-                reason: "NodeSilent",
+                reason: "NodeUnreachable",
                 note: message,
                 kind: ResourceKind::EdgeNode,
                 name,
@@ -345,8 +345,8 @@ impl Controller {
             .nodes
             .iter()
             .filter(|(_, seen)| {
-                seen.changed.elapsed() >= timeouts.gone_after
-                    && seen.looked_up.is_none_or(|at| at.elapsed() >= timeouts.gone_after)
+                seen.changed.elapsed() >= timeouts.remove_after
+                    && seen.looked_up.is_none_or(|at| at.elapsed() >= timeouts.remove_after)
             })
             .filter_map(|(name, seen)| Some((name.clone(), seen.uid.clone(), seen.status.agent.node_uid.clone()?)))
             .collect();
@@ -406,7 +406,7 @@ mod tests {
             "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}], "users": [{"name": "a", "user": {}}]}"#;
         std::fs::write(kubeconfig.path(), text).unwrap();
         let access = ClusterConfig { kubeconfig: Some(kubeconfig.path().to_owned()), ..ClusterConfig::default() };
-        let timeouts = Timeouts { silent_after: Duration::from_secs(180), gone_after: Duration::from_secs(600) };
+        let timeouts = Timeouts { unreachable_after: Duration::from_secs(180), remove_after: Duration::from_secs(600) };
         Controller::new(
             Arc::new(ClusterClient::new(access, "test", "test").await.unwrap()),
             "test",
@@ -424,8 +424,8 @@ mod tests {
         item(
             "n1",
             uid,
-            json!({"agent": {"lastSeen": seen}, "conditions": [
-            {"type": "Ready", "status": "True", "reason": "ModelsServe", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}),
+            json!({"agent": {"lastHeartbeatTime": seen}, "conditions": [
+            {"type": "Ready", "status": "True", "reason": "ModelsReady", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}),
         )
     }
 
@@ -484,8 +484,9 @@ mod tests {
         let now = "2026-01-01T00:00:00Z";
         let bare = item("m", "u", json!({}));
         controller.hear(WatchEvent::Updated(ResourceKind::EdgeModel, bare.clone()));
-        let sums =
-            |controller: &Controller| news(&controller.models, |subject, before| aggregate::model(subject, &[], before, now));
+        let sums = |controller: &Controller| {
+            news(&controller.models, |subject, before| aggregate::model(subject, &[], before, now))
+        };
         let written = sums(&controller).remove(0).1;
         let mut status = serde_json::to_value(&written).unwrap();
         let foreign = json!({"type": "Approved", "status": "True", "reason": "ByHand", "lastTransitionTime": now});

@@ -168,7 +168,11 @@ impl Connection {
 
     fn take(&self, way: LoadContext, context: usize, state: &mut State) {
         if self.context.swap(context, Ordering::Relaxed) != context {
-            tracing::warn!(context = self.access.contexts.get(context), "another context of the kubeconfig is taken");
+            tracing::warn!(
+                event = "cluster_context_switched",
+                context = self.access.contexts.get(context),
+                "another context of the kubeconfig is taken"
+            );
             self.hearing().failing_since = None;
             self.era.fetch_add(1, Ordering::Release);
         }

@@ -75,11 +75,11 @@ pub(super) struct CameraStreamSpec(pub RawStreamSpec);
     shortname = "en",
     category = "lineside",
     printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].status","description":"Whether every model that is asked for has a version that serves; Unknown when the node is silent."}"#,
-    printcolumn = r#"{"name":"Broker","type":"string","jsonPath":".status.conditions[?(@.type==\"BrokerReached\")].status","description":"Whether results reach the broker."}"#,
-    printcolumn = r#"{"name":"Waiting","type":"integer","jsonPath":".status.spool.records","description":"Messages that wait for the broker."}"#,
+    printcolumn = r#"{"name":"Broker","type":"string","jsonPath":".status.conditions[?(@.type==\"BrokerConnected\")].status","description":"Whether results reach the broker."}"#,
+    printcolumn = r#"{"name":"Spooled","type":"integer","jsonPath":".status.spool.records","description":"Messages that wait for the broker."}"#,
     printcolumn = r#"{"name":"Degraded","type":"string","jsonPath":".status.conditions[?(@.type==\"Degraded\")].reason","description":"What works less well than it should."}"#,
     printcolumn = r#"{"name":"Agent","type":"string","jsonPath":".status.agent.version","description":"The agent's version."}"#,
-    printcolumn = r#"{"name":"Seen","type":"date","jsonPath":".status.agent.lastSeen","description":"When the agent last wrote, by the node's clock."}"#,
+    printcolumn = r#"{"name":"Heartbeat","type":"date","jsonPath":".status.agent.lastHeartbeatTime","description":"When the agent last wrote, by the node's clock."}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 pub(super) struct EdgeNodeSpec {}

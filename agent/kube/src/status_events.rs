@@ -1,7 +1,7 @@
 //! What an operator should be told when a node's status has changed: at most one notice for each thing that changed.
 
 use lineside_api::state::ModelState;
-use lineside_api::status::{Condition, NOTHING_ASKED, NodeStatus, READY};
+use lineside_api::status::{CONFIG_PENDING, Condition, NodeStatus, READY};
 
 /// What a notice is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub fn status_events(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) 
         {
             told.push(StatusEvent {
                 is_warning: false,
-                reason: "Serves",
+                reason: "ModelReady",
                 note: format!(
                     "version {} serves on {node} ({} on {})",
                     serving.version, serving.engine, serving.device
@@ -53,8 +53,8 @@ pub fn status_events(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) 
         if failed && !is_same {
             let why = model.reason.as_deref().unwrap_or("the agent's log says more");
             let reason = match state == Some(ModelState::Quarantined) {
-                true => "Quarantined",
-                false => "Failed",
+                true => "ModelQuarantined",
+                false => "ModelFailed",
             };
             let note = format!("version {} on {node}: {why}", model.version);
             told.push(StatusEvent { is_warning: true, reason, note, about: about() });
@@ -67,13 +67,13 @@ pub fn status_events(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) 
         match (known.map(|known| known.up), stream.up) {
             (Some(false), true) => told.push(StatusEvent {
                 is_warning: false,
-                reason: "FramesCome",
+                reason: "StreamUp",
                 note: format!("frames come on {node}"),
                 about: about(),
             }),
             (_, false) if stream.reason.is_some() && !was_told => told.push(StatusEvent {
                 is_warning: true,
-                reason: "NoFrames",
+                reason: "StreamDown",
                 note: format!("no frames on {node}: {}", stream.reason.as_deref().unwrap_or_default()),
                 about: about(),
             }),
@@ -88,7 +88,7 @@ pub fn status_events(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) 
         // What is wrong with models and streams is told about them.
         let is_told = ["ModelFailed", "ModelQuarantined", "StreamDown"].contains(&condition.reason.as_str());
         // An agent that has just started has not reached anything yet, which is no news.
-        let is_start = before.is_none() && condition.reason == "NotConnected";
+        let is_start = before.is_none() && condition.reason == "Disconnected";
         if is_bad && !was_same && !is_told && !is_start {
             let reason = reason_of(&condition.reason);
             told.push(StatusEvent {
@@ -105,13 +105,13 @@ pub fn status_events(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) 
 /// The reasons of conditions that are told; they are few, and constant.
 fn reason_of(reason: &str) -> &'static str {
     const KNOWN: [&str; 6] =
-        ["SignatureExpired", "SpoolDiskFailing", "SpoolFull", "StoreUnreadable", "NotConnected", "TooMany"];
+        ["SignatureExpired", "SpoolDegraded", "SpoolFull", "StoreUnreadable", "Disconnected", "LimitExceeded"];
     KNOWN.into_iter().find(|known| *known == reason).unwrap_or("Degraded")
 }
 
 /// Whether everything that is asked for stands as it will for a while: nothing is on its way any more.
 pub fn is_settled(status: &NodeStatus) -> bool {
-    let is_asked = |condition: &Condition| condition.kind == READY && condition.reason != NOTHING_ASKED;
+    let is_asked = |condition: &Condition| condition.kind == READY && condition.reason != CONFIG_PENDING;
     let has_ended = |state: ModelState| state == ModelState::Ready || state.has_failed();
     status.conditions.iter().any(is_asked)
         && status.models.iter().all(|model| ModelState::named(&model.state).is_some_and(has_ended))
@@ -146,12 +146,12 @@ mod tests {
         let good = status("Ready", 1, true);
         assert!(reasons(None, &good).is_empty(), "after a start only what is wrong is told");
         assert!(reasons(Some(&good), &good).is_empty());
-        assert_eq!(reasons(Some(&good), &status("Ready", 2, true)), ["Serves"]);
+        assert_eq!(reasons(Some(&good), &status("Ready", 2, true)), ["ModelReady"]);
         let bad = status("Failed", 2, false);
-        assert_eq!(reasons(Some(&good), &bad), ["Serves", "Failed", "NoFrames"]);
+        assert_eq!(reasons(Some(&good), &bad), ["ModelReady", "ModelFailed", "StreamDown"]);
         assert!(reasons(Some(&bad), &bad).is_empty());
-        assert_eq!(reasons(None, &bad), ["Failed", "NoFrames"]);
-        assert_eq!(reasons(Some(&bad), &status("Ready", 2, true)), ["FramesCome"]);
+        assert_eq!(reasons(None, &bad), ["ModelFailed", "StreamDown"]);
+        assert_eq!(reasons(Some(&bad), &status("Ready", 2, true)), ["StreamUp"]);
     }
 
     #[test]
@@ -162,22 +162,22 @@ mod tests {
             status.streams[0].reason = None;
             is_settled(&status)
         };
-        assert!(with("Ready", true, "ModelsServe") && with("Quarantined", true, "ModelsMissing"));
-        assert!(!with("Warming", true, "ModelsMissing") && !with("Ready", false, "ModelsServe"));
-        assert!(!with("Ready", true, NOTHING_ASKED), "it does not know yet");
+        assert!(with("Ready", true, "ModelsReady") && with("Quarantined", true, "ModelsNotReady"));
+        assert!(!with("Warming", true, "ModelsNotReady") && !with("Ready", false, "ModelsReady"));
+        assert!(!with("Ready", true, CONFIG_PENDING), "it does not know yet");
         assert!(!is_settled(&NodeStatus::default()), "nobody has looked yet");
     }
 
     #[test]
     fn a_condition_is_told_when_it_turns_bad() {
         let mut now = NodeStatus::default();
-        now.conditions.push(Condition::new("BrokerReached", true, "Connected", ""));
+        now.conditions.push(Condition::new("BrokerConnected", true, "Connected", ""));
         now.conditions.push(Condition::new("Degraded", true, "SpoolFull", "no room"));
         assert_eq!(reasons(Some(&NodeStatus::default()), &now), ["SpoolFull"]);
         assert!(reasons(Some(&now), &now).is_empty());
         let mut later = now.clone();
-        later.conditions[0] = Condition::new("BrokerReached", false, "NotConnected", "");
-        assert_eq!(reasons(Some(&now), &later), ["NotConnected"]);
+        later.conditions[0] = Condition::new("BrokerConnected", false, "Disconnected", "");
+        assert_eq!(reasons(Some(&now), &later), ["Disconnected"]);
         assert_eq!(reasons(None, &later), ["SpoolFull"], "an agent that has just started has reached nothing yet");
     }
 }

@@ -69,7 +69,7 @@ pub async fn tell(
         let began = Instant::now();
         let mut status = tokio::task::block_in_place(|| board.get());
         status.agent.node_uid = node_uid.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        status.agent.last_seen = Some(clock::rfc3339(SystemTime::now()));
+        status.agent.last_heartbeat_time = Some(clock::rfc3339(SystemTime::now()));
         let outcome = tokio::select! {
             () = stop.cancelled() => return,
             outcome = cluster.report(&node, &status) => outcome,

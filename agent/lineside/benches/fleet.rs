@@ -92,7 +92,7 @@ async fn serve_at_once(mut desired_state: watch::Receiver<Option<Arc<DesiredStat
         board.set(NodeState {
             labels: asked.labels.clone(),
             models: models.collect(),
-            conditions: vec![Condition::new("Ready", true, "ModelsServe", "")],
+            conditions: vec![Condition::new("Ready", true, "ModelsReady", "")],
             ..NodeState::default()
         });
     }

@@ -111,7 +111,7 @@ impl App {
         let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
         let health = Arc::new(Health::new(Instant::now()));
         tracing::info!(
-            version = env!("CARGO_PKG_VERSION"),
+            event = "agent_started", version = env!("CARGO_PKG_VERSION"),
             node = config.node,
             site = config.site,
             epoch,
@@ -154,7 +154,7 @@ impl App {
         let inspector = Inspector::new(message_writer.clone(), metrics.clone());
         let node = Node { name: config.node, labels: config.labels };
         let models = config.models;
-        let limits = AdmissionLimits { memory_bytes: models.vet_memory_bytes, seconds: models.vet_seconds };
+        let limits = AdmissionLimits { memory_bytes: models.admission_memory_bytes, seconds: models.admission_seconds };
         let fetcher = Fetcher::new(store.clone(), models, metrics.clone());
         let (say, desired_state) = watch::channel(None);
         let again = Arc::new(Notify::new());
@@ -218,7 +218,7 @@ impl App {
         if let Err(error) = tokio::task::spawn_blocking(move || spool.close()).await {
             tracing::error!(%error, "the spool could not be closed in order");
         }
-        tracing::info!("lineside ended");
+        tracing::info!(event = "agent_stopped", "lineside ended");
     }
 }
 
@@ -256,7 +256,7 @@ fn open_store(config: &Config, metrics: &Metrics) -> anyhow::Result<Store> {
     match (store.index_state(), reason) {
         (IndexState::Rebuilt, Some(reason)) => {
             metrics.store_index_rebuilt.inc();
-            tracing::warn!(reason, "the store's index was rebuilt");
+            tracing::warn!(event = "store_index_rebuilt", reason, "the store's index was rebuilt");
         }
         (_, Some(reason)) => tracing::warn!(reason, "the store goes without its index"),
         (_, None) => {}

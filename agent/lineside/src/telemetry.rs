@@ -33,7 +33,7 @@ pub fn start(filter: &str) -> Result<SetLevel, String> {
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         let what = panic.payload_as_str().unwrap_or("no message");
-        tracing::error!(place, what, "panic");
+        tracing::error!(event = "panic", place, what, "panic");
     }));
     Ok(set)
 }

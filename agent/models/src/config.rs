@@ -34,9 +34,9 @@ pub struct ModelsConfig {
     /// The file with the secret that the site's agents share.
     pub peer_token: Option<PathBuf>,
     /// Bytes of memory that admission may take.
-    pub vet_memory_bytes: u64,
+    pub admission_memory_bytes: u64,
     /// Seconds that admission may take.
-    pub vet_seconds: u64,
+    pub admission_seconds: u64,
 }
 
 impl Default for ModelsConfig {
@@ -55,8 +55,8 @@ impl Default for ModelsConfig {
             signature_threshold: 1,
             peers: Vec::new(),
             peer_token: None,
-            vet_memory_bytes: 2048 << 20,
-            vet_seconds: 120,
+            admission_memory_bytes: 2048 << 20,
+            admission_seconds: 120,
         }
     }
 }

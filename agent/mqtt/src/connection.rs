@@ -11,8 +11,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use rumqttc::{AsyncClient, EventLoop, Incoming, LastWill, MqttOptions, Outgoing, QoS, TlsConfiguration, Transport};
 
-use crate::credentials::BrokerCredentials;
 use crate::config::Broker;
+use crate::credentials::BrokerCredentials;
 
 /// Unacknowledged messages on the way at most.
 pub const WINDOW: usize = 64;

@@ -97,7 +97,8 @@ mod tests {
     #[test]
     fn streams_are_described_when_they_come_and_removed_when_they_go() {
         let topics = Topics::new("lineside", "plant", "edge.1");
-        let now = StreamStates::from([("cam7".to_owned(), StreamState { model: "m".to_owned(), up: true, reason: None })]);
+        let now =
+            StreamStates::from([("cam7".to_owned(), StreamState { model: "m".to_owned(), up: true, reason: None })]);
         let messages = discovery("homeassistant", "edge.1", &topics, &StreamStates::new(), &now);
         let names: Vec<&str> = messages.iter().map(|message| &*message.topic).collect();
         assert_eq!(

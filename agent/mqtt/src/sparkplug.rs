@@ -32,7 +32,7 @@ use wire::payload::metric::Value as MetricValue;
 
 use crate::connection::Message;
 use lineside_api::state::StreamStates;
-use lineside_spool::{RecordKind, Record};
+use lineside_spool::{Record, RecordKind};
 
 const NAMESPACE: &str = "spBv1.0";
 const REBIRTH: &str = "Node Control/Rebirth";

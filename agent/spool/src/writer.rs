@@ -274,7 +274,7 @@ impl Writer {
             Some(error) => {
                 self.retry_at_ms = Some(now_ms + RETRY_MS);
                 if !was_in_trouble {
-                    tracing::error!(%error, "the disk does not take results, memory holds them meanwhile");
+                    tracing::error!(event = "spool_disk_failed", %error, "the disk does not take results, memory holds them meanwhile");
                 }
                 shared.state().trouble = Some(error.to_string());
             }

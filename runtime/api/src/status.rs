@@ -16,7 +16,7 @@ pub const TEXT_MAX: usize = 1024;
 /// The condition that says that something works less well than it should.
 pub const DEGRADED: &str = "Degraded";
 /// Why a node is not ready that does not know yet what it is to run.
-pub const NOTHING_ASKED: &str = "NothingAsked";
+pub const CONFIG_PENDING: &str = "ConfigPending";
 /// The condition that says that everything asked for is there.
 pub const READY: &str = "Ready";
 
@@ -70,7 +70,7 @@ pub struct AgentStatus {
     /// an agent that went silent can be told from one with nothing to say.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
-    pub last_seen: Option<String>,
+    pub last_heartbeat_time: Option<String>,
     /// The uid of the Kubernetes node it runs on, where the cluster has one of its name.
     #[serde(rename = "nodeUID", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
@@ -118,7 +118,7 @@ pub struct ModelStatus {
     /// How far that version came when it failed last, also while it is tried again: one of the states above.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
-    pub failed_while: Option<String>,
+    pub failed_phase: Option<String>,
     /// What serves, which may be an earlier version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serving: Option<Serving>,

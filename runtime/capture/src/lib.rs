@@ -72,12 +72,12 @@ struct Health {
 impl Health {
     fn up(&self) {
         if self.metrics.presence.up() {
-            tracing::info!(stream = self.stream, "stream is up");
+            tracing::info!(event = "stream_up", stream = self.stream, "stream is up");
         }
     }
 
     fn ended(&self) {
-        tracing::info!(stream = self.stream, "stream has ended: all its frames were played");
+        tracing::info!(event = "stream_ended", stream = self.stream, "stream has ended: all its frames were played");
     }
 }
 
@@ -115,7 +115,7 @@ async fn persist<F: Future<Output = Result<(), CameraError>>>(health: &Health, m
         let (CameraError::Gone(reason) | CameraError::Wrong(reason)) = &trouble;
         health.metrics.presence.down(Some(reason));
         if told.as_ref().is_none_or(|told| trouble.is_news_after(told)) {
-            tracing::warn!(stream = health.stream, reason, "stream is down, trying again");
+            tracing::warn!(event = "stream_down", stream = health.stream, reason, "stream is down, trying again");
             told = Some(trouble);
         } else {
             tracing::debug!(stream = health.stream, reason, attempts = backoff.attempts(), "stream is still down");

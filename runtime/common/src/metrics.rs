@@ -46,7 +46,7 @@ pub struct Metrics {
     /// Times a file of the spool was synced.
     pub spool_syncs: IntCounter,
     /// 1 while the disk refuses what the spool writes.
-    pub spool_in_trouble: IntGauge,
+    pub spool_degraded: IntGauge,
     /// Results that were not worth saying, by stream.
     pub results_suppressed: IntCounterVec,
     /// 1 while the broker is reached.
@@ -76,13 +76,13 @@ pub struct Metrics {
     /// Fetches that failed.
     pub fetch_failures: IntCounter,
     /// Models that were vetted and failed.
-    pub vet_failures: IntCounter,
+    pub admission_failures: IntCounter,
     /// 1 while the cluster is heard.
-    pub sync_connected: IntGauge,
+    pub cluster_connected: IntGauge,
     /// Seconds since the cluster answered last.
-    pub sync_age: IntGauge,
+    pub cluster_response_age: IntGauge,
     /// Times the cluster could not be listened to.
-    pub sync_failures: IntCounter,
+    pub cluster_watch_failures: IntCounter,
     /// By model and version: when its signature ends, in seconds since 1970.
     pub signature_expiry: IntGaugeVec,
 }
@@ -133,7 +133,7 @@ impl Metrics {
             spool_dropped: counters("spool_dropped_total", "Records given up, by reason.", &["reason"])?,
             spool_written_bytes: counter("spool_written_bytes_total", "Bytes written to the spool's files.")?,
             spool_syncs: counter("spool_syncs_total", "Times a file of the spool was synced.")?,
-            spool_in_trouble: gauge("spool_in_trouble", "Whether the disk refuses what the spool writes.")?,
+            spool_degraded: gauge("spool_degraded", "Whether the disk refuses what the spool writes.")?,
             results_suppressed: counters(
                 "results_suppressed_total",
                 "Results that report by exception did not find worth saying.",
@@ -158,10 +158,13 @@ impl Metrics {
             store_index_rebuilt: counter("store_index_rebuilt_total", "Times the store's index was begun anew.")?,
             fetch_bytes: counters("fetch_bytes_total", "Bytes of model files fetched.", &["from"])?,
             fetch_failures: counter("fetch_failures_total", "Fetches of model files that failed.")?,
-            vet_failures: counter("vet_failures_total", "Models that were vetted and failed.")?,
-            sync_connected: gauge("sync_connected", "Whether the cluster is heard.")?,
-            sync_age: gauge("sync_age_seconds", "Time since the cluster answered last.")?,
-            sync_failures: counter("sync_failures_total", "Times the cluster could not be listened to.")?,
+            admission_failures: counter("admission_failures_total", "Models that were vetted and failed.")?,
+            cluster_connected: gauge("cluster_connected", "Whether the cluster is heard.")?,
+            cluster_response_age: gauge("cluster_last_response_age_seconds", "Time since the cluster answered last.")?,
+            cluster_watch_failures: counter(
+                "cluster_watch_failures_total",
+                "Times the cluster could not be listened to.",
+            )?,
             signature_expiry: gauges(
                 "model_signature_expiry_timestamp_seconds",
                 "When the signature of a serving model ends.",
@@ -230,7 +233,7 @@ impl ControllerMetrics {
         Ok(Self {
             leads: registered(
                 &registry,
-                IntGauge::with_opts(options("controller_leads", "Whether this controller leads."))?,
+                IntGauge::with_opts(options("controller_leader", "Whether this controller leads."))?,
             )?,
             nodes: registered(
                 &registry,

@@ -20,10 +20,10 @@ pub fn on_signals(stop: CancellationToken) -> std::io::Result<()> {
                 _ = interrupt.recv() => "SIGINT",
             };
             if told > 1 {
-                tracing::warn!(signal = name, "told twice, ending at once");
+                tracing::warn!(event = "shutdown_forced", signal = name, "told twice, ending at once");
                 std::process::exit(ABORTED);
             }
-            tracing::info!(signal = name, "shutting down");
+            tracing::info!(event = "shutdown_requested", signal = name, "shutting down");
             stop.cancel();
         }
     });

@@ -33,7 +33,7 @@ fn false_clock() -> PathBuf {
 
 /// Seconds from now to when the agent says that it was seen.
 fn ahead(status: &Value) -> i64 {
-    let date = status["agent"]["lastSeen"].as_str().unwrap_or_default();
+    let date = status["agent"]["lastHeartbeatTime"].as_str().unwrap_or_default();
     let output = std::process::Command::new("date").args(["-u", "+%s", "-d", date]).output().unwrap();
     let seen: i64 = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
@@ -85,7 +85,7 @@ fn an_agent_outside_takes_the_way_there_is_and_follows_whatever_its_clock_says()
         &Start { manifests: &kubeconfig, data: &data, mqtt: &lab.broker(), flags: &flags },
     );
     serves(1);
-    assert_eq!(agent.wait_for_log("another context of the kubeconfig is taken")["context"], "central");
+    assert_eq!(agent.wait_for_event("cluster_context_switched")["context"], "central");
 
     // The first way is there, and somebody asks for another look.
     let nft = |rules: &str| {
@@ -105,11 +105,7 @@ fn an_agent_outside_takes_the_way_there_is_and_follows_whatever_its_clock_says()
     ];
     assert!(lab.within(NODE, &publish).status().unwrap().success());
     lab.until("the first way to be taken again", || {
-        agent
-            .log("another context of the kubeconfig is taken")
-            .iter()
-            .any(|entry| entry["context"] == "near")
-            .then_some(())
+        agent.events("cluster_context_switched").iter().any(|entry| entry["context"] == "near").then_some(())
     });
     ask(2);
     serves(2);
@@ -125,7 +121,7 @@ fn an_agent_outside_takes_the_way_there_is_and_follows_whatever_its_clock_says()
     }
     assert_eq!(lab.ready("edgenode", "far-1").0, "True");
     lab.until("the sum to be right", || {
-        (lab.ready("em", "far") == ("True".into(), "AllNodesServe".into())).then_some(())
+        (lab.ready("em", "far") == ("True".into(), "AllNodesReady".into())).then_some(())
     });
     nft("delete table ip near");
     drop(agent);

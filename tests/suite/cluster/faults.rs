@@ -22,7 +22,7 @@ fn a_server_in_trouble_gets_few_lists_and_the_final_state_is_right() {
     until_true("the model to serve", || model(&agent, "parts")["serving"]["version"] == 1);
 
     for (script, version) in
-        [(Script::Expired, 2), (Script::TooMany, 3), (Script::Unavailable, 4), (Script::Truncated, 5)]
+        [(Script::Expired, 2), (Script::LimitExceeded, 3), (Script::Unavailable, 4), (Script::Truncated, 5)]
     {
         let lists = api.lists("edgemodels").len();
         api.follow(script);
@@ -101,7 +101,7 @@ fn an_agent_whose_credentials_cannot_be_had_serves_and_follows_once_they_can() {
     std::fs::write(&kubeconfig, text.to_string()).unwrap();
     let agent = Agent::follow(&kubeconfig, &plant.data(), "mqtt://127.0.0.1:1");
     until_true("the model to serve from memory", || model(&agent, "parts")["serving"]["version"] == 1);
-    agent.wait_for_log("the cluster cannot be listened to, what it asked for last stays in force");
+    agent.wait_for_event("cluster_watch_failed");
     ask(&plant, &api, 2);
     let credential = json!({"kind": "ExecCredential", "apiVersion": version, "status": {"token": "t"}});
     std::fs::write(&granted, credential.to_string()).unwrap();

@@ -6,8 +6,8 @@ use lineside_tests::lab::{Lab, NAMESPACE};
 fn ghost(lab: &Lab, name: &str, uid: &str) {
     let object = format!(
         r#"{{"apiVersion":"lineside.dev/v1alpha1","kind":"EdgeNode","metadata":{{"name":"{name}","namespace":"lineside"}},
-        "status":{{"agent":{{"labels":{{"lineside.dev/line":"a"}},"lastSeen":"2026-01-01T00:00:00Z"{uid}}},
-        "conditions":[{{"type":"Ready","status":"True","reason":"ModelsServe","message":"","lastTransitionTime":"2026-01-01T00:00:00Z"}}]}}}}"#
+        "status":{{"agent":{{"labels":{{"lineside.dev/line":"a"}},"lastHeartbeatTime":"2026-01-01T00:00:00Z"{uid}}},
+        "conditions":[{{"type":"Ready","status":"True","reason":"ModelsReady","message":"","lastTransitionTime":"2026-01-01T00:00:00Z"}}]}}}}"#
     );
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), object).unwrap();
@@ -30,10 +30,12 @@ fn a_silent_node_is_marked_and_forgotten_once_the_cluster_has_no_such_node() {
     ghost(&lab, "far-1", "");
     lab.apply_samples();
     lab.until("the silent node to be marked", || {
-        (lab.ready("edgenode", "gone-1") == ("Unknown".into(), "NodeSilent".into())).then_some(())
+        (lab.ready("edgenode", "gone-1") == ("Unknown".into(), "NodeUnreachable".into())).then_some(())
     });
     // A node that bears the label is one that the model is for, whatever has become of it.
-    lab.until("the model to say so", || (lab.ready("edgemodel", "surface-defects").1 == "NodesSilent").then_some(()));
+    lab.until("the model to say so", || {
+        (lab.ready("edgemodel", "surface-defects").1 == "NodesUnreachable").then_some(())
+    });
     let model = lab.get(&["edgemodel", "surface-defects", "-n", NAMESPACE]);
     assert!(model["status"]["conditions"][0]["message"].as_str().unwrap().contains("gone-1"), "{model}");
     lab.until("the node that is gone to be forgotten", || {
@@ -41,7 +43,7 @@ fn a_silent_node_is_marked_and_forgotten_once_the_cluster_has_no_such_node() {
     });
     lab.until("the other one to be marked", || (lab.ready("edgenode", "far-1").0 == "Unknown").then_some(()));
     let events = lab.done(&["get", "events", "-n", NAMESPACE]);
-    assert!(events.contains("NodeSilent"), "{events}");
+    assert!(events.contains("NodeUnreachable"), "{events}");
     // One that never was a node of this cluster stays until somebody removes it, and so does one whose node is there.
     assert!(!lab.get(&["edgenode", "far-1", "-n", NAMESPACE]).is_null());
     assert!(!lab.get(&["edgenode", lab.node(), "-n", NAMESPACE]).is_null());

@@ -39,7 +39,7 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     lab.until("the stream to be ready", || (lab.ready("camerastream", "line-1").0 == "True").then_some(()));
     let table = lab.done(&["get", "em,cam,en", "-n", NAMESPACE]);
     eprintln!("{table}");
-    for expected in ["VERSION", "CANDIDATE", "AllNodesServe", "FramesCome", "BROKER", lab.node()] {
+    for expected in ["VERSION", "CANDIDATE", "AllNodesReady", "StreamsReady", "BROKER", lab.node()] {
         assert!(table.contains(expected), "{expected} is not in\n{table}");
     }
     let events = lab.until("an Event", || {

@@ -50,11 +50,11 @@ pub(super) struct Arguments {
     /// A node that has said nothing for this long is marked as silent. Agents speak once a minute at least.
     #[arg(long, value_name = "SECONDS", default_value_t = 180, value_parser = clap::value_parser!(u64).range(1..=86_400),
           env = "LINESIDE_SILENT_AFTER_SECONDS", hide_env = true)]
-    silent_after_seconds: u64,
+    unreachable_after_seconds: u64,
     /// A node that has said nothing for this long, and that the cluster has no more, is forgotten.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=2_592_000),
           env = "LINESIDE_GONE_AFTER_SECONDS", hide_env = true)]
-    gone_after_seconds: u64,
+    remove_after_seconds: u64,
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
@@ -79,8 +79,8 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         namespace: arguments.kube_namespace,
     };
     let timeouts = Timeouts {
-        silent_after: Duration::from_secs(arguments.silent_after_seconds),
-        gone_after: Duration::from_secs(arguments.gone_after_seconds.max(arguments.silent_after_seconds)),
+        unreachable_after: Duration::from_secs(arguments.unreachable_after_seconds),
+        remove_after: Duration::from_secs(arguments.remove_after_seconds.max(arguments.unreachable_after_seconds)),
     };
     let runtime = super::runtime()?;
     let ended = runtime.block_on(async {

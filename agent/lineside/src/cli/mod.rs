@@ -65,7 +65,7 @@ enum Command {
     Schema(schema::Arguments),
     /// The agent's own child that tries a model.
     #[command(name = admission::SUBCOMMAND, hide = true)]
-    VetChild,
+    AdmissionChild,
     /// The agent's own child that tries the store's index.
     #[command(name = app::INDEX_SUBCOMMAND, hide = true)]
     IndexChild {
@@ -109,7 +109,7 @@ pub fn main() -> ExitCode {
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Keygen(arguments) => sign::keygen(&arguments),
         Command::Schema(arguments) => schema::run(arguments),
-        Command::VetChild => admission::child_main().map_err(Failure::Failed),
+        Command::AdmissionChild => admission::child_main().map_err(Failure::Failed),
         Command::IndexChild { folder } => probe(&folder).map_err(|reason| Failure::Failed(anyhow::Error::msg(reason))),
     });
     match ended {

@@ -166,10 +166,10 @@ struct ModelArguments {
     peer_token_file: Option<String>,
     /// DesiredCache that admission a model may take [default: 2048].
     #[arg(long, value_name = "MIB")]
-    vet_memory_mib: Option<String>,
+    admission_memory_mib: Option<String>,
     /// Time that admission a model may take [default: 120].
     #[arg(long, value_name = "SECONDS")]
-    vet_seconds: Option<String>,
+    admission_seconds: Option<String>,
 }
 
 pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failure> {
@@ -228,8 +228,8 @@ pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failu
     layers.flag("signature-threshold", models.signature_threshold);
     layers.flag("peers", models.peers);
     layers.flag("peer-token-file", models.peer_token_file);
-    layers.flag("vet-memory-mib", models.vet_memory_mib);
-    layers.flag("vet-seconds", models.vet_seconds);
+    layers.flag("admission-memory-mib", models.admission_memory_mib);
+    layers.flag("admission-seconds", models.admission_seconds);
     let host_name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let config = layers.resolve(errors, host_name.trim()).map_err(Failure::Usage)?;
     let runtime = super::runtime()?;

@@ -65,8 +65,8 @@ const SETTINGS: [&str; 40] = [
     "signature-threshold",
     "peers",
     "peer-token-file",
-    "vet-memory-mib",
-    "vet-seconds",
+    "admission-memory-mib",
+    "admission-seconds",
 ];
 
 const HTTP_DEFAULT: &str = "127.0.0.1:8080";
@@ -342,8 +342,8 @@ impl ConfigLayers {
             model_bytes_max: number("model-mib-max", 2048, 1, 2048) << 20,
             store_bytes_max: number("store-mib-max", 4096, 1, MIB_MAX) << 20,
             signature_threshold: usize::try_from(number("signature-threshold", 1, 1, 100)).unwrap_or(1),
-            vet_memory_bytes: number("vet-memory-mib", 2048, 64, MIB_MAX) << 20,
-            vet_seconds: number("vet-seconds", 120, 1, SECONDS_MAX),
+            admission_memory_bytes: number("admission-memory-mib", 2048, 64, MIB_MAX) << 20,
+            admission_seconds: number("admission-seconds", 120, 1, SECONDS_MAX),
             source_ca: path("source-ca"),
             secrets_dir: path("secrets-dir").unwrap_or(defaults.secrets_dir.clone()),
             trusted_keys: path("trusted-keys"),

@@ -200,9 +200,9 @@ impl Listener {
                         ClusterErrorKind::Refused => "see the RBAC rules in edge-manifests/base",
                         _ => "it is tried again",
                     };
-                    tracing::warn!(%trouble, advice, "the cluster cannot be listened to, what it asked for last stays in force");
+                    tracing::warn!(event = "cluster_watch_failed", %trouble, advice, "the cluster cannot be listened to, what it asked for last stays in force");
                 }
-                self.sync.metrics.sync_failures.inc();
+                self.sync.metrics.cluster_watch_failures.inc();
                 false
             }
             WatchEvent::Listed(kind, items) => {
@@ -294,8 +294,8 @@ impl Listener {
     fn measure(&self) {
         let silent = self.sync.cluster.time_since_response();
         let is_heard = self.heard_all.len() == 2 && silent <= SILENT_MAX;
-        self.sync.metrics.sync_connected.set(i64::from(is_heard));
-        self.sync.metrics.sync_age.set(i64::try_from(silent.as_secs()).unwrap_or(i64::MAX));
+        self.sync.metrics.cluster_connected.set(i64::from(is_heard));
+        self.sync.metrics.cluster_response_age.set(i64::try_from(silent.as_secs()).unwrap_or(i64::MAX));
     }
 }
 

@@ -80,7 +80,7 @@ fn tell(finding: &Finding, metrics: &Metrics) {
         Finding::Rejected(path, reasons) => {
             rejected(path).set(1);
             for reason in reasons {
-                tracing::error!(file = %path.display(), reason, "manifest refused, its last good content stays in force");
+                tracing::error!(event = "manifest_rejected", file = %path.display(), reason, "manifest refused, its last good content stays in force");
             }
         }
         Finding::Removed(path) => {

@@ -6,9 +6,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::Reconciler;
-use lineside_mqtt::command::{Command, CommandRequest};
 use lineside_api::message::CommandOutcome;
 use lineside_common::clock;
+use lineside_mqtt::command::{Command, CommandRequest};
 
 /// Bytes of a frame that is shown at most; base64 makes four of three, and a message has to stay below 4 MiB.
 const SNAPSHOT_BYTES_MAX: usize = 3 << 20;

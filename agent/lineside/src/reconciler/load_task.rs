@@ -132,7 +132,7 @@ pub(super) async fn bring(way: Arc<LoadContext>, request: LoadRequest) -> Result
             };
             if let Some(from) = &fetched.from {
                 tracing::info!(
-                    model = manifest.name,
+                    event = "model_downloaded", model = manifest.name,
                     version = manifest.version,
                     digest = %fetched.digest,
                     bytes = fetched.bytes,
@@ -310,7 +310,7 @@ fn vet(
         Err(rejection) => return Err(refused(way, request, digest, Some(admission.key()), rejection)),
     };
     tracing::info!(
-        model = manifest.name,
+        event = "model_admitted", model = manifest.name,
         version = manifest.version,
         %digest,
         p50_ms = benchmark.p50_ms,
@@ -341,12 +341,12 @@ fn refused(
     let reason = match rejection {
         Rejection::Unknown(reason) => return reason.into(),
         Rejection::Manifest(reason) => {
-            way.metrics.vet_failures.inc();
+            way.metrics.admission_failures.inc();
             return reason.into();
         }
         Rejection::Model(reason) => reason,
     };
-    way.metrics.vet_failures.inc();
+    way.metrics.admission_failures.inc();
     if request.known_good.as_ref() == Some(digest) {
         return reason.into();
     }

@@ -319,7 +319,13 @@ impl Reconciler {
                 Step::Load(manifest) => self.load(manifest, false),
                 Step::Restore(manifest) => self.load(manifest, true),
                 Step::Refuse { manifest, highest } => {
-                    tracing::error!(model = manifest.name, version = manifest.version, highest, "{LOWER_VERSION}");
+                    tracing::error!(
+                        event = "model_version_refused",
+                        model = manifest.name,
+                        version = manifest.version,
+                        highest,
+                        "{LOWER_VERSION}"
+                    );
                     let name = manifest.name.clone();
                     self.observed.models.entry(name).or_default().refused = Some(manifest);
                 }
@@ -435,6 +441,7 @@ impl Reconciler {
     fn on_served(&mut self, manifest: ModelManifest, is_restored: bool, loaded: LoadedVersion) {
         let info = &loaded.info;
         tracing::info!(
+            event = "model_serving",
             model = info.name,
             version = info.version,
             digest = info.digest,
@@ -445,6 +452,7 @@ impl Reconciler {
         if is_restored {
             let wanted = self.desired.models.get(&manifest.name).map(|wanted| wanted.version);
             tracing::warn!(
+                event = "last_good_serving",
                 model = info.name,
                 version = info.version,
                 digest = info.digest,
@@ -487,6 +495,7 @@ impl Reconciler {
         let is_news = (failures.version, &failures.failure) != (manifest.version, &failure);
         if is_news && let Some(failures) = failure.quarantined_after {
             tracing::error!(
+                event = "model_quarantined",
                 model = manifest.name,
                 version = manifest.version,
                 digest = failure.digest.map(|digest| digest.to_string()),
@@ -497,6 +506,7 @@ impl Reconciler {
             );
         } else if is_news {
             tracing::error!(
+                event = "model_load_failed",
                 model = manifest.name,
                 version = manifest.version,
                 serving = model.serving.as_ref().map(|serving| serving.version),

@@ -11,7 +11,7 @@ use lineside_api::kinds::ModelManifest;
 use lineside_api::message::Event;
 use lineside_api::state::ModelState;
 use lineside_api::status::{
-    Condition, DEGRADED, ITEMS_MAX, ModelStatus, NOTHING_ASKED, READY, Serving, SpoolStatus, StreamStatus, degrade,
+    CONFIG_PENDING, Condition, DEGRADED, ITEMS_MAX, ModelStatus, READY, Serving, SpoolStatus, StreamStatus, degrade,
     shortened,
 };
 use lineside_common::clock;
@@ -155,7 +155,7 @@ impl Reconciler {
         ModelStatus {
             name: wanted.name.clone(),
             version: wanted.version,
-            failed_while: failed.map(|failures| failures.stage.name().to_owned()),
+            failed_phase: failed.map(|failures| failures.stage.name().to_owned()),
             digest: match (wanted.digest, loaded) {
                 (None, Some(loaded)) if state == ModelState::Ready => Some(loaded.digest.to_string()),
                 (digest, _) => digest.map(|digest| digest.to_string()),
@@ -198,6 +198,7 @@ impl Reconciler {
                 let expires = clock::rfc3339(expires);
                 if !self.expired.contains(name) {
                     tracing::warn!(
+                        event = "signature_expired",
                         model = name,
                         version,
                         expires,
@@ -221,7 +222,7 @@ impl Reconciler {
             troubles.push(("StreamDown", format!("{}: {why}", stream.name)));
         }
         if models.len() > ITEMS_MAX || streams.len() > ITEMS_MAX {
-            troubles.push(("TooMany", format!("only {ITEMS_MAX} models and streams of a node are shown")));
+            troubles.push(("LimitExceeded", format!("only {ITEMS_MAX} models and streams of a node are shown")));
             models.truncate(ITEMS_MAX);
         }
         conditions.push(Condition::new(DEGRADED, false, "AsExpected", ""));
@@ -239,11 +240,11 @@ impl Reconciler {
         let missing: Vec<&str> =
             models.iter().filter(|model| model.serving.is_none()).map(|model| model.name.as_str()).collect();
         match (&self.asked, missing.as_slice()) {
-            (None, _) => Condition::new(READY, false, NOTHING_ASKED, "nobody has said yet what is to run here"),
-            (Some(_), []) => Condition::new(READY, true, "ModelsServe", format!("{} models serve", models.len())),
+            (None, _) => Condition::new(READY, false, CONFIG_PENDING, "nobody has said yet what is to run here"),
+            (Some(_), []) => Condition::new(READY, true, "ModelsReady", format!("{} models serve", models.len())),
             (Some(_), missing) => {
                 let message = format!("no version serves of {}", missing.join(", "));
-                Condition::new(READY, false, "ModelsMissing", shortened(&message))
+                Condition::new(READY, false, "ModelsNotReady", shortened(&message))
             }
         }
     }
@@ -251,11 +252,11 @@ impl Reconciler {
     /// Whether results reach a broker.
     fn broker(&self) -> Condition {
         match self.metrics.mqtt_connected.get() {
-            1 => Condition::new("BrokerReached", true, "Connected", ""),
+            1 => Condition::new("BrokerConnected", true, "Connected", ""),
             _ => Condition::new(
-                "BrokerReached",
+                "BrokerConnected",
                 false,
-                "NotConnected",
+                "Disconnected",
                 "results wait on disk; see the agent's log for why",
             ),
         }
@@ -264,12 +265,12 @@ impl Reconciler {
     /// Whether the cluster is heard. In the cluster itself this says True, since else nobody can write it there; it matters
     /// to whoever looks at the node.
     fn cluster(&self) -> Condition {
-        match self.metrics.sync_connected.get() {
-            1 => Condition::new("ClusterReached", true, "Connected", ""),
+        match self.metrics.cluster_connected.get() {
+            1 => Condition::new("ClusterConnected", true, "Connected", ""),
             _ => Condition::new(
-                "ClusterReached",
+                "ClusterConnected",
                 false,
-                "NotConnected",
+                "Disconnected",
                 "what the cluster asked for last stays in force",
             ),
         }
@@ -278,10 +279,10 @@ impl Reconciler {
     /// What an operator should know of the results that wait.
     fn spool_troubles(&self) -> Vec<(&'static str, String)> {
         let stats = self.spool.stats();
-        self.metrics.spool_in_trouble.set(i64::from(stats.trouble.is_some()));
+        self.metrics.spool_degraded.set(i64::from(stats.trouble.is_some()));
         let trouble = stats.trouble.map(|trouble| {
             let message = format!("the disk does not take results ({trouble}); they wait in memory, which holds few");
-            ("SpoolDiskFailing", message)
+            ("SpoolDegraded", message)
         });
         let overflow = stats.is_overflowing.then(|| {
             let message = format!(
@@ -331,6 +332,6 @@ fn tell_refused(models: &mut Vec<ModelStatus>, refused: &Refused) {
     let Identity { uid, generation } = refused.identity.clone();
     (model.uid, model.observed_generation) = (uid, generation);
     // These are of what it said before.
-    (model.digest, model.failed_while) = (None, None);
+    (model.digest, model.failed_phase) = (None, None);
     model.reason = Some(shortened(&format!("refused: {}", refused.reasons.join("; "))));
 }

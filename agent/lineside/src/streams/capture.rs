@@ -42,7 +42,7 @@ impl Capture {
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            tracing::info!(stream = manifest.name, source = %manifest.source, model = manifest.model, "stream starts");
+            tracing::info!(event = "stream_started", stream = manifest.name, source = %manifest.source, model = manifest.model, "stream starts");
             // Whatever the source waits for, the stop ends the wait: nothing in it needs an orderly end of its own.
             tokio::select! {
                 () = lineside_capture::play(&manifest, &mailbox, &source) => {}
@@ -65,6 +65,6 @@ impl Capture {
         }
         // A stream that is not there is neither up nor down. The series may be missing already; that is as good.
         drop(metrics.stream_up.remove_label_values(&[&self.name]));
-        tracing::info!(stream = self.name, "stream stopped");
+        tracing::info!(event = "stream_stopped", stream = self.name, "stream stopped");
     }
 }

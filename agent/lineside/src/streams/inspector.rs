@@ -84,7 +84,14 @@ impl StreamContext {
         complaint.good_frames = 0;
         if complaint.kind.as_ref() != Some(&kind) {
             let frame = frame.unwrap_or_default();
-            tracing::warn!(stream = self.name, model = model.name, frame, reason, "frame failed, going on");
+            tracing::warn!(
+                event = "frame_failed",
+                stream = self.name,
+                model = model.name,
+                frame,
+                reason,
+                "frame failed, going on"
+            );
             complaint.kind = Some(kind);
         }
     }

@@ -32,7 +32,7 @@ use lineside_common::digest::Digest;
 use lineside_common::files::read_bounded;
 
 /// The hidden subcommand of the child.
-pub const SUBCOMMAND: &str = "vet-child";
+pub const SUBCOMMAND: &str = "admission-child";
 /// Bytes of one golden sample's picture or answer at most.
 const GOLDEN_BYTES_MAX: u64 = 32 << 20;
 /// The part of what a child printed before it died that is shown.
@@ -206,13 +206,13 @@ impl Admission {
 fn last_words(ended: &ChildOutput, limits: AdmissionLimits) -> String {
     let memory_mib = limits.memory_bytes >> 20;
     if ended.stderr.contains("memory allocation of") {
-        return format!("admission it takes more than {memory_mib} MiB of memory (--vet-memory-mib)");
+        return format!("admission it takes more than {memory_mib} MiB of memory (--admission-memory-mib)");
     }
     let Some(status) = ended.status else {
-        return format!("admission it takes more than {} s (--vet-seconds)", limits.seconds);
+        return format!("admission it takes more than {} s (--admission-seconds)", limits.seconds);
     };
     if status.signal() == Some(Signal::XCPU.as_raw()) {
-        return format!("admission it takes more than {} s of processor time (--vet-seconds)", limits.seconds);
+        return format!("admission it takes more than {} s of processor time (--admission-seconds)", limits.seconds);
     }
     let words: Vec<&str> = ended.stderr.split_whitespace().collect();
     let words: String = words.join(" ").chars().take(LAST_WORDS_CHARACTERS).collect();

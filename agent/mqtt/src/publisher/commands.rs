@@ -6,9 +6,9 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::connection::Message;
 use crate::command::{Command, CommandRequest};
-use lineside_api::message::{CommandOutcome, CommandMessage, CommandState, Incoming, Topics};
+use crate::connection::Message;
+use lineside_api::message::{CommandMessage, CommandOutcome, CommandState, Incoming, Topics};
 use lineside_common::clock;
 use lineside_common::metrics::Metrics;
 

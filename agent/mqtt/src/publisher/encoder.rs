@@ -9,11 +9,11 @@ use bytes::Bytes;
 use super::{Publisher, Token};
 use crate::connection::{Message, Sender};
 use crate::home_assistant;
-use crate::sparkplug::{Session, HostSignal};
+use crate::sparkplug::{HostSignal, Session};
 use lineside_api::message::{AgentPresence, as_historical};
 use lineside_api::state::StreamStates;
 use lineside_common::files;
-use lineside_spool::{RecordId, Record};
+use lineside_spool::{Record, RecordId};
 
 /// The file in the data folder that holds SparkplugConfig's birth and death number.
 const BD_SEQ_FILE: &str = "sparkplug-bdseq";
@@ -100,7 +100,9 @@ impl Encoder {
         let Self::SparkplugConfig { session, .. } = self else { return true };
         match session.hear(message) {
             HostSignal::HostOffline if session.is_born() => false,
-            HostSignal::HostOnline => session.births(streams).into_iter().all(|message| sender.publish_unconfirmed(message)),
+            HostSignal::HostOnline => {
+                session.births(streams).into_iter().all(|message| sender.publish_unconfirmed(message))
+            }
             HostSignal::Rebirth if session.is_born() => {
                 session.births(streams).into_iter().all(|message| sender.publish_unconfirmed(message))
             }

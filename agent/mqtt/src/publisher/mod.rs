@@ -13,13 +13,13 @@
 //! A record leaves the spool on its PUBACK and not before. A connection on which nothing moves for twice the keep-alive
 //! while messages are on the way, or that does not answer a probe within half the keep-alive, is given up and made anew.
 
-mod commands;
-#[cfg(test)]
-mod simulated_days;
 mod broker_selector;
+mod commands;
+mod encoder;
 mod send_window;
 mod session;
-mod encoder;
+#[cfg(test)]
+mod simulated_days;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,15 +30,15 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::broker_selector::BrokerSelector;
 use self::commands::Commands;
 pub use self::commands::SetLevel;
-use self::broker_selector::BrokerSelector;
-use self::session::Session;
 use self::encoder::Encoder;
-use crate::credentials::{BrokerCredentials, fingerprint};
+use self::session::Session;
 use crate::config::MqttConfig;
 use crate::connection;
-use crate::connection::{Event, ConnectionLoss, Message, Receiver, Sender};
+use crate::connection::{ConnectionLoss, Event, Message, Receiver, Sender};
+use crate::credentials::{BrokerCredentials, fingerprint};
 use lineside_api::message::{AgentPresence, StatusMessage, Topics};
 use lineside_api::state::StreamStates;
 use lineside_common::clock;
@@ -145,7 +145,7 @@ impl Publisher {
                     let is_news = selector.record_failure(index, &loss, was_open, Instant::now());
                     if is_news {
                         let broker = selector.broker(index);
-                        tracing::warn!(%broker, reason = loss.reason(), "broker is not reached, results wait");
+                        tracing::warn!(event = "broker_disconnected", %broker, reason = loss.reason(), "broker is not reached, results wait");
                     }
                 }
             }
@@ -171,7 +171,9 @@ impl Publisher {
         self.metrics.mqtt_certificate_expiry.set(expires.unwrap_or(0));
         let encoder = match Encoder::new(self) {
             Ok(encoder) => encoder,
-            Err(error) => return SessionEnd::Lost(ConnectionLoss::Unreachable(format!("bdSeq cannot be written down: {error}"))),
+            Err(error) => {
+                return SessionEnd::Lost(ConnectionLoss::Unreachable(format!("bdSeq cannot be written down: {error}")));
+            }
         };
         // The client id is the node's, so that a broker lets go of our last connection when it sees the new one.
         let client_id = format!("lineside/{}/{}", self.site, self.node);
@@ -182,7 +184,7 @@ impl Publisher {
         }
         self.metrics.mqtt_connected.set(1);
         self.metrics.mqtt_broker_index.set(i64::try_from(index).unwrap_or(i64::MAX));
-        tracing::info!(%broker, waiting = self.spool.stats().records, "broker is reached");
+        tracing::info!(event = "broker_connected", %broker, waiting = self.spool.stats().records, "broker is reached");
         let talk = Session::new(self, sender, encoder, selector, index);
         talk.run(receiver, commands, registry, stop).await
     }
@@ -227,7 +229,11 @@ impl Publisher {
     fn tell_what_is_left(&self) {
         let left = self.spool.stats().records;
         if left > 0 {
-            tracing::info!(records = left, "ending with results the broker has not taken; the spool keeps them");
+            tracing::info!(
+                event = "records_left_in_spool",
+                records = left,
+                "ending with results the broker has not taken; the spool keeps them"
+            );
         }
     }
 }

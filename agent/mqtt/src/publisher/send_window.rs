@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use lineside_spool::{RecordId, Record, Spool};
+use lineside_spool::{Record, RecordId, Spool};
 
 /// Records on the way at most.
 pub(super) const WINDOW: usize = 64;

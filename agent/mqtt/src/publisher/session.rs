@@ -7,13 +7,13 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::commands::Commands;
 use super::broker_selector::{BrokerSelector, probe};
-use super::send_window::{SendWindow, WINDOW};
+use super::commands::Commands;
 use super::encoder::Encoder;
-use super::{SessionEnd, LOOK_EVERY, Publisher, Token};
+use super::send_window::{SendWindow, WINDOW};
+use super::{LOOK_EVERY, Publisher, SessionEnd, Token};
+use crate::connection::{ConnectionLoss, Event, Receiver, Seen, Sender};
 use crate::credentials::fingerprint;
-use crate::connection::{Event, ConnectionLoss, Receiver, Seen, Sender};
 use lineside_api::state::StreamStates;
 use lineside_common::digest::Digest;
 use lineside_spool::RecordKind;
@@ -192,7 +192,7 @@ impl<'a> Session<'a> {
             return leaving.deadline;
         }
         let wedged = (self.sender.unacknowledged() > 0).then(|| self.last_progress + self.wedged_after());
-        let silent = self.probed.map(|probed| probed + self.silent_after());
+        let silent = self.probed.map(|probed| probed + self.unreachable_after());
         let rate = self.flow.wait().map(|wait| Instant::now() + wait);
         let times = [Some(self.look_at), wedged, silent, rate, self.return_at];
         times.into_iter().flatten().min().unwrap_or(self.look_at)
@@ -204,7 +204,7 @@ impl<'a> Session<'a> {
     }
 
     /// A broker that does not answer a probe within this is gone.
-    fn silent_after(&self) -> Duration {
+    fn unreachable_after(&self) -> Duration {
         self.publisher.mqtt.keep_alive / 2
     }
 
@@ -217,7 +217,7 @@ impl<'a> Session<'a> {
             let seconds = self.wedged_after().as_secs();
             return Some(lost(format!("nothing was acknowledged for {seconds} s")));
         }
-        if self.probed.is_some_and(|probed| probed + self.silent_after() <= now) {
+        if self.probed.is_some_and(|probed| probed + self.unreachable_after() <= now) {
             return Some(lost("the broker has fallen silent".to_owned()));
         }
         if self.look_at <= now {
@@ -225,7 +225,10 @@ impl<'a> Session<'a> {
             let print = fingerprint(self.publisher.mqtt.secret.as_deref());
             // A folder that has vanished is no reason to give up a connection that works.
             if print.is_some() && print != self.print && self.leaving.is_none() {
-                tracing::info!("credentials for the broker have changed, connecting anew with them");
+                tracing::info!(
+                    event = "broker_credentials_changed",
+                    "credentials for the broker have changed, connecting anew with them"
+                );
                 self.leave(false);
             }
         }
@@ -246,7 +249,12 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn on_seen(&mut self, seen: Seen, commands: &mut Commands, registry: &watch::Receiver<StreamStates>) -> Option<SessionEnd> {
+    fn on_seen(
+        &mut self,
+        seen: Seen,
+        commands: &mut Commands,
+        registry: &watch::Receiver<StreamStates>,
+    ) -> Option<SessionEnd> {
         match self.sender.understand(seen) {
             Event::Acknowledged(token) => {
                 self.probed = None;

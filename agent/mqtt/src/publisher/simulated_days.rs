@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::send_window::SendWindow;
 use lineside_spool::model_test::{DrivenSpool, options};
-use lineside_spool::{AppendOutcome, RecordKind, Options, RecordId};
+use lineside_spool::{AppendOutcome, Options, RecordId, RecordKind};
 
 const DAY_MS: u64 = 24 * 3600 * 1000;
 /// The line makes a part about every so often.
@@ -31,7 +31,8 @@ struct Broker {
 
 fn day(seed: u64) {
     let random = &mut fastrand::Rng::with_seed(seed);
-    let mut driven = DrivenSpool::new(Options { segment_bytes: 16 << 10, memory_bytes_max: 1 << 20, ..options(2 << 20) });
+    let mut driven =
+        DrivenSpool::new(Options { segment_bytes: 16 << 10, memory_bytes_max: 1 << 20, ..options(2 << 20) });
     let mut broker = Broker::default();
     let mut flow: Option<SendWindow> = None;
     let (mut made, mut kept) = (0u64, 0u64);

@@ -78,7 +78,7 @@ check: compiler ## Format, lints with warnings denied, dependencies, generated f
 	$(CARGO) clippy --workspace --all-targets -- --deny warnings
 	@$(MAKE) --no-print-directory deny
 	@$(MAKE) --no-print-directory generate
-	@git diff --exit-code -- docs/schemas agent/src/mqtt/sparkplug_b.rs edge-manifests/base/crds.yaml || { echo 'generated files were stale; commit what `make generate` wrote'; exit 1; }
+	@git diff --exit-code -- docs/schemas agent/mqtt/src/sparkplug_b.rs edge-manifests/base/crds.yaml || { echo 'generated files were stale; commit what `make generate` wrote'; exit 1; }
 
 deny: ## Licences, bans and sources of dependencies; advisories where their database can be had
 	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install cargo-deny --locked --version 0.20.2

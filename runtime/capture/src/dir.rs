@@ -65,7 +65,13 @@ async fn round<S>(
                         .unwrap_or_else(PoisonError::into_inner)
                         .insert(name.clone().unwrap_or_default());
                     if is_news {
-                        tracing::warn!(stream = health.stream, file = name, reason, "frame cannot be read, going on");
+                        tracing::warn!(
+                            event = "frame_unreadable",
+                            stream = health.stream,
+                            file = name,
+                            reason,
+                            "frame cannot be read, going on"
+                        );
                     }
                     continue;
                 }

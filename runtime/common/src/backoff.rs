@@ -34,6 +34,11 @@ impl Backoff {
     }
 }
 
+/// A random duration from zero to `most`, to spread what many nodes do at the same time.
+pub fn jitter(most: Duration) -> Duration {
+    most.mul_f64(fastrand::f64())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

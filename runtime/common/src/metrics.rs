@@ -9,6 +9,72 @@ use prometheus::{
 
 const NAMESPACE: &str = "lineside";
 
+/// Registers metrics under the prefix `lineside_`. Each crate registers the metrics of its own.
+#[derive(Clone, Default)]
+pub struct Registrar(Registry);
+
+impl Registrar {
+    /// Counters with labels.
+    ///
+    /// # Errors
+    /// When the name is registered already.
+    pub fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+        registered(&self.0, IntCounterVec::new(Opts::new(name, help).namespace(NAMESPACE), labels)?)
+    }
+
+    /// A counter without labels.
+    ///
+    /// # Errors
+    /// When the name is registered already.
+    pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        registered(&self.0, IntCounter::with_opts(Opts::new(name, help).namespace(NAMESPACE))?)
+    }
+
+    /// Gauges with labels.
+    ///
+    /// # Errors
+    /// When the name is registered already.
+    pub fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
+        registered(&self.0, IntGaugeVec::new(Opts::new(name, help).namespace(NAMESPACE), labels)?)
+    }
+
+    /// A gauge without labels.
+    ///
+    /// # Errors
+    /// When the name is registered already.
+    pub fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+        registered(&self.0, IntGauge::with_opts(Opts::new(name, help).namespace(NAMESPACE))?)
+    }
+
+    /// Histograms with labels and these upper bounds.
+    ///
+    /// # Errors
+    /// When the name is registered already.
+    pub fn histograms(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+        buckets: &[f64],
+    ) -> Result<HistogramVec, prometheus::Error> {
+        let options = HistogramOpts::new(name, help).namespace(NAMESPACE).buckets(buckets.to_vec());
+        registered(&self.0, HistogramVec::new(options, labels)?)
+    }
+
+    /// All metrics, as the `prometheus` crate describes them.
+    pub fn gather(&self) -> Vec<prometheus::proto::MetricFamily> {
+        self.0.gather()
+    }
+
+    /// All metrics in the Prometheus text format, version 0.0.4.
+    ///
+    /// # Errors
+    /// When the encoder refuses, which it does not for metrics registered here.
+    pub fn encode(&self) -> Result<String, prometheus::Error> {
+        TextEncoder::new().encode_to_string(&self.0.gather())
+    }
+}
+
 /// Upper bounds of the inference histogram, in seconds.
 const DURATION_SECONDS: [f64; 14] =
     [0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 5.0];

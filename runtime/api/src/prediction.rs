@@ -75,3 +75,16 @@ pub struct Timings {
     /// Output tensors to the prediction.
     pub postprocess: Duration,
 }
+
+/// The prediction for one frame.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Inspection {
+    /// What the model predicts.
+    pub prediction: Prediction,
+    /// Width of the source picture, in pixels.
+    pub width: u32,
+    /// Height of the source picture, in pixels.
+    pub height: u32,
+    /// How long each stage took.
+    pub timings: Timings,
+}

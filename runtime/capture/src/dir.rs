@@ -11,32 +11,32 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, persist};
+use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, retry};
 use lineside_common::files::read_bounded;
-use lineside_scheduler::frames::Mailbox;
+use crate::mailbox::Mailbox;
 
 const SUFFIXES: [&str; 3] = ["jpg", "jpeg", "png"];
 
-pub(super) async fn play<S>(
+pub(super) async fn play(
     folder: &Path,
     repeat: bool,
     interval: Option<Duration>,
-    mailbox: &Mailbox<S>,
+    mailbox: &Mailbox,
     health: Health,
 ) {
     // Files already complained about, so that a loop does not complain in every round. Bounded by the folder.
     let unreadable = Mutex::new(BTreeSet::new());
-    persist(&health, || round(folder, repeat, interval, mailbox, &health, &unreadable)).await;
+    retry(&health, || round(folder, repeat, interval, mailbox, &health, &unreadable)).await;
     // A model may still be looking at the last frame; the stream ends when that is done.
     mailbox.drained().await;
     health.ended();
 }
 
-async fn round<S>(
+async fn round(
     folder: &Path,
     repeat: bool,
     interval: Option<Duration>,
-    mailbox: &Mailbox<S>,
+    mailbox: &Mailbox,
     health: &Health,
     unreadable: &Mutex<BTreeSet<String>>,
 ) -> Result<(), CameraError> {
@@ -47,9 +47,9 @@ async fn round<S>(
             move || pictures(&folder)
         })
         .await
-        .map_err(CameraError::Gone)?;
+        .map_err(CameraError::Unreachable)?;
         if files.is_empty() {
-            return Err(CameraError::Wrong(format!("{} holds no .jpg, .jpeg or .png file", folder.display())));
+            return Err(CameraError::Rejected(format!("{} holds no .jpg, .jpeg or .png file", folder.display())));
         }
         let mut played = 0;
         for file in files {
@@ -84,7 +84,7 @@ async fn round<S>(
             }
         }
         if played == 0 {
-            return Err(CameraError::Wrong(format!("no picture in {} can be read", folder.display())));
+            return Err(CameraError::Rejected(format!("no picture in {} can be read", folder.display())));
         }
         if !repeat {
             return Ok(());

@@ -4,26 +4,26 @@ use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
-use lineside_inference::jpeg;
-use lineside_inference::jpeg::Extent;
+use lineside_ipc::jpeg;
+use lineside_ipc::jpeg::Extent;
 
-use super::{CameraError, Health, Pace, captured, persist};
+use super::{CameraError, Health, Pace, captured, retry};
 use lineside_common::files::read_bounded;
-use lineside_scheduler::frames::Mailbox;
+use crate::mailbox::Mailbox;
 
 /// A recording is held in memory while it plays.
 const RECORDING_BYTES_MAX: u64 = 1 << 30;
 
-pub(super) async fn play<S>(path: &Path, interval: Option<Duration>, mailbox: &Mailbox<S>, health: Health) {
-    persist(&health, || once(path, interval, mailbox, &health)).await;
+pub(super) async fn play(path: &Path, interval: Option<Duration>, mailbox: &Mailbox, health: Health) {
+    retry(&health, || once(path, interval, mailbox, &health)).await;
     mailbox.drained().await;
     health.ended();
 }
 
-async fn once<S>(
+async fn once(
     path: &Path,
     interval: Option<Duration>,
-    mailbox: &Mailbox<S>,
+    mailbox: &Mailbox,
     health: &Health,
 ) -> Result<(), CameraError> {
     let file = path.to_owned();
@@ -31,10 +31,10 @@ async fn once<S>(
         .await
         .map_err(std::io::Error::other)
         .flatten()
-        .map_err(|error| CameraError::Gone(format!("{}: {error}", path.display())))?;
+        .map_err(|error| CameraError::Unreachable(format!("{}: {error}", path.display())))?;
     if bytes.starts_with(&[0, 0, 1]) || bytes.starts_with(&[0, 0, 0, 1]) {
         let what = "is H.264, which is not built into this version yet; use MJPEG";
-        return Err(CameraError::Wrong(format!("{} {what}", path.display())));
+        return Err(CameraError::Rejected(format!("{} {what}", path.display())));
     }
     health.up();
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned());

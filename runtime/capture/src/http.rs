@@ -12,9 +12,9 @@ use reqwest::header::CONTENT_TYPE;
 use reqwest::{Client, Response, Url};
 
 use super::multipart::Multipart;
-use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, persist};
+use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, retry};
 use lineside_api::kinds::StreamSource;
-use lineside_scheduler::frames::Mailbox;
+use crate::mailbox::Mailbox;
 
 /// Waiting for a connection at most.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,7 +23,7 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(8);
 /// The pace of single pictures where the manifest leaves it open (`fps: 0`).
 const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(200);
 
-pub(super) async fn play<S>(url: &Url, interval: Option<Duration>, mailbox: &Mailbox<S>, health: Health) {
+pub(super) async fn play(url: &Url, interval: Option<Duration>, mailbox: &Mailbox, health: Health) {
     let client = match client() {
         Ok(client) => client,
         Err(reason) => {
@@ -31,7 +31,7 @@ pub(super) async fn play<S>(url: &Url, interval: Option<Duration>, mailbox: &Mai
             return;
         }
     };
-    persist(&health, || watch(&client, url, interval, mailbox, &health)).await;
+    retry(&health, || watch(&client, url, interval, mailbox, &health)).await;
 }
 
 /// A client with our limits. TLS is rustls with ring, and the certificates this machine trusts.
@@ -49,11 +49,11 @@ fn client() -> Result<Client, String> {
 }
 
 /// Reads one connection's frames. It returns only when something went wrong.
-async fn watch<S>(
+async fn watch(
     client: &Client,
     url: &Url,
     interval: Option<Duration>,
-    mailbox: &Mailbox<S>,
+    mailbox: &Mailbox,
     health: &Health,
 ) -> Result<(), CameraError> {
     let mut answer = ask(client, url).await?;
@@ -69,7 +69,7 @@ async fn watch<S>(
                 pace.tick().await;
                 answer = ask(client, url).await?;
                 if !matches!(kind(&answer)?, ResponseKind::Picture) {
-                    return Err(CameraError::Gone("the camera changed from single pictures to MJPEG".to_owned()));
+                    return Err(CameraError::Unreachable("the camera changed from single pictures to MJPEG".to_owned()));
                 }
             }
         }
@@ -82,12 +82,12 @@ async fn ask(client: &Client, url: &Url) -> Result<Response, CameraError> {
     match status.as_u16() {
         200 => Ok(answer),
         401 | 403 => {
-            Err(CameraError::Wrong(format!("the camera refuses us ({status}); put user and password into the address")))
+            Err(CameraError::Rejected(format!("the camera refuses us ({status}); put user and password into the address")))
         }
         300..=399 => {
-            Err(CameraError::Wrong(format!("the camera sends us elsewhere ({status}), which is not followed")))
+            Err(CameraError::Rejected(format!("the camera sends us elsewhere ({status}), which is not followed")))
         }
-        _ => Err(CameraError::Wrong(format!("the camera answers {status}"))),
+        _ => Err(CameraError::Rejected(format!("the camera answers {status}"))),
     }
 }
 
@@ -111,15 +111,15 @@ fn kind(answer: &Response) -> Result<ResponseKind, CameraError> {
     match media.as_str() {
         "" | "application/octet-stream" | "binary/octet-stream" => Ok(ResponseKind::Picture),
         media if media.starts_with("image/") => Ok(ResponseKind::Picture),
-        other => Err(CameraError::Wrong(format!("the camera answers with {other}; expected MJPEG or a picture"))),
+        other => Err(CameraError::Rejected(format!("the camera answers with {other}; expected MJPEG or a picture"))),
     }
 }
 
-async fn mjpeg<S>(
+async fn mjpeg(
     answer: Response,
     boundary: Option<String>,
     interval: Option<Duration>,
-    mailbox: &Mailbox<S>,
+    mailbox: &Mailbox,
     health: &Health,
 ) -> Result<(), CameraError> {
     let mut parser = Multipart::new(boundary.as_deref(), FRAME_BYTES_MAX);
@@ -129,7 +129,7 @@ async fn mjpeg<S>(
     let mut last_taken: Option<tokio::time::Instant> = None;
     while let Some(chunk) = chunks.next().await {
         parser.feed(&chunk.map_err(|error| gone(&error))?);
-        while let Some(part) = parser.next_part().map_err(CameraError::Wrong)? {
+        while let Some(part) = parser.next_part().map_err(CameraError::Rejected)? {
             health.up();
             let now = tokio::time::Instant::now();
             let too_soon = least_gap.zip(last_taken).is_some_and(|(gap, taken)| now - taken < gap);
@@ -139,12 +139,12 @@ async fn mjpeg<S>(
             }
         }
     }
-    Err(CameraError::Gone("the camera closed the connection".to_owned()))
+    Err(CameraError::Unreachable("the camera closed the connection".to_owned()))
 }
 
 /// The whole body, within bounds.
 async fn body(answer: Response) -> Result<Bytes, CameraError> {
-    let too_large = || CameraError::Wrong(format!("the picture has more than {FRAME_BYTES_MAX} bytes"));
+    let too_large = || CameraError::Rejected(format!("the picture has more than {FRAME_BYTES_MAX} bytes"));
     if answer.content_length().is_some_and(|length| length > FRAME_BYTES_MAX as u64) {
         return Err(too_large());
     }
@@ -160,7 +160,7 @@ async fn body(answer: Response) -> Result<Bytes, CameraError> {
 }
 
 fn gone(error: &reqwest::Error) -> CameraError {
-    CameraError::Gone(describe(error))
+    CameraError::Unreachable(describe(error))
 }
 
 /// An error and its causes in one line, with no secret of the address in it.

@@ -1,16 +1,17 @@
-//! The cameras: everything that gives frames, one file per kind of source.
+//! Camera sources, one file per kind, and the mailbox in which they leave their frames.
 //!
-//! A source runs until it is cancelled or comes to its end. It never gives up on a camera that may come back: it reports
-//! that the stream is down, once, waits with a capped and jittered backoff, and reports when it is up again.
+//! A source runs until it is cancelled or reaches its end. It never gives up on a camera that may return: it reports once that
+//! the stream is down, retries with a capped and jittered backoff, and reports when the stream is up again.
 
 mod dir;
 mod file;
 mod http;
+mod mailbox;
 mod multipart;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use prometheus::IntCounter;
@@ -18,41 +19,43 @@ use tokio::time::MissedTickBehavior;
 
 use lineside_api::kinds::{StreamManifest, StreamSource};
 use lineside_common::backoff::Backoff;
-use lineside_scheduler::frames::{CapturedFrame, Mailbox};
+use lineside_ipc::frame::Frame;
 
-/// Bytes of one encoded frame at most.
+pub use mailbox::{Mailbox, MailboxReceiver, TakenFrame, mailbox};
+
+/// Largest encoded frame, in bytes.
 const FRAME_BYTES_MAX: usize = 16 << 20;
-/// First wait before a camera is tried again.
+/// First delay before a retry.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
-/// Longest wait, so that frames come back within seconds of a camera.
+/// Longest delay before a retry, so that frames are received again within seconds of the camera's return.
 const RETRY_CAP: Duration = Duration::from_secs(4);
 
-/// A source that lasted this long was in good health before it went down.
+/// A source that ran for this long was healthy: its next retry is quick again.
 const STEADY_AFTER: Duration = Duration::from_secs(5);
 
-/// Where it is said whether a stream is up.
+/// Receives the state of a stream from its source.
 pub trait StreamReporter: Send + Sync {
-    /// Whether frames can be had.
+    /// Whether the stream is up.
     fn is_up(&self) -> bool;
-    /// Frames can be had. `true` when that is news.
+    /// Frames are being received. Returns `true` when the stream was down before.
     fn up(&self) -> bool;
-    /// No frames can be had.
+    /// No frames are being received, for this reason; a stream that ends or is stopped has none.
     fn down(&self, reason: Option<&str>);
 }
 
-/// What is counted of a stream's source.
+/// What a source reports to.
 #[derive(Clone)]
 pub struct SourceMetrics {
-    /// Whether frames can be had.
-    pub presence: Arc<dyn StreamReporter>,
-    /// Attempts to reach the camera again.
+    /// The state of the stream.
+    pub reporter: Arc<dyn StreamReporter>,
+    /// Attempts to reconnect to the camera.
     pub reconnects: IntCounter,
-    /// Frames that could not be used.
+    /// Frames that could not be read.
     pub failed: IntCounter,
 }
 
-/// Plays a stream's source into its mailbox. Returns at the end of a source that has one.
-pub async fn play<S>(stream: &StreamManifest, mailbox: &Mailbox<S>, metrics: &SourceMetrics) {
+/// Runs a stream's source: frames go to the mailbox. Returns at the end of a source that has one.
+pub async fn play(stream: &StreamManifest, mailbox: &Mailbox, metrics: &SourceMetrics) {
     let health = Health { stream: stream.name.clone(), metrics: metrics.clone() };
     let interval = stream.frame_interval;
     match &stream.source {
@@ -60,10 +63,10 @@ pub async fn play<S>(stream: &StreamManifest, mailbox: &Mailbox<S>, metrics: &So
         StreamSource::File(path) => file::play(path, interval, mailbox, health).await,
         StreamSource::Http(url) => http::play(url, interval, mailbox, health).await,
     }
-    metrics.presence.down(None);
+    metrics.reporter.down(None);
 }
 
-/// Says whether a stream is up, in the log once per change and in the metrics.
+/// Reports the state of a stream, and logs each change once.
 struct Health {
     stream: String,
     metrics: SourceMetrics,
@@ -71,61 +74,61 @@ struct Health {
 
 impl Health {
     fn up(&self) {
-        if self.metrics.presence.up() {
-            tracing::info!(event = "stream_up", stream = self.stream, "stream is up");
+        if self.metrics.reporter.up() {
+            tracing::info!(event = "stream_up", stream = self.stream, "Stream is up");
         }
     }
 
     fn ended(&self) {
-        tracing::info!(event = "stream_ended", stream = self.stream, "stream has ended: all its frames were played");
+        tracing::info!(event = "stream_ended", stream = self.stream, "Stream has ended: all frames were read");
     }
 }
 
-/// Why a source gives no frames.
+/// Why a source delivers no frames.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum CameraError {
-    /// It is not there, went away, or does not answer.
-    Gone(String),
-    /// It is there, and what it gives cannot be used.
-    Wrong(String),
+    /// The camera cannot be reached, closed the connection, or does not answer.
+    Unreachable(String),
+    /// The camera answers with something that is not usable.
+    Rejected(String),
 }
 
 impl CameraError {
-    /// Whether this is news to somebody who was told the other. How exactly a camera is gone differs from one attempt to
-    /// the next and is none.
-    fn is_news_after(&self, other: &Self) -> bool {
-        !matches!((self, other), (Self::Gone(_), Self::Gone(_))) && self != other
+    /// Whether this should be logged after the other was. The exact reason why a camera cannot be reached differs from one
+    /// attempt to the next, so two of these count as the same.
+    fn differs_from(&self, other: &Self) -> bool {
+        !matches!((self, other), (Self::Unreachable(_), Self::Unreachable(_))) && self != other
     }
 }
 
-/// Runs `attempt` again and again until it ends well, waiting in between. A source that goes down is logged once, and
-/// again only when it is in trouble of another kind.
-async fn persist<F: Future<Output = Result<(), CameraError>>>(health: &Health, mut attempt: impl FnMut() -> F) {
+/// Runs `attempt` until it ends without an error, with a backoff in between. A source that goes down is logged once, and again
+/// only when it fails in another way.
+async fn retry<F: Future<Output = Result<(), CameraError>>>(health: &Health, mut attempt: impl FnMut() -> F) {
     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_CAP);
-    let mut told: Option<CameraError> = None;
+    let mut logged: Option<CameraError> = None;
     loop {
-        let begun = Instant::now();
-        let Err(trouble) = attempt().await else { return };
-        // A camera that gives a frame and goes away again has not earned a quick next try, nor another line in the log.
-        if health.metrics.presence.is_up() && begun.elapsed() >= STEADY_AFTER {
+        let started = Instant::now();
+        let Err(error) = attempt().await else { return };
+        // A camera that delivers one frame and fails again gets no quick retry and no further log line.
+        if health.metrics.reporter.is_up() && started.elapsed() >= STEADY_AFTER {
             backoff.reset();
-            told = None;
+            logged = None;
         }
         let delay = backoff.next_delay();
-        let (CameraError::Gone(reason) | CameraError::Wrong(reason)) = &trouble;
-        health.metrics.presence.down(Some(reason));
-        if told.as_ref().is_none_or(|told| trouble.is_news_after(told)) {
-            tracing::warn!(event = "stream_down", stream = health.stream, reason, "stream is down, trying again");
-            told = Some(trouble);
+        let (CameraError::Unreachable(reason) | CameraError::Rejected(reason)) = &error;
+        health.metrics.reporter.down(Some(reason));
+        if logged.as_ref().is_none_or(|logged| error.differs_from(logged)) {
+            tracing::warn!(event = "stream_down", stream = health.stream, reason, "Stream is down, retrying");
+            logged = Some(error);
         } else {
-            tracing::debug!(stream = health.stream, reason, attempts = backoff.attempts(), "stream is still down");
+            tracing::debug!(stream = health.stream, reason, attempts = backoff.attempts(), "Stream is still down");
         }
         tokio::time::sleep(delay).await;
         health.metrics.reconnects.inc();
     }
 }
 
-/// Lets frames through at a stream's pace.
+/// Paces frames to the interval of the stream.
 struct Pace(Option<tokio::time::Interval>);
 
 impl Pace {
@@ -137,7 +140,7 @@ impl Pace {
         }))
     }
 
-    /// Waits for the next frame's time; at once where frames come as they come.
+    /// Waits until the next frame is due; returns at once for a stream without an interval.
     async fn tick(&mut self) {
         if let Some(ticks) = &mut self.0 {
             ticks.tick().await;
@@ -145,7 +148,7 @@ impl Pace {
     }
 }
 
-/// A frame that came just now.
-fn captured(encoded: Bytes, name: Option<String>, may_be_stale: bool) -> CapturedFrame {
-    CapturedFrame { encoded, name, captured_at: SystemTime::now(), arrived: Instant::now(), may_be_stale }
+/// A frame that was received now.
+fn captured(encoded: Bytes, name: Option<String>, may_be_stale: bool) -> Frame {
+    Frame::encoded(encoded, name, !may_be_stale)
 }

@@ -47,7 +47,7 @@ fn stages(criterion: &mut Criterion) {
             });
         }
         criterion.bench_function(&format!("preprocess, infer, postprocess/{name}"), |bencher| {
-            bencher.iter(|| pipeline.run_frame(black_box(&frame)).expect("it runs"));
+            bencher.iter(|| pipeline.run_picture(black_box(&frame)).expect("it runs"));
         });
         criterion.bench_function(&format!("whole frame/{name}"), |bencher| {
             bencher.iter(|| pipeline.run(black_box(&jpeg)).expect("it runs"));

@@ -1,4 +1,4 @@
-//! The only door to the `image` crate: JPEG or PNG bytes to a [`Frame`], within limits.
+//! The only door to the `image` crate: JPEG or PNG bytes to a [`Picture`], within limits.
 //!
 //! The header is read first. Nothing is allocated for a picture before its sides, its pixel count and the bytes it would
 //! take are known to be within [`DecodeLimits`], so a bomb costs its header and no more. A JPEG that has lost its end is
@@ -11,7 +11,10 @@ use image::{ImageDecoder, ImageFormat, ImageReader};
 use crate::jpeg;
 use crate::jpeg::Extent;
 use crate::{Error, ErrorKind, Result};
-use lineside_ipc::frame::Frame;
+use lineside_ipc::frame::{Frame, FrameFormat, PixelLayout};
+use lineside_ipc::jpeg::{self, Extent};
+
+use crate::picture::Picture;
 
 /// What a frame may cost at most. The defaults fit a 24-megapixel line camera.
 #[derive(Debug, Clone, Copy)]
@@ -34,7 +37,7 @@ impl Default for DecodeLimits {
 ///
 /// # Errors
 /// [`ErrorKind::BadFrame`] for bytes that are no complete JPEG or PNG, [`ErrorKind::FrameTooLarge`] beyond `limits`.
-pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<Frame> {
+pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<Picture> {
     if bytes.len() > limits.encoded_bytes_max {
         return Err(too_large(format!(
             "the frame has {} bytes, more than the limit of {}",
@@ -45,20 +48,61 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<Frame> {
     let format = format_of(bytes)?;
     let decoder = ImageReader::with_format(Cursor::new(bytes), format).into_decoder().map_err(bad_frame)?;
     let (width, height) = decoder.dimensions();
-    let pixels = u64::from(width) * u64::from(height);
+    check_sides(width, height, limits)?;
     // A 16-bit RGBA source takes eight bytes a pixel while it is decoded.
-    let bytes_max = limits.total_pixels_max.saturating_mul(8);
-    if width.max(height) > limits.side_pixels_max
-        || pixels > limits.total_pixels_max
-        || decoder.total_bytes() > bytes_max
-    {
+    if decoder.total_bytes() > limits.total_pixels_max.saturating_mul(8) {
+        return Err(too_large(format!("the frame takes {} bytes while it is decoded", decoder.total_bytes())));
+    }
+    let picture = image::DynamicImage::from_decoder(decoder).map_err(bad_frame)?;
+    Picture::from_rgb(width, height, picture.into_rgb8().into_raw())
+}
+
+/// Turns a frame of any layout into RGB.
+///
+/// # Errors
+/// As [`decode`] for encoded frames; [`ErrorKind::BadFrame`] for pixels that are fewer than their sides and stride state.
+pub fn to_picture(frame: &Frame, limits: &DecodeLimits) -> Result<Picture> {
+    match frame.format {
+        FrameFormat::Encoded => decode(&frame.data, limits),
+        FrameFormat::Pixels { layout, width, height, stride } => {
+            check_sides(width, height, limits)?;
+            from_pixels(&frame.data, layout, [width as usize, height as usize], stride)
+                .and_then(|pixels| Picture::from_rgb(width, height, pixels))
+        }
+    }
+}
+
+/// Copies rows of `stride` bytes into RGB without padding.
+fn from_pixels(data: &[u8], layout: PixelLayout, [width, height]: [usize; 2], stride: usize) -> Result<Vec<u8>> {
+    let row_bytes = width * layout.bytes_per_pixel();
+    let needed = stride.checked_mul(height.saturating_sub(1)).and_then(|rows| rows.checked_add(row_bytes));
+    if stride < row_bytes || needed.is_none_or(|needed| needed > data.len()) {
+        let message = format!(
+            "the frame has {} bytes, too few for {width}x{height} pixels with {stride} bytes per row",
+            data.len()
+        );
+        return Err(Error::new(ErrorKind::BadFrame, message));
+    }
+    let mut out = Vec::with_capacity(width * height * 3);
+    for row in (0..height).map(|row| &data[row * stride..][..row_bytes]) {
+        match layout {
+            PixelLayout::Rgb8 => out.extend_from_slice(row),
+            PixelLayout::Bgr8 => out.extend(row.chunks_exact(3).flat_map(|pixel| [pixel[2], pixel[1], pixel[0]])),
+            PixelLayout::Gray8 => out.extend(row.iter().flat_map(|value| [*value; 3])),
+        }
+    }
+    Ok(out)
+}
+
+fn check_sides(width: u32, height: u32, limits: &DecodeLimits) -> Result<()> {
+    let pixels = u64::from(width) * u64::from(height);
+    if width.max(height) > limits.side_pixels_max || pixels > limits.total_pixels_max {
         return Err(too_large(format!(
             "the frame is {width}x{height}, more than the limit of {} pixels on a side and {} in all",
             limits.side_pixels_max, limits.total_pixels_max
         )));
     }
-    let picture = image::DynamicImage::from_decoder(decoder).map_err(bad_frame)?;
-    Ok(Frame::from_rgb(width, height, picture.into_rgb8().into_raw())?)
+    Ok(())
 }
 
 /// JPEG or PNG, told by the first bytes, and complete where that can be told.
@@ -155,6 +199,33 @@ mod tests {
             assert!(error.to_string().contains("neither JPEG nor PNG"), "{error}");
         }
         assert!(decode(b"", &DecodeLimits::default()).unwrap_err().to_string().contains("empty"));
+    }
+
+    #[test]
+    fn pixels_of_every_layout_become_rgb() {
+        let frame = |layout, width, stride, data: &'static [u8]| {
+            let format = FrameFormat::Pixels { layout, width, height: 2, stride };
+            Frame { format, ..Frame::encoded(data.into(), None, false) }
+        };
+        let convert = |frame: &Frame| to_picture(frame, &DecodeLimits::default());
+        // Two rows of one pixel, each with a byte of padding; the last row's padding may be missing.
+        let rgb = convert(&frame(PixelLayout::Rgb8, 1, 4, &[1, 2, 3, 0, 4, 5, 6])).unwrap();
+        assert_eq!(rgb.pixels(), [1, 2, 3, 4, 5, 6]);
+        let bgr = convert(&frame(PixelLayout::Bgr8, 1, 3, &[1, 2, 3, 4, 5, 6])).unwrap();
+        assert_eq!(bgr.pixels(), [3, 2, 1, 6, 5, 4]);
+        let gray = convert(&frame(PixelLayout::Gray8, 2, 2, &[1, 2, 3, 4])).unwrap();
+        assert_eq!(gray.pixels(), [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]);
+        for (layout, width, stride) in [
+            (PixelLayout::Gray8, 3, 3),
+            (PixelLayout::Gray8, 2, 1),
+            (PixelLayout::Gray8, 2, usize::MAX),
+            (PixelLayout::Gray8, 0, 2),
+        ] {
+            let error = convert(&frame(layout, width, stride, &[1, 2, 3, 4])).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::BadFrame, "{layout:?} {width} {stride}: {error}");
+        }
+        let huge = convert(&frame(PixelLayout::Gray8, 100_000, 100_000, &[0])).unwrap_err();
+        assert_eq!(huge.kind(), ErrorKind::FrameTooLarge);
     }
 
     /// The CRC of PNG chunks (ISO 3309), bit by bit.

@@ -42,12 +42,6 @@ impl Error {
     }
 }
 
-impl From<lineside_ipc::frame::FrameError> for Error {
-    fn from(error: lineside_ipc::frame::FrameError) -> Self {
-        Self::new(ErrorKind::BadFrame, error.to_string())
-    }
-}
-
 impl From<lineside_api::tensor::ShapeError> for Error {
     fn from(error: lineside_api::tensor::ShapeError) -> Self {
         Self::new(ErrorKind::BadSpec, error.to_string())

@@ -12,9 +12,10 @@
 
 pub mod decode;
 pub mod engine;
+mod batch;
 mod error;
 pub mod graph;
-pub mod jpeg;
+pub mod picture;
 pub mod pipeline;
 pub mod postprocess;
 pub mod preprocess;

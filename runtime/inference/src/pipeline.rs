@@ -1,80 +1,238 @@
-//! One model, ready for frames: decode, preprocess, infer, postprocess, each of them timed.
+//! One loaded model: decode, preprocess, infer, postprocess, each of them timed.
+//!
+//! The four stages form two halves that can run on two threads, so that one frame is prepared while the one before it is
+//! inferred:
+//!
+//! ```text
+//! Frame ──> PrepareStage: decode, preprocess ──> Prepared ──> InferStage: engine, postprocess ──> Inspection
+//! ```
+//!
+//! A model that was loaded for batches infers several prepared frames in one run of the engine. The answer to each frame is
+//! the one it would get alone.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::decode::{DecodeLimits, decode};
-use crate::engine;
-use crate::engine::{Engine, Session};
-use crate::graph::GraphInfo;
-use crate::postprocess;
-use crate::preprocess::Preprocessor;
-use crate::settings;
-use crate::settings::{InputSettings, OutputSettings};
-use crate::{Error, ErrorKind, Result};
-use lineside_api::prediction::{Prediction, Timings};
+use lineside_api::prediction::Timings;
 use lineside_api::spec::ModelSpec;
+use lineside_api::tensor::Tensor;
 use lineside_ipc::frame::Frame;
 
-/// The answer to one frame.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Inspection {
-    /// What the model says.
-    pub prediction: Prediction,
-    /// Width of the source picture, in pixels.
-    pub width: u32,
-    /// Height of the source picture, in pixels.
-    pub height: u32,
-    /// What each stage took.
-    pub timings: Timings,
+pub use lineside_api::prediction::Inspection;
+
+use crate::batch;
+use crate::decode::{DecodeLimits, decode, to_picture};
+use crate::engine::{self, Engine, Session};
+use crate::graph::GraphInfo;
+use crate::picture::Picture;
+use crate::postprocess;
+use crate::preprocess::{Placement, Preprocessor};
+use crate::settings::{self, InputSettings, OutputSettings};
+use crate::{Error, ErrorKind, Result};
+
+/// A frame that is ready for the engine.
+#[derive(Debug)]
+pub struct Prepared {
+    input: Tensor,
+    placement: Placement,
+    width: u32,
+    height: u32,
+    decode: Duration,
+    preprocess: Duration,
 }
 
-/// A loaded model with the working memory of one thread.
-pub struct Pipeline {
-    session: Box<dyn Session>,
+/// The first half: frames to input tensors. Owns its working memory, so one thread uses it at a time.
+pub struct PrepareStage {
     preprocessor: Preprocessor,
-    input: InputSettings,
-    output: OutputSettings,
-    graph: GraphInfo,
-    engine: &'static str,
     limits: DecodeLimits,
 }
 
+impl PrepareStage {
+    /// Decodes a frame and fills the input tensor.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadFrame`] and [`ErrorKind::FrameTooLarge`]. The stage stays usable.
+    pub fn run(&mut self, frame: &Frame) -> Result<Prepared> {
+        self.timed(|limits| to_picture(frame, limits))
+    }
+
+    fn timed(&mut self, decode: impl FnOnce(&DecodeLimits) -> Result<Picture>) -> Result<Prepared> {
+        let started = Instant::now();
+        let picture = decode(&self.limits)?;
+        let decoded = Instant::now();
+        let (input, placement) = self.preprocessor.run(&picture)?;
+        Ok(Prepared {
+            input,
+            placement,
+            width: picture.width(),
+            height: picture.height(),
+            decode: decoded - started,
+            preprocess: decoded.elapsed(),
+        })
+    }
+
+    fn prepare_picture(&mut self, picture: &Picture) -> Result<Prepared> {
+        let started = Instant::now();
+        let (input, placement) = self.preprocessor.run(picture)?;
+        Ok(Prepared {
+            input,
+            placement,
+            width: picture.width(),
+            height: picture.height(),
+            decode: Duration::ZERO,
+            preprocess: started.elapsed(),
+        })
+    }
+}
+
+/// The second half: input tensors to predictions. Owns its working memory, so one thread uses it at a time.
+pub struct InferStage {
+    session: Box<dyn Session>,
+    /// The same model for batches of this size, where it was loaded for batches.
+    batched: Option<(usize, Box<dyn Session>)>,
+    output: Arc<OutputSettings>,
+}
+
+impl InferStage {
+    /// Infers prepared frames: one result for each, in order.
+    ///
+    /// # Errors
+    /// By frame: [`ErrorKind::Inference`] and [`ErrorKind::BadOutput`]. The stage stays usable.
+    pub fn run(&mut self, prepared: Vec<Prepared>) -> Vec<Result<Inspection>> {
+        let mut results = Vec::with_capacity(prepared.len());
+        let mut waiting = prepared.into_iter().peekable();
+        while waiting.peek().is_some() {
+            let size = self.batched.as_ref().map_or(1, |(size, _)| *size);
+            let chunk: Vec<Prepared> = waiting.by_ref().take(size).collect();
+            // A batch less than half full costs more than its frames one by one.
+            match &mut self.batched {
+                Some((size, session)) if chunk.len() > 1 && chunk.len() * 2 > *size => {
+                    results.extend(infer_batch(session.as_mut(), *size, &self.output, chunk));
+                }
+                _ => results.extend(chunk.into_iter().map(|one| self.infer_one(one))),
+            }
+        }
+        results
+    }
+
+    fn infer_one(&mut self, prepared: Prepared) -> Result<Inspection> {
+        let started = Instant::now();
+        let outputs = self.session.run(vec![prepared.input])?;
+        let infer = started.elapsed();
+        finish(&self.output, outputs, &prepared.placement, [prepared.width, prepared.height], Timings {
+            decode: prepared.decode,
+            preprocess: prepared.preprocess,
+            infer,
+            postprocess: Duration::ZERO,
+        })
+    }
+
+    fn fork(&self) -> Result<Self> {
+        let batched = self.batched.as_ref().map(|(size, session)| session.fork().map(|fork| (*size, fork)));
+        Ok(Self { session: self.session.fork()?, batched: batched.transpose()?, output: self.output.clone() })
+    }
+}
+
+fn infer_batch(
+    session: &mut dyn Session,
+    size: usize,
+    output: &OutputSettings,
+    chunk: Vec<Prepared>,
+) -> Vec<Result<Inspection>> {
+    let started = Instant::now();
+    let count = chunk.len();
+    let (inputs, facts): (Vec<Tensor>, Vec<_>) = chunk
+        .into_iter()
+        .map(|one| (one.input, (one.placement, [one.width, one.height], one.decode, one.preprocess)))
+        .unzip();
+    let answers = batch::stack(&inputs, size)
+        .and_then(|input| session.run(vec![input]))
+        .and_then(|outputs| batch::split(&outputs, size, count));
+    let infer = started.elapsed();
+    match answers {
+        Err(error) => facts.iter().map(|_| Err(error.clone())).collect(),
+        Ok(answers) => answers
+            .into_iter()
+            .zip(facts)
+            .map(|(outputs, (placement, sides, decode, preprocess))| {
+                let timings = Timings { decode, preprocess, infer, postprocess: Duration::ZERO };
+                finish(output, outputs, &placement, sides, timings)
+            })
+            .collect(),
+    }
+}
+
+fn finish(
+    output: &OutputSettings,
+    outputs: Vec<Tensor>,
+    placement: &Placement,
+    [width, height]: [u32; 2],
+    timings: Timings,
+) -> Result<Inspection> {
+    let started = Instant::now();
+    let prediction = postprocess::run(output, outputs, placement)?;
+    Ok(Inspection { prediction, width, height, timings: Timings { postprocess: started.elapsed(), ..timings } })
+}
+
+/// A loaded model with the working memory of one instance.
+pub struct Pipeline {
+    prepare: PrepareStage,
+    infer: InferStage,
+    input: InputSettings,
+    graph: Arc<GraphInfo>,
+    engine: &'static str,
+}
+
 impl Pipeline {
-    /// Loads a model and runs it once on a grey picture, which warms it up and shows what its outputs look like.
+    /// Loads a model and runs it once on a grey picture, which warms it up and shows the shapes of its outputs. With
+    /// `runtime.maxBatchSize` above 1 it is loaded for batches of that size too, which takes the memory of a second copy.
     ///
     /// # Errors
     /// Whatever [`engine::inspect`], [`Engine::load`], [`settings::input`] and [`settings::output`] refuse;
-    /// [`ErrorKind::BadOutput`] for a model that answers NaN to a grey picture.
+    /// [`ErrorKind::BadOutput`] for a model that answers NaN to a grey picture; [`ErrorKind::BadSpec`] for a batch size that
+    /// the model cannot take.
     pub fn load(engine: &dyn Engine, model: &[u8], spec: &ModelSpec) -> Result<Self> {
         let graph = engine::inspect(model)?;
         let task = settings::task(spec, &graph)?;
         let input = settings::input(spec, &graph, task)?;
         let mut session = engine.load(model, &[input.shape()])?;
-        let mut preprocessor = Preprocessor::new(&input);
+        let mut prepare = PrepareStage { preprocessor: Preprocessor::new(&input), limits: DecodeLimits::default() };
         let grey =
-            Frame::from_rgb(input.width, input.height, vec![128; input.width as usize * input.height as usize * 3])?;
-        let (tensor, placement) = preprocessor.run(&grey)?;
-        let outputs = session.run(vec![tensor])?;
+            Picture::from_rgb(input.width, input.height, vec![128; input.width as usize * input.height as usize * 3])?;
+        let warm_up = prepare.prepare_picture(&grey)?;
+        let outputs = session.run(vec![warm_up.input])?;
         let output = settings::output(spec, &graph, task, &input, &outputs)?;
-        postprocess::run(&output, outputs, &placement)
+        postprocess::run(&output, outputs, &warm_up.placement)
             .map_err(|error| Error::new(error.kind(), format!("on a plain grey picture: {error}")))?;
-        Ok(Self { session, preprocessor, input, output, graph, engine: engine.name(), limits: DecodeLimits::default() })
+        let mut infer = InferStage { session, batched: None, output: Arc::new(output) };
+        let size = spec.runtime.max_batch_size.unwrap_or(1) as usize;
+        if size > 1 {
+            infer.batched = Some((size, batched_session(engine, model, &input, size)?));
+            let grey_batch = (0..size).map(|_| prepare.prepare_picture(&grey)).collect::<Result<Vec<_>>>()?;
+            for result in infer.run(grey_batch) {
+                result.map_err(|error| bad_batch(size, &error))?;
+            }
+        }
+        Ok(Self { prepare, infer, input, graph: Arc::new(graph), engine: engine.name() })
     }
 
-    /// The same model for another thread; the weights are shared.
+    /// The same model for another instance; the weights are shared.
     ///
     /// # Errors
     /// [`ErrorKind::Inference`] when the engine refuses.
     pub fn fork(&self) -> Result<Self> {
         Ok(Self {
-            session: self.session.fork()?,
-            preprocessor: Preprocessor::new(&self.input),
+            prepare: PrepareStage { preprocessor: Preprocessor::new(&self.input), limits: self.prepare.limits },
+            infer: self.infer.fork()?,
             input: self.input.clone(),
-            output: self.output.clone(),
             graph: self.graph.clone(),
             engine: self.engine,
-            limits: self.limits,
         })
+    }
+
+    /// The two halves, for two threads.
+    pub fn into_stages(self) -> (PrepareStage, InferStage) {
+        (self.prepare, self.infer)
     }
 
     /// Inspects one JPEG or PNG.
@@ -83,29 +241,17 @@ impl Pipeline {
     /// [`ErrorKind::BadFrame`] and [`ErrorKind::FrameTooLarge`] for the frame, [`ErrorKind::Inference`] and
     /// [`ErrorKind::BadOutput`] for the model. The pipeline stays usable after any of them.
     pub fn run(&mut self, encoded: &[u8]) -> Result<Inspection> {
-        let started = Instant::now();
-        let frame = decode(encoded, &self.limits)?;
-        let decode = started.elapsed();
-        let mut inspection = self.run_frame(&frame)?;
-        inspection.timings.decode = decode;
-        Ok(inspection)
+        let prepared = self.prepare.timed(|limits| decode(encoded, limits))?;
+        self.infer.infer_one(prepared)
     }
 
     /// Inspects a decoded picture.
     ///
     /// # Errors
     /// As [`Pipeline::run`], but for the frame's.
-    pub fn run_frame(&mut self, frame: &Frame) -> Result<Inspection> {
-        let started = Instant::now();
-        let (tensor, placement) = self.preprocessor.run(frame)?;
-        let preprocess = started.elapsed();
-        let started = Instant::now();
-        let outputs = self.session.run(vec![tensor])?;
-        let infer = started.elapsed();
-        let started = Instant::now();
-        let prediction = postprocess::run(&self.output, outputs, &placement)?;
-        let timings = Timings { decode: Duration::ZERO, preprocess, infer, postprocess: started.elapsed() };
-        Ok(Inspection { prediction, width: frame.width(), height: frame.height(), timings })
+    pub fn run_picture(&mut self, picture: &Picture) -> Result<Inspection> {
+        let prepared = self.prepare.prepare_picture(picture)?;
+        self.infer.infer_one(prepared)
     }
 
     /// Name of the engine that runs it.
@@ -120,16 +266,35 @@ impl Pipeline {
 
     /// How its outputs become predictions.
     pub fn output(&self) -> &OutputSettings {
-        &self.output
+        &self.infer.output
     }
 
-    /// What the file says of itself.
+    /// What the model file declares.
     pub fn graph(&self) -> &GraphInfo {
         &self.graph
     }
 }
 
-/// The engine to load a model with, by the manifest's wish.
+/// Loads the model for a batch.
+fn batched_session(
+    engine: &dyn Engine,
+    model: &[u8],
+    input: &InputSettings,
+    size: usize,
+) -> Result<Box<dyn Session>> {
+    let mut shape = input.shape();
+    shape[0] = size;
+    engine.load(model, &[shape]).map_err(|error| bad_batch(size, &error))
+}
+
+fn bad_batch(size: usize, error: &Error) -> Error {
+    Error::new(
+        ErrorKind::BadSpec,
+        format!("spec.runtime.maxBatchSize: the model cannot take batches of {size}: {error}; export it with a dynamic batch"),
+    )
+}
+
+/// The engine that the manifest asks for.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for an engine or a device that this build does not have.
@@ -156,10 +321,11 @@ mod tests {
 
     use super::*;
     use crate::engine::Tract;
+    use lineside_api::prediction::Prediction;
     use lineside_api::spec::{Color, OutputSpec, Resize, Task};
 
-    fn flat(pixel: [u8; 3]) -> Frame {
-        Frame::from_rgb(40, 20, pixel.repeat(800)).unwrap()
+    fn flat(pixel: [u8; 3]) -> Picture {
+        Picture::from_rgb(40, 20, pixel.repeat(800)).unwrap()
     }
 
     fn load(model: &Model, spec: &ModelSpec) -> Result<Pipeline> {
@@ -199,7 +365,7 @@ mod tests {
         let mut pipeline = load(&open(&[names, ("imgsz", "[16, 24]")]), &ModelSpec::default()).unwrap();
         assert_eq!((pipeline.input().height, pipeline.input().width), (16, 24));
         assert_eq!(pipeline.input().resize, Resize::Crop);
-        let found = pipeline.run_frame(&flat([10, 200, 30])).unwrap();
+        let found = pipeline.run_picture(&flat([10, 200, 30])).unwrap();
         let Prediction::Classes(classes) = found.prediction else { panic!("{found:?}") };
         assert_eq!((&*classes[0].label, classes.len()), ("green", 3));
 
@@ -246,7 +412,7 @@ mod tests {
         let shape = [Dim::Size(1), Dim::Size(2), Dim::Size(4), Dim::Size(3)];
         let model = on_picture(UINT8, &shape, "Cast", &[Attribute::Int("to", 1)]);
         let mut pipeline = load(&model, &of_task(Task::Tensor)).unwrap();
-        let found = pipeline.run_frame(&flat([7, 8, 9])).unwrap();
+        let found = pipeline.run_picture(&flat([7, 8, 9])).unwrap();
         let Prediction::Tensors(outputs) = found.prediction else { panic!("{found:?}") };
         assert_eq!((&*outputs[0].name, outputs[0].tensor.shape()), ("out", &[1, 2, 4, 3][..]));
         assert_eq!(&outputs[0].tensor.to_f32()[..6], [7.0, 8.0, 9.0, 7.0, 8.0, 9.0]);
@@ -267,11 +433,45 @@ mod tests {
         for is_asked in [true, false] {
             let mut pipeline = load(&model, &with_map(is_asked)).unwrap();
             assert_eq!(pipeline.input().color, Color::Gray);
-            let found = pipeline.run_frame(&flat([255, 255, 255])).unwrap();
+            let found = pipeline.run_picture(&flat([255, 255, 255])).unwrap();
             let Prediction::Anomaly { score, map } = found.prediction else { panic!("{found:?}") };
             assert_eq!(score, 1.0);
             assert_eq!(map.map(|map| (map.width, map.height)), is_asked.then_some((6, 4)));
         }
+    }
+
+    /// Twelve frames in batches of up to `size`: the best class of each is the colour of its own frame.
+    #[test]
+    fn every_frame_of_a_batch_gets_its_own_answer() {
+        let model = mean_colour_classifier(8, 8, 3);
+        let runtime = lineside_api::spec::RuntimeSpec { max_batch_size: Some(4), ..Default::default() };
+        let pipeline = load(&model, &ModelSpec { runtime, ..ModelSpec::default() }).unwrap();
+        let mut alone = load(&model, &ModelSpec::default()).unwrap();
+        let (mut prepare, mut infer) = pipeline.fork().unwrap().into_stages();
+        for count in [1, 2, 3, 4, 5, 12] {
+            let pictures: Vec<Picture> = (0..count)
+                .map(|index| {
+                    let mut pixel = [10, 20, 30];
+                    pixel[index % 3] = 200;
+                    flat(pixel)
+                })
+                .collect();
+            let prepared = pictures.iter().map(|picture| prepare.prepare_picture(picture).unwrap()).collect();
+            let found = infer.run(prepared);
+            assert_eq!(found.len(), count);
+            for (picture, found) in pictures.iter().zip(found) {
+                assert_eq!(found.unwrap().prediction, alone.run_picture(picture).unwrap().prediction);
+            }
+        }
+    }
+
+    #[test]
+    fn a_model_with_a_fixed_batch_is_refused_for_batches() {
+        let shape = [Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)];
+        let model = on_picture(FLOAT, &shape, "Relu", &[]);
+        let runtime = lineside_api::spec::RuntimeSpec { max_batch_size: Some(2), ..Default::default() };
+        let spec = ModelSpec { runtime, ..of_task(Task::Tensor) };
+        assert!(rejection(&model, &spec).contains("spec.runtime.maxBatchSize"));
     }
 
     #[test]

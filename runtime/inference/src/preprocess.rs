@@ -12,7 +12,7 @@ use crate::settings::{InputSettings, Layout};
 use crate::{Error, ErrorKind, Result};
 use lineside_api::spec::{Color, Resize};
 use lineside_api::tensor::{Data, DataType, Tensor};
-use lineside_ipc::frame::Frame;
+use crate::picture::Picture;
 
 /// Grey level of the letterbox's margins, as detectors are trained with.
 const MARGIN: u8 = 114;
@@ -65,8 +65,8 @@ impl Preprocessor {
     /// The tensor for a picture: `[1, channels, height, width]` or `[1, height, width, channels]`.
     ///
     /// # Errors
-    /// [`ErrorKind::BadFrame`] when the resizer refuses the picture, which it does for none that [`Frame`] lets through.
-    pub fn run(&mut self, frame: &Frame) -> Result<(Tensor, Placement)> {
+    /// [`ErrorKind::BadFrame`] when the resizer refuses the picture, which it does for none that [`Picture`] lets through.
+    pub fn run(&mut self, frame: &Picture) -> Result<(Tensor, Placement)> {
         let plan = Plan::new(&self.settings, frame);
         let [left, top, width, height] = plan.target;
         if (self.resized.width(), self.resized.height()) != (width, height) {
@@ -165,7 +165,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(settings: &InputSettings, frame: &Frame) -> Self {
+    fn new(settings: &InputSettings, frame: &Picture) -> Self {
         let input = [settings.width, settings.height];
         let source = [frame.width(), frame.height()];
         let ratio = |axis: usize| f64::from(input[axis]) / f64::from(source[axis]);
@@ -209,11 +209,11 @@ mod tests {
         }
     }
 
-    fn flat(width: u32, height: u32, pixel: [u8; 3]) -> Frame {
-        Frame::from_rgb(width, height, pixel.repeat((width * height) as usize)).unwrap()
+    fn flat(width: u32, height: u32, pixel: [u8; 3]) -> Picture {
+        Picture::from_rgb(width, height, pixel.repeat((width * height) as usize)).unwrap()
     }
 
-    fn values(settings: &InputSettings, frame: &Frame) -> (Vec<f32>, Placement) {
+    fn values(settings: &InputSettings, frame: &Picture) -> (Vec<f32>, Placement) {
         let (tensor, placement) = Preprocessor::new(settings).run(frame).unwrap();
         (tensor.to_f32().into_owned(), placement)
     }
@@ -262,7 +262,7 @@ mod tests {
         for row in 0..10 {
             pixels[(row * 30 + 10) * 3..(row * 30 + 20) * 3].fill(255);
         }
-        let frame = Frame::from_rgb(30, 10, pixels).unwrap();
+        let frame = Picture::from_rgb(30, 10, pixels).unwrap();
         let (values, placement) = values(&settings(Resize::Crop, 5, 5), &frame);
         assert!(values.iter().all(|value| *value == 255.0), "{values:?}");
         assert_eq!(placement.to_source([0.0, 0.0, 5.0, 5.0]), [10.0, 0.0, 20.0, 10.0]);

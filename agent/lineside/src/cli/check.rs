@@ -12,7 +12,7 @@ use lineside_inference::engine;
 use lineside_inference::engine::Engine;
 use lineside_inference::graph::{GraphInfo, TensorInfo};
 use lineside_inference::pipeline::Pipeline;
-use lineside_ipc::frame::Frame;
+use lineside_inference::picture::Picture;
 use serde::Serialize;
 
 use super::Failure;
@@ -220,10 +220,10 @@ fn try_engine(
 /// Median and 99th percentile of inference alone, in milliseconds, on a grey picture.
 fn time(pipeline: &mut Pipeline, runs: u32) -> lineside_inference::Result<(f64, f64)> {
     let (width, height) = (pipeline.input().width, pipeline.input().height);
-    let grey = Frame::from_rgb(width, height, vec![128; width as usize * height as usize * 3])?;
+    let grey = Picture::from_rgb(width, height, vec![128; width as usize * height as usize * 3])?;
     let mut times = Vec::new();
     for _ in 0..runs {
-        times.push(pipeline.run_frame(&grey)?.timings.infer.as_secs_f64() * 1e3);
+        times.push(pipeline.run_picture(&grey)?.timings.infer.as_secs_f64() * 1e3);
     }
     Ok(p50_p99(&mut times))
 }

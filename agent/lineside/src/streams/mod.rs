@@ -1,6 +1,12 @@
-//! The streams of this node: capture, inspection, results.
+//! The streams of this node: from a camera frame to a result in the spool.
 
-pub mod capture;
-pub mod inspector;
+mod client;
+mod inspector;
+mod metrics;
 pub mod registry;
 pub mod report_filter;
+mod stream;
+
+pub use metrics::StreamMetrics;
+pub use registry::StreamRegistry;
+pub use stream::{RunningStream, StreamContext};

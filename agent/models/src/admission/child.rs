@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use lineside_api::prediction::Prediction;
 use lineside_inference::pipeline::{Pipeline, engine_for};
 use lineside_inference::{Error, ErrorKind};
-use lineside_ipc::frame::Frame;
+use lineside_inference::picture::Picture;
 
 use super::golden::compare;
 use super::{Answer, Benchmark, Request};
@@ -55,8 +55,8 @@ fn vet(request: &Request, model: &[u8]) -> Result<Benchmark, Error> {
     let mut noise = fastrand::Rng::with_seed(7);
     let pictures = [vec![128; bytes], vec![0; bytes], (0..bytes).map(|_| noise.u8(..)).collect()];
     for picture in &pictures {
-        let frame = Frame::from_rgb(width, height, picture.clone())?;
-        finite(&pipeline.run_frame(&frame)?.prediction)?;
+        let frame = Picture::from_rgb(width, height, picture.clone())?;
+        finite(&pipeline.run_picture(&frame)?.prediction)?;
     }
     for sample in &request.samples {
         let picture = super::golden::decoded(&sample.picture)?;
@@ -69,11 +69,11 @@ fn vet(request: &Request, model: &[u8]) -> Result<Benchmark, Error> {
         compare(&sample.answer, &answer, sample.tolerance, size)
             .map_err(|reason| Error::new(ErrorKind::BadOutput, format!("golden sample {}: {reason}", sample.name)))?;
     }
-    let frame = Frame::from_rgb(width, height, pictures[2].clone())?;
+    let frame = Picture::from_rgb(width, height, pictures[2].clone())?;
     let mut times = Vec::new();
     let started = Instant::now();
     while times.len() < RUNS_MIN as usize || (times.len() < RUNS_MAX as usize && started.elapsed() < TIMED_FOR) {
-        times.push(milliseconds(pipeline.run_frame(&frame)?.timings.infer));
+        times.push(milliseconds(pipeline.run_picture(&frame)?.timings.infer));
     }
     let (p50_ms, p99_ms) = p50_p99(&mut times);
     Ok(Benchmark { p50_ms, p99_ms, load_ms, peak_memory_bytes: memory_bytes("VmHWM"), runs: times.len() as u32 })

@@ -221,7 +221,7 @@ mod tests {
     use crate::settings::{InputSettings, Layout};
     use lineside_api::spec::{Color, Resize};
     use lineside_api::tensor::{Data, DataType};
-    use lineside_ipc::frame::Frame;
+    use crate::picture::Picture;
 
     const SIDE: u32 = 64;
 
@@ -248,7 +248,7 @@ mod tests {
             mean: [0.0; 3],
             std: [1.0; 3],
         };
-        let frame = Frame::from_rgb(SIDE, SIDE, vec![0; (SIDE * SIDE * 3) as usize]).unwrap();
+        let frame = Picture::from_rgb(SIDE, SIDE, vec![0; (SIDE * SIDE * 3) as usize]).unwrap();
         let (_, placement) = Preprocessor::new(&input).run(&frame).unwrap();
         let found = run(settings, &Labels::numbered(2), outputs, &placement)?;
         Ok(found.into_iter().map(|found| (found.class.class, found.class.score, found.bbox)).collect())

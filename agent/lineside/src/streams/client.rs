@@ -1,0 +1,198 @@
+//! The stream's client of the scheduler: its policies are order, latest frame first, and a bound on the frames in flight.
+//!
+//! Two frames of a stream may be in flight: while the engine infers one, the next is decoded, so that one stream uses two
+//! cores. More would only make frames older. Results are processed in the order of the frames, whatever the order in which
+//! instances and versions answer.
+//!
+//! A frame of a live source that finds no version, or no room, is skipped. A frame that must be kept is submitted again.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lineside_capture::{MailboxReceiver, TakenFrame};
+use lineside_ipc::frame::Frame;
+use lineside_scheduler::{Deployment, Job, JobOutcome, Priority, SubmitErrorKind};
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use super::inspector::Inspector;
+
+/// Frames of one stream in flight.
+const IN_FLIGHT_MAX: usize = 2;
+/// Delay before a frame that must be kept is submitted again to a full queue.
+const RETRY_DELAY: Duration = Duration::from_millis(20);
+
+/// What belongs to a frame in flight. Dropping it makes room for the next one.
+struct Pending {
+    taken: TakenFrame,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Submits the frames of one stream.
+pub(super) struct StreamClient {
+    mailbox: Arc<MailboxReceiver>,
+    deployment: Arc<Deployment>,
+    shared: Arc<Shared>,
+    in_flight: Arc<Semaphore>,
+    next: u64,
+    /// Frames that must be kept and were cancelled, with their sequence number.
+    cancelled: mpsc::UnboundedReceiver<(u64, Pending)>,
+}
+
+/// What the outcomes need.
+struct Shared {
+    inspector: Arc<Inspector>,
+    order: Mutex<ReorderBuffer<(Pending, JobOutcome)>>,
+    /// Bounded by the frames in flight.
+    retry: mpsc::UnboundedSender<(u64, Pending)>,
+}
+
+impl StreamClient {
+    pub(super) fn new(mailbox: Arc<MailboxReceiver>, deployment: Arc<Deployment>, inspector: Arc<Inspector>) -> Self {
+        let (retry, cancelled) = mpsc::unbounded_channel();
+        Self {
+            mailbox,
+            deployment,
+            shared: Arc::new(Shared { inspector, order: Mutex::default(), retry }),
+            in_flight: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
+            next: 0,
+            cancelled,
+        }
+    }
+
+    /// Submits frames until it is cancelled.
+    pub(super) async fn run(mut self) {
+        let mut stable = self.deployment.stable();
+        loop {
+            // A version first, then a frame: while none serves, newer frames replace the one that waits.
+            if stable.wait_for(Option::is_some).await.is_err() {
+                return std::future::pending().await;
+            }
+            let (number, pending) = tokio::select! {
+                biased;
+                Some(again) = self.cancelled.recv() => again,
+                pending = take(&self.mailbox, &self.in_flight) => {
+                    let number = self.next;
+                    self.next += 1;
+                    (number, pending)
+                }
+            };
+            self.submit(number, pending).await;
+        }
+    }
+
+    async fn submit(&self, number: u64, pending: Pending) {
+        let frame = pending.taken.frame.clone();
+        let must_keep = frame.must_keep;
+        let deadline = self.shared.inspector.age_max().filter(|_| !must_keep).map(|age_max| frame.arrived + age_max);
+        let shared = self.shared.clone();
+        // The outcome finds the pending frame here; it is put back where the job is not accepted.
+        let slot = Arc::new(Mutex::new(Some(pending)));
+        let own = slot.clone();
+        let sink = Box::new(move |outcome| {
+            if let Some(pending) = own.lock().take() {
+                shared.on_outcome(number, pending, outcome);
+            }
+        });
+        match self.deployment.submit(Job::new(frame, Priority::Stream, deadline, sink)) {
+            Ok(()) => {}
+            Err((job, kind)) => {
+                let Some(pending) = slot.lock().take() else { return };
+                drop(job);
+                if must_keep {
+                    if kind == SubmitErrorKind::QueueFull {
+                        tokio::time::sleep(RETRY_DELAY).await;
+                    }
+                    // The receiver is our own field.
+                    self.shared.retry.send((number, pending)).ok();
+                } else {
+                    self.shared.inspector.count_skipped();
+                    self.shared.complete(number, pending, JobOutcome::Cancelled);
+                }
+            }
+        }
+    }
+}
+
+/// Waits for room in flight, then for a frame.
+async fn take(mailbox: &MailboxReceiver, in_flight: &Arc<Semaphore>) -> Pending {
+    match in_flight.clone().acquire_owned().await {
+        Ok(permit) => Pending { taken: mailbox.take().await, _permit: permit },
+        // The semaphore is never closed.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+impl Shared {
+    fn on_outcome(&self, number: u64, pending: Pending, outcome: JobOutcome) {
+        match outcome {
+            // A version was stopped under the frame. Where the stream is stopped as well, nobody receives it.
+            JobOutcome::Cancelled if pending.taken.frame.must_keep => {
+                self.retry.send((number, pending)).ok();
+            }
+            JobOutcome::Cancelled => {
+                self.inspector.count_skipped();
+                self.complete(number, pending, JobOutcome::Cancelled);
+            }
+            outcome => self.complete(number, pending, outcome),
+        }
+    }
+
+    /// Processes this outcome and those that waited for it. The lock keeps the order.
+    fn complete(&self, number: u64, pending: Pending, outcome: JobOutcome) {
+        let mut order = self.order.lock();
+        for (pending, outcome) in order.complete(number, (pending, outcome)) {
+            self.process(&pending.taken.frame, outcome);
+            drop(pending);
+        }
+    }
+
+    fn process(&self, frame: &Frame, outcome: JobOutcome) {
+        match outcome {
+            JobOutcome::Answered(answer) => self.inspector.on_answer(frame, answer),
+            JobOutcome::Failed(model, error) => self.inspector.on_failure(frame, &model, &error),
+            JobOutcome::Expired => self.inspector.count_expired(),
+            JobOutcome::Cancelled => {}
+        }
+    }
+}
+
+/// Puts values that are completed in any order back into the order of their numbers.
+struct ReorderBuffer<T> {
+    next: u64,
+    waiting: BTreeMap<u64, T>,
+}
+
+impl<T> Default for ReorderBuffer<T> {
+    fn default() -> Self {
+        Self { next: 0, waiting: BTreeMap::new() }
+    }
+}
+
+impl<T> ReorderBuffer<T> {
+    /// Adds a value. Returns the values whose turn it is, in order.
+    fn complete(&mut self, number: u64, value: T) -> Vec<T> {
+        self.waiting.insert(number, value);
+        let mut ready = Vec::new();
+        while let Some(value) = self.waiting.remove(&self.next) {
+            self.next += 1;
+            ready.push(value);
+        }
+        ready
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_leave_in_the_order_of_their_numbers() {
+        let mut buffer = ReorderBuffer::default();
+        assert_eq!(buffer.complete(1, 'b'), []);
+        assert_eq!(buffer.complete(0, 'a'), ['a', 'b']);
+        assert_eq!(buffer.complete(3, 'd'), []);
+        assert_eq!(buffer.complete(2, 'c'), ['c', 'd']);
+    }
+}

@@ -1,0 +1,98 @@
+//! One running stream: its source, its mailbox, and its client of the scheduler, each a supervised task.
+//!
+//! ```text
+//! camera ──> source task ──mailbox (1 frame)──> client task ──job──> deployment ──outcome──> inspector ──> spool
+//! ```
+
+use std::sync::Arc;
+
+use lineside_api::kinds::StreamManifest;
+use lineside_capture::{Mailbox, SourceMetrics, StreamReporter, mailbox};
+use lineside_common::supervisor::{OnFailure, SupervisedTask, Supervisor};
+use lineside_ipc::frame::Frame;
+use lineside_scheduler::Deployment;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use super::client::StreamClient;
+use super::inspector::Inspector;
+use super::metrics::StreamMetrics;
+use super::registry::StreamRegistry;
+use crate::message_writer::MessageWriter;
+
+/// What all streams share.
+#[derive(Clone)]
+pub struct StreamContext {
+    /// Watches over the tasks.
+    pub supervisor: Supervisor,
+    /// The states of the streams.
+    pub registry: Arc<StreamRegistry>,
+    /// Where results go.
+    pub messages: Arc<MessageWriter>,
+    /// What is counted.
+    pub metrics: StreamMetrics,
+}
+
+/// A stream that runs. It is stopped by [`RunningStream::stop`].
+pub struct RunningStream {
+    name: String,
+    mailbox: Mailbox,
+    source: SupervisedTask,
+    client: SupervisedTask,
+}
+
+impl RunningStream {
+    /// Starts a stream whose frames go to a deployment.
+    pub fn start(manifest: StreamManifest, deployment: Arc<Deployment>, context: &StreamContext) -> Self {
+        let name = manifest.name.clone();
+        tracing::info!(
+            event = "stream_started",
+            stream = name,
+            source = %manifest.source,
+            model = manifest.model,
+            "Stream started"
+        );
+        let children = context.metrics.of_stream(&name);
+        let inspector = Arc::new(Inspector::new(&manifest, children.clone(), context.messages.clone()));
+        let (mailbox, receiver) = mailbox(children.skipped.clone());
+        let reporter: Arc<dyn StreamReporter> = Arc::new(context.registry.register(&name, &manifest.model));
+        let metrics =
+            SourceMetrics { reporter: reporter.clone(), reconnects: children.reconnects, failed: children.failed };
+        let receiver = Arc::new(receiver);
+        let client = context.supervisor.spawn(&format!("stream-client/{name}"), OnFailure::Restart, move |stop| {
+            let client = StreamClient::new(receiver.clone(), deployment.clone(), inspector.clone());
+            until_stopped(client.run(), stop)
+        });
+        let (manifest, left) = (Arc::new(manifest), mailbox.clone());
+        let source = context.supervisor.spawn(&format!("stream-source/{name}"), OnFailure::Restart, move |stop| {
+            let (manifest, mailbox, metrics) = (manifest.clone(), left.clone(), metrics.clone());
+            let work = async move {
+                lineside_capture::play(&manifest, &mailbox, &metrics).await;
+                // A source that has an end has reached it. The stream stays, without frames, until it is stopped.
+                std::future::pending().await
+            };
+            until_stopped(work, stop)
+        });
+        Self { name, mailbox, source, client }
+    }
+
+    /// A copy of the next frame that the source delivers.
+    pub fn next_frame(&self) -> oneshot::Receiver<Frame> {
+        self.mailbox.next_frame()
+    }
+
+    /// Stops the stream. A frame that still waits is dropped; frames in flight are finished.
+    pub async fn stop(self) {
+        self.source.stop().await;
+        self.client.stop().await;
+        tracing::info!(event = "stream_stopped", stream = self.name, "Stream stopped");
+    }
+}
+
+/// Runs until it ends or is stopped: nothing in a source needs an orderly end of its own.
+async fn until_stopped(work: impl Future<Output = ()>, stop: CancellationToken) {
+    tokio::select! {
+        () = work => {}
+        () = stop.cancelled() => {}
+    }
+}

@@ -1,0 +1,570 @@
+//! Decides which job goes to which version, in which batch, and when. No threads, no clock and no I/O: time is an argument,
+//! so that every order of events can be tested.
+//!
+//! A job is assigned to a version when it is submitted, by smooth weighted round robin (the algorithm of nginx's upstream
+//! module), so that the weights hold exactly over any window of their sum. It waits in that version's queue until the worker
+//! has room; a batch is formed when it is full, or when its oldest job has waited for `max_queue_delay`.
+//!
+//! Invariants, each tested below:
+//! - Every job ends exactly once.
+//! - A batch holds jobs of one version only, and each answer goes to its own job.
+//! - Waiting jobs never exceed `queue_max`.
+//! - A worker that exceeds its execution limit loses the batch it executes and no other.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lineside_api::message::ModelInfo;
+use lineside_worker::{BatchId, BatchReply, WorkError, WorkErrorKind, WorkItem};
+
+use crate::job::{Answer, Job, JobOutcome, Priority};
+use crate::queue::JobQueue;
+
+/// Identifies a version of a deployment. Never reused within a deployment.
+pub type VersionId = u64;
+
+/// How the jobs of one version are batched and limited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchPolicy {
+    /// Jobs in one batch, at least 1.
+    pub max_batch_size: usize,
+    /// How long the oldest job waits for a batch to fill.
+    pub max_queue_delay: Duration,
+    /// A batch that takes longer than this from its start is given up, and the worker replaced.
+    pub execution_limit: Duration,
+}
+
+impl Default for BatchPolicy {
+    fn default() -> Self {
+        Self { max_batch_size: 1, max_queue_delay: Duration::ZERO, execution_limit: Duration::from_secs(30) }
+    }
+}
+
+/// What the owner of the threads has to do.
+#[derive(Default)]
+pub(crate) struct Actions {
+    /// Batches to hand to the workers of these versions.
+    pub(crate) batches: Vec<(VersionId, BatchId, Vec<WorkItem>)>,
+    /// Jobs that have ended.
+    pub(crate) ended: Vec<(Job, JobOutcome)>,
+    /// Versions whose worker is to be replaced.
+    pub(crate) hung: Vec<VersionId>,
+    /// When to ask again, if nothing happens before.
+    pub(crate) wake_at: Option<Instant>,
+}
+
+/// Why a job was not accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SubmitErrorKind {
+    /// No version serves.
+    NotServing,
+    /// The queue is full of jobs that are at least as urgent.
+    QueueFull,
+}
+
+struct LiveVersion {
+    info: Arc<ModelInfo>,
+    policy: BatchPolicy,
+    weight: u32,
+    /// State of the smooth weighted round robin.
+    credit: i64,
+    capacity: usize,
+    queue: JobQueue,
+    in_flight: BTreeMap<BatchId, Executing>,
+}
+
+struct Executing {
+    jobs: Vec<Job>,
+    started: Instant,
+}
+
+/// The state of one deployment.
+pub(crate) struct Dispatcher {
+    queue_max: usize,
+    versions: BTreeMap<VersionId, LiveVersion>,
+    next_version: VersionId,
+    next_batch: BatchId,
+}
+
+impl Dispatcher {
+    pub(crate) fn new(queue_max: usize) -> Self {
+        Self { queue_max, versions: BTreeMap::new(), next_version: 0, next_batch: 0 }
+    }
+
+    /// Reserves the id of the next version, which a worker needs to know before the version can take jobs.
+    pub(crate) fn reserve(&mut self) -> VersionId {
+        self.next_version += 1;
+        self.next_version
+    }
+
+    /// Adds a version. It takes jobs at once.
+    pub(crate) fn add(
+        &mut self,
+        id: VersionId,
+        info: Arc<ModelInfo>,
+        weight: u32,
+        policy: BatchPolicy,
+        capacity: usize,
+    ) {
+        let version = LiveVersion {
+            info,
+            policy,
+            weight,
+            credit: 0,
+            capacity,
+            queue: JobQueue::default(),
+            in_flight: BTreeMap::new(),
+        };
+        self.versions.insert(id, version);
+    }
+
+    /// Sets the share of new jobs that a version takes. A version of weight 0 takes none, and finishes what it holds.
+    pub(crate) fn set_weight(&mut self, id: VersionId, weight: u32) {
+        if let Some(version) = self.versions.get_mut(&id) {
+            version.weight = weight;
+        }
+    }
+
+    /// The ids of all versions, oldest first.
+    pub(crate) fn versions(&self) -> Vec<VersionId> {
+        self.versions.keys().copied().collect()
+    }
+
+    /// The version with the largest weight above 0; the newest of several.
+    pub(crate) fn stable(&self) -> Option<Arc<ModelInfo>> {
+        let live = self.versions.values().filter(|version| version.weight > 0);
+        live.max_by_key(|version| version.weight).map(|version| version.info.clone())
+    }
+
+    /// Jobs that wait for a worker.
+    pub(crate) fn waiting(&self) -> usize {
+        self.versions.values().map(|version| version.queue.len()).sum()
+    }
+
+    /// Whether a version executes nothing and holds no job.
+    pub(crate) fn is_idle(&self, id: VersionId) -> bool {
+        self.versions.get(&id).is_none_or(|version| version.in_flight.is_empty() && version.queue.len() == 0)
+    }
+
+    /// Accepts a job. A full queue drops its least urgent job for a more urgent one.
+    pub(crate) fn submit(&mut self, job: Job) -> Result<Option<Job>, (Job, SubmitErrorKind)> {
+        let Some(id) = self.assign() else { return Err((job, SubmitErrorKind::NotServing)) };
+        let mut evicted = None;
+        if self.waiting() >= self.queue_max {
+            evicted = self.evict_below(job.priority);
+            if evicted.is_none() {
+                return Err((job, SubmitErrorKind::QueueFull));
+            }
+        }
+        if let Some(version) = self.versions.get_mut(&id) {
+            version.queue.push(job);
+        }
+        Ok(evicted)
+    }
+
+    fn evict_below(&mut self, priority: Priority) -> Option<Job> {
+        self.versions.values_mut().find_map(|version| version.queue.evict_below(priority))
+    }
+
+    /// Smooth weighted round robin: every version earns its weight, the richest one is chosen and pays the sum.
+    fn assign(&mut self) -> Option<VersionId> {
+        let mut total = 0;
+        let mut chosen: Option<(VersionId, i64)> = None;
+        for (id, version) in self.versions.iter_mut().filter(|(_, version)| version.weight > 0) {
+            total += i64::from(version.weight);
+            version.credit += i64::from(version.weight);
+            if chosen.is_none_or(|(_, credit)| version.credit > credit) {
+                chosen = Some((*id, version.credit));
+            }
+        }
+        let (id, _) = chosen?;
+        if let Some(version) = self.versions.get_mut(&id) {
+            version.credit -= total;
+        }
+        Some(id)
+    }
+
+    /// Forms the batches that can start now, and ends what has expired.
+    pub(crate) fn poll(&mut self, now: Instant) -> Actions {
+        let mut actions = Actions::default();
+        let mut wake_at: Option<Instant> = None;
+        let mut wake = |at: Instant| wake_at = Some(wake_at.map_or(at, |known| known.min(at)));
+        for (id, version) in &mut self.versions {
+            actions.ended.extend(version.queue.take_expired(now).into_iter().map(|job| (job, JobOutcome::Expired)));
+            if let Some(started) = version.in_flight.values().map(|executing| executing.started).min() {
+                let limit = started + version.policy.execution_limit;
+                if limit <= now {
+                    actions.hung.push(*id);
+                } else {
+                    wake(limit);
+                }
+            }
+            while version.in_flight.len() < version.capacity {
+                let Some(oldest) = version.queue.oldest() else { break };
+                let full_at = oldest + version.policy.max_queue_delay;
+                if version.queue.len() < version.policy.max_batch_size && full_at > now {
+                    wake(full_at);
+                    break;
+                }
+                let jobs: Vec<Job> =
+                    std::iter::from_fn(|| version.queue.pop()).take(version.policy.max_batch_size.max(1)).collect();
+                let items =
+                    jobs.iter().map(|job| WorkItem { frame: job.frame.clone(), deadline: job.deadline }).collect();
+                self.next_batch += 1;
+                version.in_flight.insert(self.next_batch, Executing { jobs, started: now });
+                actions.batches.push((*id, self.next_batch, items));
+            }
+            if let Some(deadline) = version.queue.next_deadline() {
+                wake(deadline);
+            }
+        }
+        actions.wake_at = wake_at;
+        actions
+    }
+
+    /// Takes the reply of a worker. A batch that was given up before is unknown by now, and its reply is dropped.
+    pub(crate) fn on_reply(&mut self, id: VersionId, reply: BatchReply) -> Vec<(Job, JobOutcome)> {
+        let Some(version) = self.versions.get_mut(&id) else { return Vec::new() };
+        let Some(Executing { jobs, started }) = version.in_flight.remove(&reply.batch) else { return Vec::new() };
+        let mut results = reply.results.into_iter();
+        let info = &version.info;
+        jobs.into_iter()
+            .map(|job| {
+                let outcome = match results.next() {
+                    Some(Ok(inspection)) => JobOutcome::Answered(Answer {
+                        inspection,
+                        model: info.clone(),
+                        queued: started.saturating_duration_since(job.submitted),
+                    }),
+                    Some(Err(error)) if error.kind() == WorkErrorKind::Expired => JobOutcome::Expired,
+                    Some(Err(error)) => JobOutcome::Failed(info.clone(), error),
+                    None => JobOutcome::Failed(info.clone(), lost("the worker's reply is too short")),
+                };
+                (job, outcome)
+            })
+            .collect()
+    }
+
+    /// A worker hangs or has ended. The batch that it executes, its oldest, fails with `why`; the others are assigned again.
+    pub(crate) fn abandon(&mut self, id: VersionId, why: &str) -> Vec<(Job, JobOutcome)> {
+        let Some(version) = self.versions.get_mut(&id) else { return Vec::new() };
+        let mut batches = std::mem::take(&mut version.in_flight).into_iter();
+        let mut ended: Vec<(Job, JobOutcome)> = Vec::new();
+        if let Some((_, executing)) = batches.next() {
+            let info = &version.info;
+            ended.extend(executing.jobs.into_iter().map(|job| (job, JobOutcome::Failed(info.clone(), lost(why)))));
+        }
+        for (_, waiting) in batches {
+            waiting.jobs.into_iter().for_each(|job| version.queue.push(job));
+        }
+        ended
+    }
+
+    /// Takes a version out. Its waiting jobs go to the versions that remain, and end as cancelled where there are none.
+    pub(crate) fn remove(&mut self, id: VersionId) -> Vec<(Job, JobOutcome)> {
+        let Some(version) = self.versions.remove(&id) else { return Vec::new() };
+        let executing = version.in_flight.into_values().flat_map(|executing| executing.jobs);
+        let mut ended: Vec<(Job, JobOutcome)> = executing.map(|job| (job, JobOutcome::Cancelled)).collect();
+        ended.extend(self.assign_again(version.queue));
+        ended
+    }
+
+    /// Moves the waiting jobs of a version that takes no new ones to those that do.
+    pub(crate) fn move_waiting(&mut self, id: VersionId) -> Vec<(Job, JobOutcome)> {
+        match self.versions.get_mut(&id) {
+            Some(version) if version.weight == 0 => {
+                let queue = std::mem::take(&mut version.queue);
+                self.assign_again(queue)
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn assign_again(&mut self, mut queue: JobQueue) -> Vec<(Job, JobOutcome)> {
+        let mut ended = Vec::new();
+        for job in queue.drain() {
+            match self.assign().and_then(|id| self.versions.get_mut(&id)) {
+                Some(version) => version.queue.push(job),
+                None => ended.push((job, JobOutcome::Cancelled)),
+            }
+        }
+        ended
+    }
+}
+
+fn lost(why: &str) -> WorkError {
+    WorkError::new(WorkErrorKind::Worker, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeSet, HashMap};
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use bytes::Bytes;
+    use lineside_api::prediction::{Inspection, Prediction, Timings};
+    use lineside_ipc::frame::Frame;
+    use parking_lot::Mutex;
+
+    use super::*;
+
+    fn info(version: u64) -> Arc<ModelInfo> {
+        Arc::new(ModelInfo {
+            name: "m".into(),
+            version,
+            digest: String::new(),
+            engine: "test".into(),
+            device: "cpu".into(),
+        })
+    }
+
+    /// How each job ended, by its name.
+    type Log = Arc<Mutex<HashMap<String, Vec<String>>>>;
+
+    fn job(name: &str, priority: Priority, deadline: Option<Instant>, log: &Log) -> Job {
+        let (log, own) = (log.clone(), name.to_owned());
+        let sink = Box::new(move |outcome| {
+            let text = match outcome {
+                JobOutcome::Answered(answer) => {
+                    // The worker of the test answers with the name of the frame that it was given.
+                    let Prediction::Anomaly { score, .. } = answer.inspection.prediction else { unreachable!() };
+                    format!("answered {score} by {}", answer.model.version)
+                }
+                JobOutcome::Failed(info, error) => format!("failed by {}: {error}", info.version),
+                JobOutcome::Expired => "expired".to_owned(),
+                JobOutcome::Cancelled => "cancelled".to_owned(),
+            };
+            log.lock().entry(own).or_default().push(text);
+        });
+        Job::new(Frame::encoded(Bytes::new(), Some(name.to_owned()), false), priority, deadline, sink)
+    }
+
+    /// The answer of a worker that predicts the number in the frame's name.
+    fn reply(batch: BatchId, items: &[WorkItem]) -> BatchReply {
+        let results = items.iter().map(|item| {
+            let score = item.frame.name.as_deref().unwrap().parse().unwrap();
+            let prediction = Prediction::Anomaly { score, map: None };
+            Ok(Inspection { prediction, width: 1, height: 1, timings: Timings::default() })
+        });
+        BatchReply { batch, results: results.collect() }
+    }
+
+    fn end(ended: Vec<(Job, JobOutcome)>) {
+        ended.into_iter().for_each(|(job, outcome)| job.end(outcome));
+    }
+
+    /// Random submissions, polls, replies, weights, versions that come and go, workers that hang: whatever happens, every job
+    /// ends exactly once, answers go to their own jobs, and a batch holds jobs of one version.
+    #[test]
+    fn every_job_ends_exactly_once_whatever_happens() {
+        for seed in 0..300 {
+            let random = &mut fastrand::Rng::with_seed(seed);
+            let log = Log::default();
+            let start = Instant::now();
+            let mut now = start;
+            let mut dispatcher = Dispatcher::new(40);
+            let mut executing: Vec<(VersionId, BatchId, Vec<WorkItem>)> = Vec::new();
+            let (mut submitted, mut refused) = (0u32, BTreeSet::new());
+            for step in 0..400 {
+                now += Duration::from_millis(random.u64(0..30));
+                match random.u8(0..20) {
+                    0 => {
+                        let id = dispatcher.reserve();
+                        let policy = BatchPolicy {
+                            max_batch_size: random.usize(1..6),
+                            max_queue_delay: Duration::from_millis(random.u64(0..40)),
+                            execution_limit: Duration::from_millis(200),
+                        };
+                        dispatcher.add(id, info(id), random.u32(0..4), policy, random.usize(1..4));
+                    }
+                    1 => {
+                        let versions = dispatcher.versions();
+                        if !versions.is_empty() {
+                            let id = versions[random.usize(0..versions.len())];
+                            end(dispatcher.remove(id));
+                        }
+                    }
+                    2 => {
+                        let versions = dispatcher.versions();
+                        if !versions.is_empty() {
+                            let id = versions[random.usize(0..versions.len())];
+                            dispatcher.set_weight(id, random.u32(0..4));
+                            end(dispatcher.move_waiting(id));
+                        }
+                    }
+                    3..=10 => {
+                        submitted += 1;
+                        let deadline = random.bool().then(|| now + Duration::from_millis(random.u64(0..150)));
+                        let priority = Priority::ALL[random.usize(0..5)];
+                        match dispatcher.submit(job(&submitted.to_string(), priority, deadline, &log)) {
+                            Ok(None) => {}
+                            Ok(Some(evicted)) => evicted.end(JobOutcome::Cancelled),
+                            Err((job, _)) => {
+                                refused.insert(job.frame.name.clone().unwrap());
+                                job.end(JobOutcome::Cancelled);
+                            }
+                        }
+                    }
+                    _ if random.u8(0..4) > 0 && !executing.is_empty() => {
+                        let (id, batch, items) = executing.swap_remove(random.usize(0..executing.len()));
+                        end(dispatcher.on_reply(id, reply(batch, &items)));
+                        // A worker that replies twice changes nothing.
+                        end(dispatcher.on_reply(id, reply(batch, &items)));
+                    }
+                    _ => {}
+                }
+                let actions = dispatcher.poll(now);
+                for (id, batch, items) in actions.batches {
+                    assert!(!items.is_empty(), "seed {seed}, step {step}");
+                    executing.push((id, batch, items));
+                }
+                end(actions.ended);
+                for id in actions.hung {
+                    end(dispatcher.abandon(id, "hung"));
+                }
+                assert!(dispatcher.waiting() <= 40, "seed {seed}");
+            }
+            for id in dispatcher.versions() {
+                end(dispatcher.remove(id));
+            }
+            let log = log.lock();
+            assert_eq!(log.len() as u32, submitted, "seed {seed}");
+            for (name, outcomes) in log.iter() {
+                assert_eq!(outcomes.len(), 1, "seed {seed}, job {name}: {outcomes:?}");
+                if let Some(answer) = outcomes[0].strip_prefix("answered ") {
+                    assert!(answer.starts_with(&format!("{name} ")), "seed {seed}, job {name}: {outcomes:?}");
+                }
+                assert!(!refused.contains(name) || outcomes == &["cancelled"], "seed {seed}, job {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn weights_hold_within_one_percent_over_ten_thousand_jobs() {
+        let (log, now) = (Log::default(), Instant::now());
+        let mut dispatcher = Dispatcher::new(10);
+        let weights = [90, 7, 3];
+        let mut ids = Vec::new();
+        for weight in weights {
+            let id = dispatcher.reserve();
+            dispatcher.add(id, info(id), weight, BatchPolicy::default(), 1);
+            ids.push(id);
+        }
+        let mut counts: HashMap<VersionId, u32> = HashMap::new();
+        for number in 0..10_000 {
+            assert!(dispatcher.submit(job(&number.to_string(), Priority::Stream, None, &log)).is_ok());
+            for (id, batch, items) in dispatcher.poll(now).batches {
+                *counts.entry(id).or_default() += items.len() as u32;
+                end(dispatcher.on_reply(id, reply(batch, &items)));
+            }
+        }
+        for (id, weight) in ids.iter().zip(weights) {
+            let share = f64::from(counts[id]) / 100.0;
+            assert!((share - f64::from(weight)).abs() <= 1.0, "{share} % instead of {weight} %");
+        }
+    }
+
+    #[test]
+    fn a_batch_is_sent_when_it_is_full_or_its_oldest_job_has_waited() {
+        let (log, start) = (Log::default(), Instant::now());
+        let mut dispatcher = Dispatcher::new(100);
+        let id = dispatcher.reserve();
+        let delay = Duration::from_secs(5);
+        let policy = BatchPolicy { max_batch_size: 3, max_queue_delay: delay, ..BatchPolicy::default() };
+        dispatcher.add(id, info(1), 1, policy, 10);
+        let mut submit = |dispatcher: &mut Dispatcher, name: &str| {
+            assert!(dispatcher.submit(job(name, Priority::Stream, None, &log)).is_ok());
+        };
+        submit(&mut dispatcher, "1");
+        submit(&mut dispatcher, "2");
+        let early = dispatcher.poll(start);
+        assert!(early.batches.is_empty() && early.wake_at.is_some_and(|at| at >= start + delay));
+        submit(&mut dispatcher, "3");
+        assert_eq!(dispatcher.poll(start).batches[0].2.len(), 3, "full");
+        submit(&mut dispatcher, "4");
+        assert!(dispatcher.poll(start).batches.is_empty());
+        assert_eq!(dispatcher.poll(start + 2 * delay).batches[0].2.len(), 1, "waited long enough");
+    }
+
+    #[test]
+    fn a_hung_worker_loses_the_batch_it_executes_and_no_other() {
+        let (log, start) = (Log::default(), Instant::now());
+        let mut dispatcher = Dispatcher::new(100);
+        let id = dispatcher.reserve();
+        dispatcher.add(id, info(1), 1, BatchPolicy::default(), 2);
+        for name in ["1", "2", "3"] {
+            assert!(dispatcher.submit(job(name, Priority::Stream, None, &log)).is_ok());
+        }
+        let hung = dispatcher.poll(start).batches;
+        assert_eq!(hung.len(), 2);
+        let late = start + BatchPolicy::default().execution_limit;
+        assert_eq!(dispatcher.poll(late).hung, [id]);
+        end(dispatcher.abandon(id, "the execution limit was exceeded"));
+        for (id, batch, items) in dispatcher.poll(late).batches {
+            end(dispatcher.on_reply(id, reply(batch, &items)));
+        }
+        for (id, batch, items) in dispatcher.poll(late).batches {
+            end(dispatcher.on_reply(id, reply(batch, &items)));
+        }
+        // The hung worker answers after all: its batch was given up.
+        end(dispatcher.on_reply(id, reply(hung[0].1, &hung[0].2)));
+        let log = log.lock();
+        assert_eq!(log["1"], ["failed by 1: the execution limit was exceeded"]);
+        assert_eq!((&log["2"], &log["3"]), (&vec!["answered 2 by 1".into()], &vec!["answered 3 by 1".into()]));
+    }
+
+    #[test]
+    fn jobs_of_a_version_that_leaves_are_answered_by_those_that_stay() {
+        let (log, now) = (Log::default(), Instant::now());
+        let mut dispatcher = Dispatcher::new(100);
+        let old = dispatcher.reserve();
+        dispatcher.add(old, info(1), 1, BatchPolicy::default(), 1);
+        for name in ["1", "2"] {
+            assert!(dispatcher.submit(job(name, Priority::Stream, None, &log)).is_ok());
+        }
+        let executing = dispatcher.poll(now).batches.remove(0);
+        let new = dispatcher.reserve();
+        dispatcher.add(new, info(2), 1, BatchPolicy::default(), 1);
+        dispatcher.set_weight(old, 0);
+        end(dispatcher.move_waiting(old));
+        assert!(!dispatcher.is_idle(old), "it still executes a job");
+        end(dispatcher.on_reply(old, reply(executing.1, &executing.2)));
+        assert!(dispatcher.is_idle(old));
+        end(dispatcher.remove(old));
+        for (id, batch, items) in dispatcher.poll(now).batches {
+            end(dispatcher.on_reply(id, reply(batch, &items)));
+        }
+        let log = log.lock();
+        assert_eq!((log["1"][0].as_str(), log["2"][0].as_str()), ("answered 1 by 1", "answered 2 by 2"));
+    }
+
+    #[test]
+    fn a_full_queue_refuses_jobs_that_are_not_more_urgent() {
+        let log = Log::default();
+        let mut dispatcher = Dispatcher::new(1);
+        assert!(matches!(
+            dispatcher.submit(job("0", Priority::Stream, None, &log)),
+            Err((_, SubmitErrorKind::NotServing))
+        ));
+        let id = dispatcher.reserve();
+        dispatcher.add(id, info(1), 1, BatchPolicy::default(), 1);
+        assert!(matches!(dispatcher.submit(job("1", Priority::Batch, None, &log)), Ok(None)));
+        let refused = dispatcher.submit(job("2", Priority::Batch, None, &log));
+        assert!(matches!(refused, Err((_, SubmitErrorKind::QueueFull))));
+        assert!(matches!(dispatcher.submit(job("3", Priority::Trigger, None, &log)), Ok(Some(_))));
+        assert_eq!(dispatcher.waiting(), 1);
+    }
+
+    #[test]
+    fn a_job_that_is_dropped_is_cancelled() {
+        let ended = Arc::new(AtomicU64::new(0));
+        let counted = ended.clone();
+        let sink = Box::new(move |outcome| {
+            assert!(matches!(outcome, JobOutcome::Cancelled));
+            counted.fetch_add(1, Ordering::Relaxed);
+        });
+        drop(Job::new(Frame::encoded(Bytes::new(), None, false), Priority::Stream, None, sink));
+        assert_eq!(ended.load(Ordering::Relaxed), 1);
+    }
+}

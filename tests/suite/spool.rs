@@ -326,7 +326,7 @@ fn the_tool_shows_saves_and_throws_away_what_waits() {
     let nothing = plant.spool(&["export", "-"]);
     assert!(nothing.status.success() && nothing.stdout.is_empty());
     let elsewhere = lineside_tests::agent::lineside(&["spool", "stat", "--data-dir", "/no/such/folder"]);
-    assert!(said(&elsewhere).contains("holds no spool"), "{}", said(&elsewhere));
+    assert!(said(&elsewhere).contains("does not contain a spool"), "{}", said(&elsewhere));
 }
 
 #[test]

@@ -35,7 +35,7 @@ use lineside_models::admission::AdmissionLimits;
 use lineside_models::signing::Keyring;
 use lineside_models::store::{Index, IndexState, Store};
 use lineside_mqtt::publisher::{Publisher, SetLevel};
-use lineside_spool::{Options, Spool, WhenFull};
+use lineside_spool::{DropCounters, Options, Spool, SpoolMetrics};
 
 /// The file in the data folder that counts how often the agent was started.
 const EPOCH_FILE: &str = "boot-epoch";
@@ -104,7 +104,7 @@ impl App {
         let http = server.address();
         let spool = open_spool(&config, &metrics)?;
         let topics = Topics::new(&config.prefix, &config.site, &config.node);
-        let when_full = if config.spool.drops_newest { WhenFull::DropNewest } else { WhenFull::DropOldest };
+        let when_full = config.spool.when_full;
         let (node, site) = (&config.node, &config.site);
         let message_writer = Arc::new(MessageWriter::new(node, site, epoch, topics.clone(), spool.clone(), when_full));
         let registry = StreamRegistry::new(message_writer.clone());
@@ -224,13 +224,16 @@ impl App {
 
 /// Opens the spool. What the last run left in it is sent first.
 fn open_spool(config: &Config, metrics: &Metrics) -> anyhow::Result<Arc<Spool>> {
-    let settings = config.spool;
-    let counters = (metrics.spool_dropped.clone(), metrics.spool_written_bytes.clone(), metrics.spool_syncs.clone());
-    let options = Options {
-        age_max_seconds: settings.age_max_seconds,
-        sync_interval: settings.sync_interval,
-        ..Options::new(settings.bytes_max, counters.0, counters.1, counters.2)
+    let spool_metrics = SpoolMetrics {
+        records: metrics.spool_records.clone(),
+        bytes: metrics.spool_bytes.clone(),
+        oldest_seconds: metrics.spool_oldest_seconds.clone(),
+        dropped: DropCounters::new(&metrics.spool_dropped),
+        written_bytes: metrics.spool_written_bytes.clone(),
+        syncs: metrics.spool_syncs.clone(),
+        degraded: metrics.spool_degraded.clone(),
     };
+    let options = Options::new(&config.spool, spool_metrics);
     let folder = lineside_spool::folder(&config.data_dir);
     Spool::open(&folder, options).with_context(|| format!("the spool in {} cannot be opened", folder.display()))
 }

@@ -88,7 +88,7 @@ impl MessageWriter {
             topic: topic.into(),
             ttl_seconds,
             when_full: self.when_full,
-            make: |seq| numbered(&format!("{}:{}:{letter}{seq}", self.node, self.epoch), seq, &body),
+            build_payload: |seq| numbered(&format!("{}:{}:{letter}{seq}", self.node, self.epoch), seq, &body),
         })
     }
 }

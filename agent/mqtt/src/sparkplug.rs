@@ -245,7 +245,7 @@ impl Session {
         let time = json["ts"].as_str().and_then(|text| humantime::parse_rfc3339(text).ok()).map_or_else(now_ms, millis);
         let text = String::from_utf8_lossy(&record.payload).into_owned();
         let stream = json["stream"].as_str().unwrap_or_default().to_owned();
-        let node_alias = match record.place.kind {
+        let node_alias = match record.id.kind {
             RecordKind::Result => None,
             RecordKind::Event => Some(3),
             RecordKind::Metrics => Some(4),
@@ -398,7 +398,7 @@ mod tests {
             [("DDEATH/n/a".into(), 3), ("DDATA/n/b".into(), 4)]
         );
         let record = Record {
-            place: RecordId { kind: RecordKind::Result, position: 1 },
+            id: RecordId { kind: RecordKind::Result, position: 1 },
             topic: "t".into(),
             payload: Bytes::from_static(
                 br#"{"id":"n:1:1","seq":1,"ts":"2026-11-23T18:35:56.123Z","stream":"a","verdict":"pass"}"#,

@@ -1,21 +1,23 @@
-//! The settings of the spool.
+//! The configuration of the spool, as the agent's settings define it.
 
 use std::time::Duration;
 
-/// Mebibytes that records may take where the configuration does not say.
+use crate::record::WhenFull;
+
+/// Default bound on the spool's bytes on disk, in MiB.
 pub const SPOOL_MIB_DEFAULT: u64 = 512;
 
-/// How results wait for a broker.
+/// The settings of the spool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SpoolConfig {
-    /// Bytes on the disk.
+    /// Bound on the bytes on disk. Default: 512 MiB.
     pub bytes_max: u64,
-    /// The longest a record may wait, in seconds of the time the agent runs; 0 is for ever.
+    /// Maximum age of a record, in seconds during which the agent runs. Default: 0, no limit.
     pub age_max_seconds: u32,
-    /// A record that waits is synced within this.
+    /// Longest time that a pending record stays unsynced. Default: 200 ms.
     pub sync_interval: Duration,
-    /// Whether new records are refused when there is no room, instead of the oldest giving way.
-    pub drops_newest: bool,
+    /// What happens to a new record when the spool is full. Default: the oldest segment is dropped.
+    pub when_full: WhenFull,
 }
 
 impl Default for SpoolConfig {
@@ -24,7 +26,7 @@ impl Default for SpoolConfig {
             bytes_max: SPOOL_MIB_DEFAULT << 20,
             age_max_seconds: 0,
             sync_interval: Duration::from_millis(200),
-            drops_newest: false,
+            when_full: WhenFull::DropOldest,
         }
     }
 }

@@ -1,54 +1,55 @@
-//! What was delivered, in one small file for each partition, `cursor`.
+//! The cursor: the file `cursor` of a partition, which stores the positions that are completed.
 //!
 //! ```text
-//! two slots of 4096 bytes, written in turn; the one that is whole and has the higher generation counts
+//! two slots of 4096 bytes, written alternately; the valid slot with the higher generation is current
 //!
 //! slot    0  4   "LSC1"
 //!         4  8   generation
-//!        12  8   the spool's clock in milliseconds
-//!        20  8   the position the next record will get
-//!        28  8   every position below this one is done with
-//!        36  4   number of ranges of further positions that are done with, lowest first
+//!        12  8   clock of the spool in milliseconds
+//!        20  8   next position to assign
+//!        28  8   floor: every position below it is completed
+//!        36  4   number of ranges of further completed positions, in ascending order
 //!        40  -   the ranges: first and last position, 8 bytes each
-//!         -  4   CRC-32C of everything before
+//!         -  4   CRC-32C of all bytes before
 //! ```
 //!
-//! It is written after every change and left to the system to bring to the disk, so it outlasts the process at once and a
-//! power cut within seconds. An older one only makes the spool send again what was delivered, which consumers know by its
-//! id. Where there are more ranges than fit, the highest are left out, with the same effect.
+//! Numbers are little-endian. The writer writes the cursor after every change and does not sync it, so the cursor survives the
+//! end of the process at once and a power cut within seconds. An outdated cursor only causes the spool to send delivered
+//! records again, which consumers recognise by their id. When there are more ranges than fit, the highest are omitted, with
+//! the same effect.
 
-use super::ranges::Ranges;
+use crate::position_set::PositionSet;
 
-/// Bytes of a slot.
-pub(super) const SLOT_BYTES: usize = 4096;
+/// Size of a slot in bytes.
+pub(crate) const SLOT_BYTES: usize = 4096;
 const MAGIC: &[u8; 4] = b"LSC1";
-const HEAD_BYTES: usize = 40;
-const RANGES_MAX: usize = (SLOT_BYTES - HEAD_BYTES - 4) / 16;
+const HEADER_BYTES: usize = 40;
+const RANGES_MAX: usize = (SLOT_BYTES - HEADER_BYTES - 4) / 16;
 
-/// What is remembered of a partition.
+/// The durable state of a partition besides its records.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Cursor {
-    /// Grows with every write.
-    pub(super) generation: u64,
-    /// The spool's clock.
-    pub(super) clock_ms: u64,
-    /// The position the next record will get.
-    pub(super) next: u64,
-    /// Every position below is done with.
-    pub(super) floor: u64,
-    /// Further positions that are done with.
-    pub(super) done: Ranges,
+pub(crate) struct Cursor {
+    /// Incremented with every write.
+    pub(crate) generation: u64,
+    /// The clock of the spool, in milliseconds.
+    pub(crate) clock_ms: u64,
+    /// The next position to assign.
+    pub(crate) next: u64,
+    /// Every position below it is completed.
+    pub(crate) floor: u64,
+    /// Further completed positions.
+    pub(crate) completed: PositionSet,
 }
 
 impl Cursor {
-    /// The offset of the slot that this generation belongs into.
-    pub(super) fn offset(&self) -> u64 {
+    /// The offset of the slot for this generation.
+    pub(crate) fn offset(&self) -> u64 {
         self.generation % 2 * SLOT_BYTES as u64
     }
 
-    /// The bytes of a slot; only as many as are needed.
-    pub(super) fn encode(&self) -> Vec<u8> {
-        let ranges: Vec<(u64, u64)> = self.done.iter().take(RANGES_MAX).collect();
+    /// Encodes a slot, without padding.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let ranges: Vec<(u64, u64)> = self.completed.ranges().take(RANGES_MAX).collect();
         let mut bytes = MAGIC.to_vec();
         [self.generation, self.clock_ms, self.next, self.floor]
             .iter()
@@ -63,25 +64,31 @@ impl Cursor {
         bytes
     }
 
-    /// The newer of the two slots of a file; none, where neither is whole.
-    pub(super) fn read(file: &[u8]) -> Option<Self> {
+    /// Decodes the newer valid slot of a file. `None` when neither slot is valid.
+    pub(crate) fn read(file: &[u8]) -> Option<Self> {
         let slots = file.chunks(SLOT_BYTES).take(2).filter_map(Self::decode);
         slots.max_by_key(|cursor| cursor.generation)
     }
 
     fn decode(slot: &[u8]) -> Option<Self> {
-        let number = |from: usize| Some(u32::from_le_bytes(slot.get(from..from + 4)?.try_into().ok()?));
-        let wide = |from: usize| Some(u64::from_le_bytes(slot.get(from..from + 8)?.try_into().ok()?));
-        let count = usize::try_from(number(36)?).ok().filter(|count| *count <= RANGES_MAX)?;
-        let end = HEAD_BYTES + 16 * count;
-        if slot.get(..4)? != MAGIC || crc32c::crc32c(slot.get(..end)?) != number(end)? {
+        let read_u32 = |from: usize| Some(u32::from_le_bytes(slot.get(from..from + 4)?.try_into().ok()?));
+        let read_u64 = |from: usize| Some(u64::from_le_bytes(slot.get(from..from + 8)?.try_into().ok()?));
+        let count = usize::try_from(read_u32(36)?).ok().filter(|count| *count <= RANGES_MAX)?;
+        let end = HEADER_BYTES + 16 * count;
+        if slot.get(..4)? != MAGIC || crc32c::crc32c(slot.get(..end)?) != read_u32(end)? {
             return None;
         }
-        let mut done = Ranges::default();
-        for at in (HEAD_BYTES..end).step_by(16) {
-            done.insert(wide(at)?..=wide(at + 8)?);
+        let mut completed = PositionSet::default();
+        for at in (HEADER_BYTES..end).step_by(16) {
+            completed.insert(read_u64(at)?..=read_u64(at + 8)?);
         }
-        Some(Self { generation: wide(4)?, clock_ms: wide(12)?, next: wide(20)?, floor: wide(28)?, done })
+        Some(Self {
+            generation: read_u64(4)?,
+            clock_ms: read_u64(12)?,
+            next: read_u64(20)?,
+            floor: read_u64(28)?,
+            completed,
+        })
     }
 }
 
@@ -90,13 +97,19 @@ mod tests {
     use super::*;
 
     fn cursor(generation: u64, ranges: u64) -> Cursor {
-        let mut done = Ranges::default();
-        (0..ranges).for_each(|index| done.insert(100 + 3 * index..=101 + 3 * index));
-        Cursor { generation, clock_ms: 5, next: 1000, floor: 90, done }
+        let mut completed = PositionSet::default();
+        (0..ranges).for_each(|index| completed.insert(100 + 3 * index..=101 + 3 * index));
+        Cursor { generation, clock_ms: 5, next: 1000, floor: 90, completed }
     }
 
     #[test]
-    fn the_newer_whole_slot_counts() {
+    fn the_format_is_stable() {
+        let hex: String = cursor(3, 1).encode().iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, "X");
+    }
+
+    #[test]
+    fn the_newer_valid_slot_is_read() {
         let mut file = vec![0; 2 * SLOT_BYTES];
         assert_eq!(Cursor::read(&file), None);
         for generation in 1..=5 {
@@ -117,11 +130,14 @@ mod tests {
     }
 
     #[test]
-    fn more_ranges_than_fit_leave_the_highest_out() {
+    fn ranges_that_do_not_fit_are_omitted_from_the_highest() {
         let many = cursor(1, 1000);
         let bytes = many.encode();
         assert!(bytes.len() <= SLOT_BYTES);
         let read = Cursor::read(&bytes).unwrap();
-        assert_eq!(read.done.iter().collect::<Vec<_>>(), many.done.iter().take(RANGES_MAX).collect::<Vec<_>>());
+        assert_eq!(
+            read.completed.ranges().collect::<Vec<_>>(),
+            many.completed.ranges().take(RANGES_MAX).collect::<Vec<_>>()
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! The file system as the spool sees it, so that tests can put one in its place that loses, tears and refuses.
+//! The file system as the spool uses it: a trait, so that tests can substitute one that loses, tears and refuses writes.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -8,35 +8,35 @@ use std::path::Path;
 use lineside_common::files;
 
 /// A file system.
-pub(super) trait Disk: Send + Sync {
-    /// Makes a folder and those above it.
+pub(crate) trait Disk: Send + Sync {
+    /// Creates a folder and its parents.
     fn create_folder(&self, folder: &Path) -> io::Result<()>;
-    /// Names and sizes of the files in a folder.
+    /// Lists names and sizes of the files in a folder.
     fn list(&self, folder: &Path) -> io::Result<Vec<(String, u64)>>;
-    /// Makes a file for writing; one that is there loses what it holds.
+    /// Creates a file for writing, and truncates an existing one.
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
-    /// Opens a file for writing; it is made where it is missing, and keeps what it holds.
+    /// Opens a file for writing, without truncating it. Creates the file when it does not exist.
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
-    /// Reads a file whole, but no more than so many bytes of it.
+    /// Reads at most `bytes_max` bytes of a file.
     fn read(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>>;
-    /// Gives a file another name in its folder.
+    /// Renames a file within its folder.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
-    /// Removes a file; one that is not there is no error.
+    /// Removes a file. Succeeds when the file does not exist.
     fn remove(&self, path: &Path) -> io::Result<()>;
-    /// Makes names made, given and removed in a folder outlast a power cut.
+    /// Makes the creation, renaming and removal of files in a folder durable.
     fn sync_folder(&self, folder: &Path) -> io::Result<()>;
 }
 
-/// A file that is written.
-pub(super) trait DiskFile: Send {
-    /// Writes everything at an offset.
+/// A file that is open for writing.
+pub(crate) trait DiskFile: Send {
+    /// Writes all bytes at an offset.
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()>;
-    /// Makes everything written outlast a power cut.
+    /// Makes everything written durable.
     fn sync(&mut self) -> io::Result<()>;
 }
 
-/// The machine's file system.
-pub(super) struct RealDisk;
+/// The file system of the operating system.
+pub(crate) struct RealDisk;
 
 impl Disk for RealDisk {
     fn create_folder(&self, folder: &Path) -> io::Result<()> {
@@ -47,13 +47,13 @@ impl Disk for RealDisk {
         let mut found = Vec::new();
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
-            let facts = match entry.metadata() {
-                Ok(facts) => facts,
+            let metadata = match entry.metadata() {
+                Ok(metadata) => metadata,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            if let (true, Ok(name)) = (facts.is_file(), entry.file_name().into_string()) {
-                found.push((name, facts.len()));
+            if let (true, Ok(name)) = (metadata.is_file(), entry.file_name().into_string()) {
+                found.push((name, metadata.len()));
             }
         }
         Ok(found)

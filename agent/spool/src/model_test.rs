@@ -1,202 +1,122 @@
-//! The spool against a model of it, on a disk that loses, tears and refuses: random sequences of appends, deliveries,
+//! Model-based test of the spool, on a disk that loses, tears and refuses writes: random sequences of appends, deliveries,
 //! lost connections, full disks, killed processes and power cuts.
 //!
-//! After every step each record that was appended is in one of three states, and the counters agree: it waits, it was
-//! delivered, or it was given up and counted. After a kill everything that was written is there; after a power cut
-//! everything that was synced. `LINESIDE_SPOOL_SEQUENCES` sets how many sequences there are.
-
-#![allow(dead_code, missing_docs, clippy::unwrap_used, reason = "test code, a part of which other crates use too")]
+//! After each step, each appended record is in one of three states, and the counters agree: it is pending, it was
+//! acknowledged, or it was dropped and counted. A kill loses no record that was written, a power cut loses no record that was
+//! synced. `LINESIDE_SPOOL_SEQUENCES` sets the number of sequences.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::fake_disk::{FakeDisk, FaultMode};
-use super::*;
+use bytes::Bytes;
 
-/// Seeds that once failed.
+use crate::fake_disk::FaultMode;
+use crate::metrics::DropReason;
+use crate::record::{AppendOutcome, RecordId, RecordKind, RecordOrigin};
+use crate::simulation::{DrivenSpool, options};
+
+/// Seeds that failed once.
 const SEEDS: [u64; 3] = [8587, 56289, 264833];
 const SEQUENCES: u64 = 10_000;
 const STEPS: u64 = 90;
-const ROOT: &str = "/spool";
 
-pub fn options(bytes_max: u64) -> Options {
-    let counter = |name: &str| IntCounter::new(name, name).unwrap();
-    let dropped = IntCounterVec::new(prometheus::Opts::new("dropped", "dropped"), &["reason"]).unwrap();
-    Options {
-        segment_bytes: 600,
-        memory_bytes_max: 1500,
-        sync_interval: Duration::from_millis(20),
-        ..Options::new(bytes_max, dropped, counter("written"), counter("syncs"))
-    }
-}
-
-/// A spool driven by hand.
-pub struct DrivenSpool {
-    pub spool: Spool,
-    writer: Writer,
-    pub(super) disk: FakeDisk,
-    time_ms: Arc<AtomicU64>,
-    options: Options,
-}
-
-impl DrivenSpool {
-    pub fn new(options: Options) -> Self {
-        Self::on(FakeDisk::default(), options)
-    }
-
-    fn on(disk: FakeDisk, options: Options) -> Self {
-        let time_ms = Arc::new(AtomicU64::new(0));
-        let clock: Clock = {
-            let time_ms = time_ms.clone();
-            Arc::new(move || Duration::from_millis(time_ms.load(Ordering::Relaxed)))
-        };
-        let (spool, writer) =
-            Spool::assemble(Arc::new(disk.clone()), Path::new(ROOT), options.clone(), clock, None).unwrap();
-        Self { spool, writer, disk, time_ms, options }
-    }
-
-    /// The process ends without a word, and another begins.
-    pub fn reopen(self) -> Self {
-        Self::on(self.disk, self.options)
-    }
-
-    /// The process ends in order, and another begins.
-    pub fn restart(mut self) -> Self {
-        self.writer.finish(&self.spool.shared, self.spool.shared.now_ms());
-        self.disk.set_mood(FaultMode::default());
-        self.reopen()
-    }
-
-    pub fn pass(&mut self, ms: u64) {
-        self.time_ms.fetch_add(ms, Ordering::Relaxed);
-        self.writer.cycle(&self.spool.shared, self.spool.shared.now_ms());
-    }
-
-    pub fn append(&self, kind: RecordKind, payload: Bytes, ttl_seconds: u32) -> AppendOutcome {
-        let when_full = WhenFull::DropOldest;
-        self.spool.append(NewRecord { kind, topic: "t".into(), ttl_seconds, when_full, make: |_| payload.clone() })
-    }
-
-    pub fn dropped(&self, reason: &str) -> u64 {
-        self.options.dropped.with_label_values(&[reason]).get()
-    }
-
-    fn dropped_total(&self) -> u64 {
-        ["full", "expired", "damaged", "disk"].iter().map(|reason| self.dropped(reason)).sum()
-    }
-
-    /// Everything that is left, acknowledged as it comes.
-    pub fn drain(&mut self) -> Vec<Record> {
-        self.spool.connected();
-        let mut taken = Vec::new();
-        for _ in 0..3 {
-            self.pass(1);
-            while let Some(record) = self.spool.take().map(|(record, _)| record).or_else(|| self.spool.take_backlog()) {
-                self.spool.acknowledge(record.place);
-                taken.push(record);
-                self.pass(0);
-            }
-        }
-        taken
-    }
-}
-
-/// What the model knows.
+/// The expected state of the spool.
 #[derive(Default)]
 struct Model {
-    /// Records that wait, by place.
-    waiting: BTreeMap<RecordId, Bytes>,
-    /// The last thing appended at each place.
+    /// The pending records.
+    pending: BTreeMap<RecordId, Bytes>,
+    /// The last record appended with each id.
     appended: BTreeMap<RecordId, Bytes>,
-    /// Places that a power cut or a kill had to leave alone.
-    promised: BTreeSet<RecordId>,
-    /// Places that a power cut may have torn: they are there, or count as damaged when they are read.
-    suspect: BTreeSet<RecordId>,
+    /// Records that had to survive the last crash.
+    durable: BTreeSet<RecordId>,
+    /// Records that a power cut may have torn: they are intact, or counted as damaged when they are read.
+    maybe_torn: BTreeSet<RecordId>,
     in_flight: Vec<RecordId>,
     last_live: BTreeMap<RecordKind, u64>,
     last_backlog: BTreeMap<RecordKind, u64>,
-    dropped_so_far: u64,
-    damaged_so_far: u64,
+    dropped_before: u64,
+    damaged_before: u64,
     serial: u64,
 }
 
 impl Model {
-    /// What went without being acknowledged was counted, exactly.
-    fn reconcile(&mut self, driven: &DrivenSpool) {
+    /// Checks that exactly the records that are gone without an acknowledgement were counted.
+    fn check(&mut self, driven: &DrivenSpool) {
         let mut state = driven.spool.shared.state();
-        let mut is_gone = |place: &RecordId| state.partition(place.kind).is_gone(place.position);
-        let gone: Vec<RecordId> = self.waiting.keys().copied().filter(|place| is_gone(place)).collect();
+        let mut is_gone = |id: &RecordId| state.partition(id.kind).is_gone(id.position);
+        let gone: Vec<RecordId> = self.pending.keys().copied().filter(|id| is_gone(id)).collect();
         drop(state);
-        let (dropped, damaged) = (driven.dropped_total(), driven.dropped("damaged"));
-        let newly = dropped - self.dropped_so_far;
-        assert_eq!(gone.len() as u64, newly, "records went without being counted, or were counted twice");
-        let on_purpose = newly - (damaged - self.damaged_so_far);
-        (self.dropped_so_far, self.damaged_so_far) = (dropped, damaged);
-        let broken = gone.iter().filter(|place| self.promised.remove(place)).count() as u64;
-        assert!(broken <= on_purpose, "a record that was promised is damaged: {gone:?}");
-        gone.iter().for_each(|place| drop(self.waiting.remove(place)));
-        assert_eq!(driven.spool.stats().records, self.waiting.len() as u64);
+        let (dropped, damaged) = (driven.dropped_total(), driven.dropped(DropReason::Damaged));
+        let newly_dropped = dropped - self.dropped_before;
+        assert_eq!(gone.len() as u64, newly_dropped, "records are gone without being counted, or were counted twice");
+        let newly_undamaged = newly_dropped - (damaged - self.damaged_before);
+        (self.dropped_before, self.damaged_before) = (dropped, damaged);
+        let lost_durable = gone.iter().filter(|id| self.durable.remove(id)).count() as u64;
+        assert!(lost_durable <= newly_undamaged, "a durable record is damaged: {gone:?}");
+        gone.iter().for_each(|id| drop(self.pending.remove(id)));
+        assert_eq!(driven.spool.stats().records, self.pending.len() as u64);
     }
 
     fn take(&mut self, driven: &DrivenSpool) {
-        let (record, is_live) = match driven.spool.take() {
-            Some((record, is_live)) => (record, Some(is_live)),
+        let (record, origin) = match driven.spool.take() {
+            Some((record, origin)) => (record, Some(origin)),
             None => match driven.spool.take_backlog() {
                 Some(record) => (record, None),
                 None => return,
             },
         };
-        let place = record.place;
-        assert_eq!(self.waiting.get(&place), Some(&record.payload), "{place:?} is not what was appended");
-        assert!(!self.in_flight.contains(&place), "{place:?} is on the way already");
-        self.in_flight.push(place);
-        let last = match is_live {
-            Some(true) => &mut self.last_live,
+        let id = record.id;
+        assert_eq!(self.pending.get(&id), Some(&record.payload), "{id:?} is not what was appended");
+        assert!(!self.in_flight.contains(&id), "{id:?} is in flight already");
+        self.in_flight.push(id);
+        let last = match origin {
+            Some(RecordOrigin::Live) => &mut self.last_live,
             None => &mut self.last_backlog,
-            Some(false) => return,
+            Some(RecordOrigin::Resend) => return,
         };
-        let last = last.insert(place.kind, place.position);
-        assert!(last.is_none_or(|last| last < place.position), "{place:?} after {last:?}");
+        let last = last.insert(id.kind, id.position);
+        assert!(last.is_none_or(|last| last < id.position), "{id:?} after {last:?}");
     }
 
     fn acknowledge(&mut self, driven: &DrivenSpool, random: &mut fastrand::Rng) {
         if self.in_flight.is_empty() {
             return;
         }
-        // Brokers answer in order, mostly.
+        // Brokers answer in order most of the time.
         let index = if random.u8(0..4) == 0 { random.usize(0..self.in_flight.len()) } else { 0 };
-        let place = self.in_flight.remove(index);
-        driven.spool.acknowledge(place);
-        self.waiting.remove(&place);
-        self.promised.remove(&place);
+        let id = self.in_flight.remove(index);
+        driven.spool.acknowledge(id);
+        self.pending.remove(&id);
+        self.durable.remove(&id);
     }
 
     fn connect(&mut self, driven: &DrivenSpool) {
         driven.spool.connected();
-        self.forget_flight();
+        self.reset_delivery();
     }
 
-    /// What was on the way is so no more, and a new connection has an order of its own.
-    fn forget_flight(&mut self) {
+    /// Forgets what was in flight, and the order of delivery, which is defined within a connection.
+    fn reset_delivery(&mut self) {
         self.in_flight.clear();
         self.last_live.clear();
         self.last_backlog.clear();
     }
 
-    /// An orderly end. It brings everything to a disk that takes it; what only memory held is counted.
+    /// Ends the process in order. A healthy disk keeps all records; otherwise the records that only memory held are counted.
     fn restart(&mut self, driven: DrivenSpool) -> DrivenSpool {
-        let is_well = driven.disk.is_well();
+        let is_healthy = driven.disk.is_healthy();
         let driven = driven.restart();
-        self.forget_flight();
-        let found = found(&driven);
-        let lost = self.waiting.keys().filter(|place| !found.contains(place)).count() as u64;
-        let back = found.iter().filter(|place| !self.waiting.contains_key(place)).count();
+        self.reset_delivery();
+        let found = recovered(&driven);
+        let lost = self.pending.keys().filter(|id| !found.contains(id)).count() as u64;
+        let returned = found.iter().filter(|id| !self.pending.contains_key(id)).count();
         let dropped = driven.dropped_total();
-        assert!(!is_well || lost == dropped - self.dropped_so_far, "{lost} went at the end, {dropped} were counted");
-        assert!(!is_well || back == 0, "{back} records that were delivered came back after an orderly end");
-        self.waiting = found.iter().map(|place| (*place, self.appended[place].clone())).collect();
-        (self.dropped_so_far, self.damaged_so_far) = (dropped, driven.dropped("damaged"));
+        assert!(
+            !is_healthy || lost == dropped - self.dropped_before,
+            "{lost} records are lost at the end, {dropped} were counted"
+        );
+        assert!(!is_healthy || returned == 0, "{returned} acknowledged records came back after an orderly end");
+        self.pending = found.iter().map(|id| (*id, self.appended[id].clone())).collect();
+        (self.dropped_before, self.damaged_before) = (dropped, driven.dropped(DropReason::Damaged));
         driven
     }
 
@@ -204,12 +124,16 @@ impl Model {
         let is_power_cut = random.bool();
         let mut state = driven.spool.shared.state();
         let must_survive: BTreeSet<RecordId> = self
-            .waiting
+            .pending
             .keys()
-            .filter(|place| !self.suspect.contains(place))
-            .filter(|place| match is_power_cut {
-                true => state.partition(place.kind).is_promised(place.position),
-                false => state.partition(place.kind).is_written(place.position),
+            .filter(|id| !self.maybe_torn.contains(id))
+            .filter(|id| {
+                let partition = state.partition(id.kind);
+                if is_power_cut {
+                    partition.survives_power_cut(id.position)
+                } else {
+                    partition.survives_kill(id.position)
+                }
             })
             .copied()
             .collect();
@@ -217,23 +141,23 @@ impl Model {
         if is_power_cut {
             driven.disk.cut_power(random);
         }
-        driven.disk.set_mood(FaultMode::default());
-        let driven = driven.reopen();
-        let found = found(&driven);
+        driven.disk.set_faults(FaultMode::default());
+        let driven = driven.kill();
+        let found = recovered(&driven);
         let lost: Vec<_> = must_survive.difference(&found).collect();
         assert!(lost.is_empty(), "lost {lost:?} in a {}", if is_power_cut { "power cut" } else { "kill" });
-        self.waiting = found.iter().map(|place| (*place, self.appended[place].clone())).collect();
+        self.pending = found.iter().map(|id| (*id, self.appended[id].clone())).collect();
         if is_power_cut {
-            self.suspect = found.difference(&must_survive).copied().collect();
+            self.maybe_torn = found.difference(&must_survive).copied().collect();
         }
-        self.promised = must_survive;
-        self.forget_flight();
+        self.durable = must_survive;
+        self.reset_delivery();
         driven
     }
 }
 
-/// The records that a spool has just found on its disk.
-fn found(driven: &DrivenSpool) -> BTreeSet<RecordId> {
+/// The pending records that a spool has recovered from its disk.
+fn recovered(driven: &DrivenSpool) -> BTreeSet<RecordId> {
     let mut state = driven.spool.shared.state();
     let mut found = BTreeSet::new();
     for kind in RecordKind::ALL {
@@ -254,59 +178,60 @@ fn sequence(seed: u64) {
                 let length = if random.u8(0..20) == 0 { random.usize(300..900) } else { random.usize(1..60) };
                 let payload = Bytes::from(format!("{:>length$}", model.serial));
                 let ttl_seconds = if random.u8(0..6) == 0 { random.u32(1..30) } else { 0 };
-                let position = driven.spool.shared.state().partition(kind).next();
-                assert!(matches!(driven.append(kind, payload.clone(), ttl_seconds), AppendOutcome::Kept(_)));
-                let place = RecordId { kind, position };
-                model.waiting.insert(place, payload.clone());
-                model.appended.insert(place, payload);
+                let position = driven.spool.shared.state().partition(kind).next_position();
+                assert!(matches!(driven.append(kind, payload.clone(), ttl_seconds), AppendOutcome::Appended(_)));
+                let id = RecordId { kind, position };
+                model.pending.insert(id, payload.clone());
+                model.appended.insert(id, payload);
             }
-            9..=13 => driven.pass(random.u64(0..30)),
+            9..=13 => driven.advance(random.u64(0..30)),
             14..=16 => model.take(&driven),
             17..=19 => model.acknowledge(&driven, random),
             20 => model.connect(&driven),
             21 => match random.u8(0..4) {
                 0 => driven.spool.disconnected(),
-                1 => driven.pass(6000),
-                2 => driven.pass(random.u64(1000..20_000)),
+                1 => driven.advance(6000),
+                2 => driven.advance(random.u64(1000..20_000)),
                 _ => {
-                    model.reconcile(&driven);
+                    model.check(&driven);
                     driven = model.restart(driven);
                 }
             },
             22 => {
-                let random_mood = FaultMode {
+                let random_faults = FaultMode {
                     refuses_writes: random.bool(),
                     refuses_syncs: random.bool(),
                     is_read_only: random.u8(0..4) == 0,
+                    panics_on_write: false,
                 };
-                driven.disk.set_mood(if random.bool() { FaultMode::default() } else { random_mood });
+                driven.disk.set_faults(if random.bool() { FaultMode::default() } else { random_faults });
             }
             _ => {
-                model.reconcile(&driven);
+                model.check(&driven);
                 driven = model.crash(driven, random);
             }
         }
-        model.reconcile(&driven);
+        model.check(&driven);
         let bytes_max = driven.options.bytes_max + 2 * (driven.options.segment_bytes + 900);
         assert!(driven.spool.shared.state().bytes() <= bytes_max);
     }
-    // In the end the disk is well again, and everything that waits is delivered or counted.
-    driven.disk.set_mood(FaultMode::default());
-    driven.pass(2000);
+    // At the end the disk is healthy, and each pending record is delivered or counted.
+    driven.disk.set_faults(FaultMode::default());
+    driven.advance(2000);
     model.connect(&driven);
     for record in driven.drain() {
-        assert_eq!(model.waiting.remove(&record.place), Some(record.payload));
+        assert_eq!(model.pending.remove(&record.id), Some(record.payload));
     }
-    model.reconcile(&driven);
-    assert!(model.waiting.is_empty(), "{:?} never came", model.waiting.keys());
-    driven.pass(20_000);
-    driven.pass(20_000);
+    model.check(&driven);
+    assert!(model.pending.is_empty(), "{:?} was not delivered", model.pending.keys());
+    driven.advance(20_000);
+    driven.advance(20_000);
     let left = driven.disk.paths();
     assert!(left.len() <= 6, "an empty spool leaves {left:?}");
 }
 
 #[test]
-fn random_sequences_lose_nothing_that_was_promised() {
+fn random_sequences_of_operations_and_faults_lose_no_durable_record() {
     let sequences = std::env::var("LINESIDE_SPOOL_SEQUENCES").map_or(SEQUENCES, |text| text.parse().unwrap());
     for seed in SEEDS.into_iter().chain(0..sequences) {
         let ended = std::panic::catch_unwind(|| sequence(seed));

@@ -1,11 +1,17 @@
-//! What a spool has to do, case by case. What nobody thought of is looked for in `model.rs`.
+//! Tests of the spool by example. `model_test.rs` searches for the cases that are missing here.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use super::fake_disk::FaultMode;
-use super::model_test::{DrivenSpool, options};
-use super::*;
+use bytes::Bytes;
+use lineside_common::supervisor::Supervisor;
+
+use crate::fake_disk::{FakeDisk, FaultMode};
+use crate::lock;
+use crate::simulation::{DrivenSpool, ROOT, options};
+use crate::*;
 
 fn text(number: u64) -> Bytes {
     Bytes::from(format!("{number:04}"))
@@ -13,7 +19,7 @@ fn text(number: u64) -> Bytes {
 
 fn fill(driven: &DrivenSpool, numbers: impl IntoIterator<Item = u64>) {
     for number in numbers {
-        assert!(matches!(driven.append(RecordKind::Result, text(number), 0), AppendOutcome::Kept(_)));
+        assert!(matches!(driven.append(RecordKind::Result, text(number), 0), AppendOutcome::Appended(_)));
     }
 }
 
@@ -21,278 +27,298 @@ fn texts(records: &[Record]) -> Vec<u64> {
     records.iter().map(|record| std::str::from_utf8(&record.payload).unwrap().parse().unwrap()).collect()
 }
 
-/// Bounds that are not met.
-fn large() -> Options {
+/// Bounds that are not reached.
+fn unbounded() -> Options {
     bounded(1 << 20)
 }
 
-/// A bound of the disk, and none of memory.
+/// A bound on disk, and none in memory.
 fn bounded(bytes_max: u64) -> Options {
     Options { memory_bytes_max: 1 << 20, ..options(bytes_max) }
 }
 
 #[test]
-fn records_come_back_in_order_after_a_restart_and_are_forgotten_when_acknowledged() {
-    let mut driven = DrivenSpool::new(large());
+fn records_are_recovered_in_order_and_removed_when_acknowledged() {
+    let mut driven = DrivenSpool::new(unbounded());
     fill(&driven, 1..=50);
-    driven.pass(10);
-    let mut driven = driven.reopen();
-    assert_eq!(driven.spool.stats().records, 50, "written at once, so a killed process loses nothing");
+    driven.advance(10);
+    let mut driven = driven.kill();
+    assert_eq!(driven.spool.stats().records, 50, "records are written at once, so a kill loses none");
     assert_eq!(texts(&driven.drain()), Vec::from_iter(1..=50));
     assert_eq!(driven.spool.stats().records, 0);
     let mut driven = driven.restart();
-    assert!(driven.drain().is_empty(), "what was acknowledged does not come again");
+    assert!(driven.drain().is_empty(), "acknowledged records are not delivered again");
 }
 
 #[test]
-fn a_killed_process_sends_again_only_what_was_on_the_way() {
-    let mut driven = DrivenSpool::new(large());
+fn a_kill_repeats_only_unacknowledged_records() {
+    let mut driven = DrivenSpool::new(unbounded());
     fill(&driven, 1..=20);
     driven.spool.connected();
-    driven.pass(1);
+    driven.advance(1);
     let taken: Vec<Record> = (0..12).map(|_| driven.spool.take_backlog().unwrap()).collect();
-    // In any order, twice, and unknown ones.
+    // In any order, repeated, and unknown records.
     for index in [3, 0, 1, 2, 3, 7] {
-        driven.spool.acknowledge(taken[index].place);
+        driven.spool.acknowledge(taken[index].id);
     }
     driven.spool.acknowledge(RecordId { kind: RecordKind::Event, position: 99 });
-    driven.pass(1);
-    let mut driven = driven.reopen();
+    driven.advance(1);
+    let mut driven = driven.kill();
     assert_eq!(texts(&driven.drain()), [5, 6, 7].into_iter().chain(9..=20).collect::<Vec<_>>());
 }
 
 #[test]
-fn live_records_go_before_the_backlog_and_what_was_on_the_way_before_both() {
-    let mut driven = DrivenSpool::new(large());
+fn resends_precede_live_records_and_live_records_precede_the_backlog() {
+    let mut driven = DrivenSpool::new(unbounded());
     fill(&driven, 1..=5);
     driven.spool.connected();
     fill(&driven, 6..=7);
-    driven.pass(1);
+    driven.advance(1);
     let order = |driven: &DrivenSpool| {
-        let next = || driven.spool.take().or_else(|| driven.spool.take_backlog().map(|record| (record, false)));
-        let taken: Vec<(Record, bool)> = std::iter::from_fn(next).collect();
-        taken.iter().map(|(record, is_live)| (texts(std::slice::from_ref(record))[0], *is_live)).collect::<Vec<_>>()
+        let live_or_resend = || driven.spool.take().map(|(record, origin)| (record, Some(origin)));
+        let next = || live_or_resend().or_else(|| driven.spool.take_backlog().map(|record| (record, None)));
+        let taken: Vec<(Record, Option<RecordOrigin>)> = std::iter::from_fn(next).collect();
+        taken.iter().map(|(record, origin)| (texts(std::slice::from_ref(record))[0], *origin)).collect::<Vec<_>>()
     };
-    let late = |number: u64| (number, false);
-    assert_eq!(order(&driven), [(6, true), (7, true), late(1), late(2), late(3), late(4), late(5)]);
+    let live = |number: u64| (number, Some(RecordOrigin::Live));
+    let resend = |number: u64| (number, Some(RecordOrigin::Resend));
+    let backlog = |number: u64| (number, None);
+    let expected: Vec<_> = (6..=7).map(live).chain((1..=5).map(backlog)).collect();
+    assert_eq!(order(&driven), expected);
     driven.spool.disconnected();
     fill(&driven, 8..=8);
     driven.spool.connected();
     fill(&driven, 9..=9);
-    driven.pass(1);
-    let again = order(&driven);
-    assert_eq!(again, (1..=7).map(late).chain([(9, true), late(8)]).collect::<Vec<_>>());
+    driven.advance(1);
+    let expected: Vec<_> = (1..=7).map(resend).chain([live(9), backlog(8)]).collect();
+    assert_eq!(order(&driven), expected);
 }
 
 #[test]
-fn a_live_record_that_nobody_sent_in_time_gives_way_to_newer_ones() {
-    let mut driven = DrivenSpool::new(large());
+fn a_live_record_becomes_backlog_after_five_seconds() {
+    let mut driven = DrivenSpool::new(unbounded());
     driven.spool.connected();
     fill(&driven, 1..=3);
-    driven.pass(6000);
+    driven.advance(6000);
     assert!(driven.spool.take().is_none(), "too old to be live");
     fill(&driven, 4..=4);
     assert_eq!(texts(&[driven.spool.take().unwrap().0]), [4]);
-    driven.pass(1);
-    assert_eq!(texts(&[driven.spool.take_backlog().unwrap()]), [1], "and comes as backlog");
+    driven.advance(1);
+    assert_eq!(texts(&[driven.spool.take_backlog().unwrap()]), [1], "it is delivered as backlog");
 }
 
 #[test]
-fn a_record_that_is_acknowledged_soon_costs_no_sync() {
+fn a_record_acknowledged_before_the_sync_interval_is_not_synced() {
     let mut driven =
-        DrivenSpool::new(Options { sync_interval: Duration::from_millis(200), segment_bytes: 1 << 20, ..large() });
+        DrivenSpool::new(Options { sync_interval: Duration::from_millis(200), segment_bytes: 1 << 20, ..unbounded() });
     driven.spool.connected();
     let at_start = driven.disk.syncs();
     for number in 1..=100 {
         fill(&driven, [number]);
-        driven.pass(5);
+        driven.advance(5);
         let (record, _) = driven.spool.take().unwrap();
-        driven.spool.acknowledge(record.place);
-        driven.pass(95);
+        driven.spool.acknowledge(record.id);
+        driven.advance(95);
     }
     assert_eq!(driven.disk.syncs(), at_start);
     fill(&driven, [101]);
-    driven.pass(100);
+    driven.advance(100);
     assert_eq!(driven.disk.syncs(), at_start, "not yet due");
-    driven.pass(150);
-    assert!(driven.disk.syncs() > at_start, "one that waits is synced");
+    driven.advance(150);
+    assert!(driven.disk.syncs() > at_start, "a pending record is synced");
 }
 
 #[test]
-fn a_full_spool_gives_up_metrics_first_and_then_the_oldest_results() {
+fn a_full_spool_drops_metrics_first_and_then_the_oldest_results() {
     let mut driven = DrivenSpool::new(bounded(6000));
     let big = |fill: u8| Bytes::from(vec![fill; 260]);
     driven.append(RecordKind::Event, big(b'e'), 0);
     (0..4).for_each(|_| assert!(driven.append(RecordKind::Metrics, big(b'm'), 0) != AppendOutcome::Full));
     for _ in 0..60 {
         driven.append(RecordKind::Result, big(b'r'), 0);
-        driven.pass(1);
-        assert!(driven.disk.bytes(Path::new("/spool")) <= 6000 + 600 + 3 * 8192, "the bound, a segment, the cursors");
+        driven.advance(1);
+        assert!(driven.disk.bytes(Path::new(ROOT)) <= 6000 + 600 + 3 * 8192, "the bound, one segment and the cursors");
     }
-    let dropped = driven.dropped("full");
+    let dropped = driven.dropped(DropReason::Full);
     let stats = driven.spool.stats();
     assert!(stats.is_overflowing && stats.bytes <= 6000);
-    assert_eq!(stats.records + dropped, 65, "waiting and given up");
+    assert_eq!(stats.records + dropped, 65, "each record is pending or dropped");
     let left = driven.drain();
-    assert_eq!(left.iter().filter(|record| record.place.kind == RecordKind::Metrics).count(), 0);
-    assert_eq!(left.iter().filter(|record| record.place.kind == RecordKind::Event).count(), 1);
-    let results: Vec<u64> = left
-        .iter()
-        .filter(|record| record.place.kind == RecordKind::Result)
-        .map(|record| record.place.position)
-        .collect();
-    assert_eq!(*results.last().unwrap(), 60, "the newest are there");
+    assert_eq!(left.iter().filter(|record| record.id.kind == RecordKind::Metrics).count(), 0);
+    assert_eq!(left.iter().filter(|record| record.id.kind == RecordKind::Event).count(), 1);
+    let results: Vec<u64> =
+        left.iter().filter(|record| record.id.kind == RecordKind::Result).map(|record| record.id.position).collect();
+    assert_eq!(*results.last().unwrap(), 60, "the newest are kept");
     assert!(results.windows(2).all(|pair| pair[0] + 1 == pair[1]));
 }
 
 #[test]
-fn drop_newest_refuses_and_uses_no_number() {
+fn drop_newest_drops_the_new_record_and_uses_no_sequence_number() {
     let mut driven = DrivenSpool::new(bounded(2000));
-    let put = |driven: &DrivenSpool| {
+    let append = |driven: &DrivenSpool| {
         let when_full = WhenFull::DropNewest;
-        let make = |_| Bytes::from(vec![b'x'; 300]);
-        driven.spool.append(NewRecord { kind: RecordKind::Result, topic: "t".into(), ttl_seconds: 0, when_full, make })
+        let build_payload = |_| Bytes::from(vec![b'x'; 300]);
+        driven.spool.append(NewRecord {
+            kind: RecordKind::Result,
+            topic: "t".into(),
+            ttl_seconds: 0,
+            when_full,
+            build_payload,
+        })
     };
-    let kept = std::iter::repeat_with(|| put(&driven)).take_while(|kept| *kept != AppendOutcome::Full).count() as u64;
+    let kept =
+        std::iter::repeat_with(|| append(&driven)).take_while(|kept| *kept != AppendOutcome::Full).count() as u64;
     assert!((4..=7).contains(&kept), "{kept}");
-    assert_eq!(put(&driven), AppendOutcome::Full);
-    assert_eq!(driven.dropped("full"), 2);
-    assert_eq!(driven.drain().len() as u64, kept, "the oldest stay");
-    driven.pass(20_000);
-    driven.pass(20_000);
-    assert_eq!(put(&driven), AppendOutcome::Kept(kept + 1));
+    assert_eq!(append(&driven), AppendOutcome::Full);
+    assert_eq!(driven.dropped(DropReason::Full), 2);
+    assert_eq!(driven.drain().len() as u64, kept, "the oldest are kept");
+    driven.advance(20_000);
+    driven.advance(20_000);
+    assert_eq!(append(&driven), AppendOutcome::Appended(kept + 1));
 }
 
 #[test]
-fn batch_work_waits_for_room() {
+fn block_blocks_the_caller_until_there_is_room() {
     let folder = tempfile::tempdir().unwrap();
     let spool = Spool::open(folder.path(), bounded(2000)).unwrap();
-    let put = |spool: &Spool| {
-        let make = |_| Bytes::from(vec![b'x'; 300]);
+    let append = |spool: &Spool| {
+        let build_payload = |_| Bytes::from(vec![b'x'; 300]);
         let when_full = WhenFull::Block;
-        spool.append(NewRecord { kind: RecordKind::Result, topic: "t".into(), ttl_seconds: 0, when_full, make })
+        spool.append(NewRecord {
+            kind: RecordKind::Result,
+            topic: "t".into(),
+            ttl_seconds: 0,
+            when_full,
+            build_payload,
+        })
     };
-    let (done, waiting) = std::sync::mpsc::channel();
-    let writer = std::thread::spawn({
+    let (appended, appends) = std::sync::mpsc::channel();
+    let producer = std::thread::spawn({
         let spool = spool.clone();
         move || {
             for _ in 0..20 {
-                assert!(matches!(put(&spool), AppendOutcome::Kept(_)));
-                done.send(()).unwrap();
+                assert!(matches!(append(&spool), AppendOutcome::Appended(_)));
+                appended.send(()).unwrap();
             }
         }
     });
-    let before = waiting.iter().take(5).count();
-    assert_eq!(before, 5);
+    assert_eq!(appends.iter().take(5).count(), 5);
     spool.connected();
     let mut taken = 0;
     while taken < 20 {
         match spool.take().map(|(record, _)| record).or_else(|| spool.take_backlog()) {
             Some(record) => {
-                spool.acknowledge(record.place);
+                spool.acknowledge(record.id);
                 taken += 1;
             }
             None => std::thread::yield_now(),
         }
     }
-    writer.join().unwrap();
+    producer.join().unwrap();
     assert_eq!(spool.stats().records, 0);
 }
 
 #[test]
-fn what_is_too_large_costs_nobody_else() {
+fn a_record_that_is_too_large_is_dropped_and_displaces_no_other() {
     let driven = DrivenSpool::new(bounded(2000));
     fill(&driven, 1..=3);
     assert_eq!(driven.append(RecordKind::Result, vec![0; 2000].into(), 0), AppendOutcome::TooLarge);
-    assert_eq!(driven.dropped("too_large"), 1);
-    assert_eq!(driven.append(RecordKind::Result, text(4), 0), AppendOutcome::Kept(4), "and no number");
-    let large = DrivenSpool::new(options(u64::MAX));
-    assert_eq!(large.append(RecordKind::Result, vec![0; RECORD_BYTES_MAX as usize].into(), 0), AppendOutcome::TooLarge);
+    assert_eq!(driven.dropped(DropReason::TooLarge), 1);
+    assert_eq!(
+        driven.append(RecordKind::Result, text(4), 0),
+        AppendOutcome::Appended(4),
+        "no sequence number was used"
+    );
+    let unlimited = DrivenSpool::new(options(u64::MAX));
+    assert_eq!(
+        unlimited.append(RecordKind::Result, vec![0; RECORD_BYTES_MAX as usize].into(), 0),
+        AppendOutcome::TooLarge
+    );
 }
 
 #[test]
-fn age_is_the_time_the_agent_ran() {
-    let mut driven = DrivenSpool::new(large());
+fn age_is_time_during_which_the_agent_runs() {
+    let mut driven = DrivenSpool::new(unbounded());
     driven.append(RecordKind::Result, text(1), 60);
     driven.append(RecordKind::Result, text(2), 0);
-    driven.pass(50_000);
-    // The process is gone for however long; nothing grows older meanwhile, whatever the wall clock says.
+    driven.advance(50_000);
+    // Records do not age while the process is stopped, whatever the wall clock shows.
     let mut driven = driven.restart();
-    driven.pass(5_000);
+    driven.advance(5_000);
     assert_eq!(driven.spool.stats().records, 2);
     let mut driven = driven.restart();
-    driven.pass(20_000);
+    driven.advance(20_000);
     assert_eq!(texts(&driven.drain()), [2]);
-    assert_eq!(driven.dropped("expired"), 1);
+    assert_eq!(driven.dropped(DropReason::Expired), 1);
 }
 
 #[test]
-fn a_whole_segment_that_has_expired_goes_without_being_read() {
-    let mut driven = DrivenSpool::new(Options { age_max_seconds: 100, ..large() });
+fn an_expired_segment_is_removed_without_being_read() {
+    let mut driven = DrivenSpool::new(Options { age_max_seconds: 100, ..unbounded() });
     fill(&driven, 1..=100);
-    driven.pass(1);
+    driven.advance(1);
     let mut driven = driven.restart();
-    driven.pass(50_000);
+    driven.advance(50_000);
     assert_eq!(driven.spool.stats().records, 100);
-    driven.pass(60_000);
-    assert_eq!((driven.spool.stats().records, driven.dropped("expired")), (0, 100));
-    driven.pass(10_001);
+    driven.advance(60_000);
+    assert_eq!((driven.spool.stats().records, driven.dropped(DropReason::Expired)), (0, 100));
+    driven.advance(10_001);
     assert!(driven.disk.paths().iter().all(|path| path.ends_with("cursor")), "{:?}", driven.disk.paths());
 }
 
 #[test]
-fn a_disk_that_refuses_stops_nothing_and_is_used_again_when_it_takes_records() {
-    for mood in [
+fn records_are_delivered_from_memory_while_the_disk_refuses_writes() {
+    for faults in [
         FaultMode { refuses_writes: true, ..FaultMode::default() },
         FaultMode { refuses_syncs: true, ..FaultMode::default() },
         FaultMode { is_read_only: true, ..FaultMode::default() },
     ] {
-        let mut driven = DrivenSpool::new(large());
+        let mut driven = DrivenSpool::new(unbounded());
         fill(&driven, 1..=3);
-        driven.pass(30);
-        driven.disk.set_mood(mood);
+        driven.advance(30);
+        driven.disk.set_faults(faults);
         fill(&driven, 4..=9);
-        driven.pass(30);
-        driven.pass(30);
-        assert!(driven.spool.stats().trouble.is_some(), "{mood:?}");
-        // The line goes on, and what it makes gets across.
+        driven.advance(30);
+        driven.advance(30);
+        assert!(driven.spool.stats().degraded.is_some(), "{faults:?}");
+        // New records are accepted and delivered.
         driven.spool.connected();
         fill(&driven, 10..=12);
         assert_eq!(texts(&[driven.spool.take().unwrap().0]), [10]);
-        driven.disk.set_mood(FaultMode::default());
-        driven.pass(1001);
-        assert_eq!(driven.spool.stats().trouble, None, "{mood:?}");
-        let mut driven = driven.reopen();
-        assert_eq!(texts(&driven.drain()), Vec::from_iter(1..=12), "{mood:?}");
-        assert_eq!(driven.dropped("disk"), 0);
+        driven.disk.set_faults(FaultMode::default());
+        driven.advance(1001);
+        assert_eq!(driven.spool.stats().degraded, None, "{faults:?}");
+        let mut driven = driven.kill();
+        assert_eq!(texts(&driven.drain()), Vec::from_iter(1..=12), "{faults:?}");
+        assert_eq!(driven.dropped(DropReason::Disk), 0);
     }
 }
 
 #[test]
-fn memory_is_bounded_while_the_disk_refuses() {
-    let mut driven = DrivenSpool::new(Options { memory_bytes_max: 10_000, ..large() });
-    driven.disk.set_mood(FaultMode { is_read_only: true, ..FaultMode::default() });
+fn memory_is_bounded_while_the_disk_refuses_writes() {
+    let mut driven = DrivenSpool::new(Options { memory_bytes_max: 10_000, ..unbounded() });
+    driven.disk.set_faults(FaultMode { is_read_only: true, ..FaultMode::default() });
     fill(&driven, 1..=1000);
-    driven.pass(1);
-    let (kept, dropped) = (driven.spool.stats().records, driven.dropped("disk"));
+    driven.advance(1);
+    let (kept, dropped) = (driven.spool.stats().records, driven.dropped(DropReason::Disk));
     assert_eq!(kept + dropped, 1000);
     assert!(kept > 200 && kept < 300, "{kept}");
-    driven.disk.set_mood(FaultMode::default());
-    driven.pass(1001);
-    let left = texts(&driven.reopen().drain());
+    driven.disk.set_faults(FaultMode::default());
+    driven.advance(1001);
+    let left = texts(&driven.kill().drain());
     assert_eq!(left, Vec::from_iter(dropped + 1..=1000), "the newest are kept");
 }
 
-/// Faults of the medium: of every file, at every place that chance chooses.
+/// Faults of the medium, in each file and at random offsets.
 #[test]
-fn damage_costs_what_is_damaged_and_the_counter_says_how_much() {
+fn damage_loses_only_damaged_records_and_is_counted() {
     let rounds = std::env::var("LINESIDE_SPOOL_DAMAGE").map_or(300, |text| text.parse().unwrap());
     let mut random = fastrand::Rng::with_seed(3);
     for round in 0..rounds {
-        let mut driven = DrivenSpool::new(large());
+        let mut driven = DrivenSpool::new(unbounded());
         for first in [1, 21, 41] {
             fill(&driven, first..first + 20);
-            driven.pass(1);
+            driven.advance(1);
         }
         let driven = driven.restart();
         let files: Vec<PathBuf> = driven.disk.paths().into_iter().filter(|path| !path.ends_with("cursor")).collect();
@@ -309,11 +335,11 @@ fn damage_costs_what_is_damaged_and_the_counter_says_how_much() {
                 _ => bytes.truncate(at),
             }
         });
-        let mut driven = driven.reopen();
+        let mut driven = driven.kill();
         let left: BTreeSet<u64> = texts(&driven.drain()).into_iter().collect();
         assert!(left.iter().all(|number| (1..=60).contains(number)));
         let lost = 60 - left.len() as u64;
-        assert_eq!(driven.dropped("damaged"), lost, "round {round}, {}", path.display());
+        assert_eq!(driven.dropped(DropReason::Damaged), lost, "round {round}, {}", path.display());
         // A zeroed range of 80 bytes touches three records of 42 bytes at most; a cut takes the rest of one file.
         let most = if kind == 2 { 30 } else { 3 };
         assert!(lost <= most, "round {round}: {lost} of 60 are lost");
@@ -322,7 +348,7 @@ fn damage_costs_what_is_damaged_and_the_counter_says_how_much() {
 }
 
 #[test]
-fn files_of_others_and_empty_ones_are_left_alone_or_passed_over() {
+fn foreign_and_empty_files_are_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let partition = folder.path().join("result");
     std::fs::create_dir_all(&partition).unwrap();
@@ -331,36 +357,92 @@ fn files_of_others_and_empty_ones_are_left_alone_or_passed_over() {
     }
     let name = format!("{:020}-{:020}-0-ffffffffffffffff.seg", 3, 4);
     std::fs::write(partition.join(name), [0xFF; 100]).unwrap();
-    let spool = Spool::open(folder.path(), large()).unwrap();
-    assert_eq!(spool.stats().records, 2, "its name says so");
+    let options = unbounded();
+    let metrics = options.metrics.clone();
+    let spool = Spool::open(folder.path(), options).unwrap();
+    assert_eq!(spool.stats().records, 2, "the name of the segment gives the number of records");
     spool.connected();
-    let begun = std::time::Instant::now();
+    let started = Instant::now();
     while spool.stats().records > 0 {
-        assert!(begun.elapsed() < Duration::from_secs(30));
+        assert!(started.elapsed() < Duration::from_secs(30));
         std::thread::yield_now();
     }
-    assert_eq!(spool.options.dropped.with_label_values(&["damaged"]).get(), 2);
+    assert_eq!(metrics.dropped.count(DropReason::Damaged), 2);
     assert!(partition.join("README").exists());
 }
 
 #[test]
-fn one_agent_at_a_time_has_a_spool_and_others_may_look() {
+fn one_agent_at_a_time_uses_a_spool_and_others_may_read_it() {
     let folder = tempfile::tempdir().unwrap();
-    let spool = Spool::open(folder.path(), large()).unwrap();
-    let make = |_| Bytes::from_static(b"{\"id\":\"a:1:1\"}");
+    let spool = Spool::open(folder.path(), unbounded()).unwrap();
+    let build_payload = |_| Bytes::from_static(b"{\"id\":\"a:1:1\"}");
     let when_full = WhenFull::DropOldest;
-    spool.append(NewRecord { kind: RecordKind::Event, topic: "t".into(), ttl_seconds: 0, when_full, make });
-    let refused = lock(folder.path(), Duration::ZERO).unwrap_err().to_string();
-    assert!(refused.contains("another agent"), "{refused}");
-    assert!(View::purge(folder.path(), |_| true).is_err());
+    spool.append(NewRecord { kind: RecordKind::Event, topic: "t".into(), ttl_seconds: 0, when_full, build_payload });
+    let refused = lock::acquire(folder.path(), Duration::ZERO).unwrap_err();
+    assert_eq!(refused.kind(), SpoolErrorKind::Locked);
+    assert!(refused.to_string().contains("another agent"), "{refused}");
+    assert!(purge(folder.path(), |_| true).is_err());
     spool.close();
-    let view = View::open(folder.path()).unwrap();
+    let view = SpoolView::open(folder.path()).unwrap();
     let counts: Vec<u64> = view.partitions().map(|partition| partition.records).collect();
     assert_eq!(counts, [0, 1, 0]);
     assert_eq!(view.records().count(), 1);
     drop(spool);
-    assert_eq!(View::purge(folder.path(), |kind| kind == RecordKind::Result).unwrap(), 0);
-    assert_eq!(View::purge(folder.path(), |_| true).unwrap(), 1);
-    assert_eq!(Spool::open(folder.path(), large()).unwrap().stats().records, 0);
-    assert!(View::open(&folder.path().join("elsewhere")).is_err());
+    assert_eq!(purge(folder.path(), |kind| kind == RecordKind::Result).unwrap(), 0);
+    assert_eq!(purge(folder.path(), |_| true).unwrap(), 1);
+    assert_eq!(Spool::open(folder.path(), unbounded()).unwrap().stats().records, 0);
+    let missing = SpoolView::open(&folder.path().join("elsewhere")).err().map(|error| error.kind());
+    assert_eq!(missing, Some(SpoolErrorKind::NotFound));
+}
+
+fn supervisor() -> Supervisor {
+    let restarts = prometheus::IntCounterVec::new(prometheus::Opts::new("restarts", "restarts"), &["task"]).unwrap();
+    Supervisor::new(restarts)
+}
+
+#[test]
+fn a_panic_of_the_writer_is_reported() {
+    let (supervisor, disk) = (supervisor(), FakeDisk::default());
+    let started = Instant::now();
+    let clock: crate::shared::Clock = Arc::new(move || started.elapsed());
+    let (spool, writer) = Spool::assemble(Arc::new(disk.clone()), Path::new(ROOT), &unbounded(), clock, None).unwrap();
+    disk.set_faults(FaultMode { panics_on_write: true, ..FaultMode::default() });
+    let spool = spool.start(writer, Some(supervisor.reporter("spool-writer"))).unwrap();
+    let build_payload = |_| text(1);
+    let when_full = WhenFull::DropOldest;
+    spool.append(NewRecord { kind: RecordKind::Result, topic: "t".into(), ttl_seconds: 0, when_full, build_payload });
+    // Closing waits for the end of the writer, which panics at the latest when it writes the record now.
+    spool.close();
+    let failure = supervisor.failure().unwrap();
+    assert_eq!((failure.task.as_str(), failure.reason.as_str()), ("spool-writer", "panicked"));
+    assert_eq!(spool.stats().records, 1, "the state is readable after the panic");
+}
+
+#[test]
+fn an_orderly_end_and_a_refused_open_are_not_reported_as_failures() {
+    let (supervisor, folder) = (supervisor(), tempfile::tempdir().unwrap());
+    let options = || Options { failure_reporter: Some(supervisor.reporter("spool-writer")), ..unbounded() };
+    Spool::open(folder.path(), options()).unwrap().close();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    assert!(Spool::open(&file, options()).is_err());
+    assert_eq!(supervisor.failure(), None);
+}
+
+#[test]
+fn metrics_follow_the_state() {
+    let mut driven = DrivenSpool::new(unbounded());
+    fill(&driven, 1..=3);
+    driven.advance(1000);
+    driven.advance(1000);
+    driven.spool.update_metrics();
+    let metrics = driven.options.metrics.clone();
+    assert_eq!((metrics.records.get(), metrics.oldest_seconds.get(), metrics.degraded.get()), (3, 2, 0));
+    assert_eq!(metrics.bytes.get(), i64::try_from(driven.spool.stats().bytes).unwrap());
+    assert!(metrics.written_bytes.get() > 0 && metrics.syncs.get() > 0);
+    driven.disk.set_faults(FaultMode { is_read_only: true, ..FaultMode::default() });
+    fill(&driven, [4]);
+    driven.advance(30);
+    assert_eq!(metrics.degraded.get(), 1);
+    assert_eq!(driven.spool.stats().degraded.unwrap().kind, std::io::ErrorKind::StorageFull);
 }

@@ -1,108 +1,130 @@
-//! A spool looked at from outside, without changing it, while an agent may be using it: for operators.
+//! Read access to a spool for operators, while an agent may be using it, and purging of a spool that no agent uses.
+//!
+//! Tested in `tests.rs`.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::disk::{Disk as _, RealDisk};
-use super::partition::Partition;
-use super::ranges::Ranges;
-use super::segment::Segment;
-use super::writer::{self, folder_of};
-use super::{Record, RecordKind, lock};
+use crate::disk::{Disk as _, RealDisk};
+use crate::error::{IoContext as _, SpoolError};
+use crate::layout::partition_folder;
+use crate::lock;
+use crate::partition::Partition;
+use crate::position_set::PositionSet;
+use crate::record::{Record, RecordKind};
+use crate::recovery::{self, AccessMode};
+use crate::segment::Segment;
 
-/// One partition as it was found.
-pub struct Listed {
-    /// What its records say.
+/// How long purging waits for the lock. A process that is being started shares the files of its parent for a moment, and so
+/// a lock that was just released.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The contents of a partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartitionStats {
+    /// The kind of its records.
     pub kind: RecordKind,
-    /// Records that are neither delivered nor given up.
+    /// Pending records.
     pub records: u64,
     /// Bytes of its segments.
     pub bytes: u64,
-    /// Its segments.
+    /// Number of its segments.
     pub segments: usize,
 }
 
-/// A spool as it was found.
-pub struct View {
+/// The contents of a spool at one moment. Opening a view changes nothing.
+pub struct SpoolView {
     root: PathBuf,
-    partitions: Vec<(Listed, Vec<Segment>, Ranges, u64)>,
+    partitions: Vec<PartitionView>,
 }
 
-impl View {
-    /// Looks at the spool in a folder.
+struct PartitionView {
+    stats: PartitionStats,
+    segments: Vec<Segment>,
+    completed: PositionSet,
+    floor: u64,
+}
+
+impl SpoolView {
+    /// Reads which records the spool in a folder contains.
     ///
     /// # Errors
-    /// When there is none, or it cannot be read.
-    pub fn open(root: &Path) -> io::Result<Self> {
-        let mut partitions = Vec::new();
-        for kind in RecordKind::ALL {
-            let folder = folder_of(root, kind);
-            if !folder.is_dir() {
-                return Err(io::Error::new(
-                    io::ErrorKind::NotFound,
-                    format!("{} holds no spool; is it the agent's?", root.display()),
-                ));
-            }
-            let (segments, _) = writer::segments(&RealDisk, &folder, kind, false)?;
-            let cursor = writer::read_cursor(&RealDisk, &folder)?;
-            let (done, floor) = (cursor.done.clone(), cursor.floor);
-            let bytes = segments.iter().map(|segment| segment.bytes).sum();
-            let count = segments.len();
-            let records = Partition::new(segments.clone().into(), cursor).waiting();
-            partitions.push((Listed { kind, records, bytes, segments: count }, segments, done, floor));
-        }
-        Ok(Self { root: root.to_owned(), partitions })
+    /// When the folder does not contain a spool, or cannot be read.
+    pub fn open(root: &Path) -> Result<Self, SpoolError> {
+        let partitions = RecordKind::ALL.into_iter().map(|kind| PartitionView::open(root, kind));
+        Ok(Self { root: root.to_owned(), partitions: partitions.collect::<Result<_, _>>()? })
     }
 
-    /// Its partitions.
-    pub fn partitions(&self) -> impl Iterator<Item = &Listed> {
-        self.partitions.iter().map(|(listed, ..)| listed)
+    /// The contents of each partition.
+    pub fn partitions(&self) -> impl Iterator<Item = &PartitionStats> {
+        self.partitions.iter().map(|partition| &partition.stats)
     }
 
-    /// The records that wait, partition by partition, oldest first. A file that went away meanwhile was delivered.
-    ///
-    /// # Errors
-    /// When a file cannot be read.
-    pub fn records(&self) -> impl Iterator<Item = io::Result<Record>> + '_ {
-        self.partitions.iter().flat_map(move |(listed, segments, done, floor)| {
-            let folder = folder_of(&self.root, listed.kind);
-            segments.iter().flat_map(move |segment| {
-                let range = segment.first..=segment.last;
-                let waits = move |record: &Record| {
-                    let position = record.place.position;
-                    range.contains(&position) && position >= *floor && !done.contains(position)
-                };
-                let read = match writer::read_segment(&RealDisk, &folder, listed.kind, segment) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-                    read => read,
-                };
-                let (records, error) = match read {
-                    Ok(records) => (records, None),
-                    Err(error) => (Vec::new(), Some(Err(error))),
-                };
-                records.into_iter().filter(waits).map(Ok).chain(error)
+    /// Reads the pending records, partition by partition, oldest first. The records of a segment that was removed meanwhile
+    /// are completed, and left out. A segment that cannot be read yields an error in place of its records.
+    pub fn records(&self) -> impl Iterator<Item = Result<Record, SpoolError>> + '_ {
+        self.partitions.iter().flat_map(|partition| {
+            partition.segments.iter().flat_map(|segment| match partition.read(&self.root, segment) {
+                Ok(records) => records.into_iter().map(Ok).collect(),
+                Err(error) => vec![Err(error)],
             })
         })
     }
+}
 
-    /// Deletes the records of the partitions that are wanted, and says how many. What they were is lost.
-    ///
-    /// # Errors
-    /// When an agent has the spool, or a file cannot be removed.
-    pub fn purge(root: &Path, is_wanted: impl Fn(RecordKind) -> bool) -> io::Result<u64> {
-        // A process that is being started shares its parent's files for a moment, also a lock that was just let go.
-        let held = lock(root, Duration::from_secs(1))?;
-        let mut purged = 0;
-        // Looked at again now that nobody changes it.
-        for (listed, segments, ..) in Self::open(root)?.partitions.iter().filter(|(listed, ..)| is_wanted(listed.kind))
-        {
-            for segment in segments {
-                RealDisk.remove(&folder_of(root, listed.kind).join(&segment.name))?;
-            }
-            purged += listed.records;
+impl PartitionView {
+    fn open(root: &Path, kind: RecordKind) -> Result<Self, SpoolError> {
+        let folder = partition_folder(root, kind);
+        if !folder.is_dir() {
+            return Err(SpoolError::NotFound { path: root.to_owned() });
         }
-        drop(held);
-        Ok(purged)
+        let (segments, _) = recovery::read_segments(&RealDisk, &folder, kind, AccessMode::Observer)?;
+        let cursor = recovery::read_cursor(&RealDisk, &folder)?;
+        let (completed, floor) = (cursor.completed.clone(), cursor.floor);
+        let stats = PartitionStats {
+            kind,
+            bytes: segments.iter().map(|segment| segment.bytes).sum(),
+            segments: segments.len(),
+            records: Partition::new(segments.clone().into(), cursor).pending(),
+        };
+        Ok(Self { stats, segments, completed, floor })
     }
+
+    /// Reads the pending records of a segment.
+    fn read(&self, root: &Path, segment: &Segment) -> Result<Vec<Record>, SpoolError> {
+        let kind = self.stats.kind;
+        let folder = partition_folder(root, kind);
+        let mut records = match recovery::read_records(&RealDisk, &folder, kind, segment) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            read => read.during("read", &folder.join(&segment.name))?,
+        };
+        let range = segment.first..=segment.last;
+        records.retain(|record| {
+            let position = record.id.position;
+            range.contains(&position) && position >= self.floor && !self.completed.contains(position)
+        });
+        Ok(records)
+    }
+}
+
+/// Deletes all records of the selected partitions, and returns how many were pending.
+///
+/// # Errors
+/// When an agent holds the lock, or a file cannot be removed.
+pub fn purge(root: &Path, is_selected: impl Fn(RecordKind) -> bool) -> Result<u64, SpoolError> {
+    let lock = lock::acquire(root, LOCK_TIMEOUT)?;
+    let mut purged = 0;
+    // The spool is read while it is locked, so that its contents cannot change.
+    let view = SpoolView::open(root)?;
+    for partition in view.partitions.iter().filter(|partition| is_selected(partition.stats.kind)) {
+        let folder = partition_folder(root, partition.stats.kind);
+        for segment in &partition.segments {
+            let path = folder.join(&segment.name);
+            RealDisk.remove(&path).during("remove", &path)?;
+        }
+        purged += partition.stats.records;
+    }
+    drop(lock);
+    Ok(purged)
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::progress::of_messages;
 use super::{Failure, write_out};
 
-use lineside_spool::{Record, RecordKind, View};
+use lineside_spool::{Record, RecordKind, SpoolView, purge};
 
 #[derive(Args)]
 pub(super) struct Arguments {
@@ -76,7 +76,7 @@ impl From<Partition> for RecordKind {
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     let root = lineside_spool::folder(&arguments.data_dir);
-    let view = View::open(&root).with_context(|| format!("--data-dir {}", arguments.data_dir.display()))?;
+    let view = SpoolView::open(&root).with_context(|| format!("--data-dir {}", arguments.data_dir.display()))?;
     match arguments.command {
         Command::Stat => stat(&view, arguments.json),
         Command::Ls { limit } => list(&view, limit, arguments.json)?,
@@ -90,7 +90,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Purge { kind, .. } => {
             let kind = kind.map(RecordKind::from);
             let purged =
-                View::purge(&root, |other| kind.is_none_or(|kind| kind == other)).context("nothing more was purged")?;
+                purge(&root, |other| kind.is_none_or(|kind| kind == other)).context("nothing more was purged")?;
             match arguments.json {
                 true => write_out(&json!({"purged": purged}).to_string()),
                 false => write_out(&format!("{purged} messages thrown away")),
@@ -100,7 +100,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     Ok(())
 }
 
-fn stat(view: &View, json: bool) {
+fn stat(view: &SpoolView, json: bool) {
     let partitions: Vec<Value> = view
         .partitions()
         .map(|partition| {
@@ -122,7 +122,7 @@ fn stat(view: &View, json: bool) {
     }
 }
 
-fn list(view: &View, limit: usize, json: bool) -> anyhow::Result<()> {
+fn list(view: &SpoolView, limit: usize, json: bool) -> anyhow::Result<()> {
     let limit = if limit == 0 { usize::MAX } else { limit };
     if !json {
         write_out(&format!("{:<24}  {:<26}  {:>8}  {}", "MADE", "ID", "BYTES", "TOPIC"));
@@ -132,7 +132,7 @@ fn list(view: &View, limit: usize, json: bool) -> anyhow::Result<()> {
         let payload = payload(&record);
         match json {
             true => write_out(
-                &json!({"kind": record.place.kind.name(), "id": payload["id"], "ts": payload["ts"],
+                &json!({"kind": record.id.kind.name(), "id": payload["id"], "ts": payload["ts"],
                         "topic": *record.topic, "bytes": record.payload.len()})
                 .to_string(),
             ),
@@ -148,7 +148,7 @@ fn list(view: &View, limit: usize, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn export(view: &View, output: &PathBuf, json: bool) -> anyhow::Result<()> {
+fn export(view: &SpoolView, output: &PathBuf, json: bool) -> anyhow::Result<()> {
     let is_stdout = output.as_os_str() == "-";
     let mut out: Box<dyn Write> = match is_stdout {
         true => Box::new(BufWriter::new(io::stdout())),

@@ -9,7 +9,7 @@ use url::Url;
 use super::settings::ConfigLayers;
 use lineside_api::names::{ConfigErrors, topic_segment};
 use lineside_mqtt::config::{Broker, COMMANDS, DRAIN_DEFAULT, KEEP_ALIVE_DEFAULT, MqttConfig, SparkplugConfig};
-use lineside_spool::{SPOOL_MIB_DEFAULT, SpoolConfig};
+use lineside_spool::{SPOOL_MIB_DEFAULT, SpoolConfig, WhenFull};
 
 const MQTT_PORT: u16 = 1883;
 const MQTTS_PORT: u16 = 8883;
@@ -70,19 +70,19 @@ pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Optio
 /// The settings of the spool. What is wrong is noted and stands at its default.
 pub(super) fn spooling(layers: &ConfigLayers, errors: &mut ConfigErrors) -> SpoolConfig {
     let hours = layers.number("spool-max-hours", 0, 0..=HOURS_MAX, errors);
-    let drops_newest = match layers.text("spool-when-full") {
-        None | Some("drop-oldest") => false,
-        Some("drop-newest") => true,
+    let when_full = match layers.text("spool-when-full") {
+        None | Some("drop-oldest") => WhenFull::DropOldest,
+        Some("drop-newest") => WhenFull::DropNewest,
         Some(other) => {
             errors.add(layers.get("spool-when-full").1, format!("`{other}` is neither drop-oldest nor drop-newest"));
-            false
+            WhenFull::DropOldest
         }
     };
     SpoolConfig {
         bytes_max: layers.number("spool-mib", SPOOL_MIB_DEFAULT, 1..=SPOOL_MIB_MAX, errors) << 20,
         age_max_seconds: u32::try_from(hours * 3600).unwrap_or(u32::MAX),
         sync_interval: Duration::from_millis(layers.number("spool-sync-ms", 200, 0..=60_000, errors)),
-        drops_newest,
+        when_full,
     }
 }
 

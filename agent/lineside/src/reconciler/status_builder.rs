@@ -279,8 +279,8 @@ impl Reconciler {
     /// What an operator should know of the results that wait.
     fn spool_troubles(&self) -> Vec<(&'static str, String)> {
         let stats = self.spool.stats();
-        self.metrics.spool_degraded.set(i64::from(stats.trouble.is_some()));
-        let trouble = stats.trouble.map(|trouble| {
+        self.metrics.spool_degraded.set(i64::from(stats.degraded.is_some()));
+        let trouble = stats.degraded.map(|trouble| {
             let message = format!("the disk does not take results ({trouble}); they wait in memory, which holds few");
             ("SpoolDegraded", message)
         });

@@ -129,13 +129,13 @@ impl Encoder {
             Self::Json { .. } => {
                 let payload = if historical { as_historical(record.payload) } else { record.payload };
                 let message = Message { topic: record.topic, payload, retain: false };
-                sender.publish(message, Token::Record(record.place))
+                sender.publish(message, Token::Record(record.id))
             }
             Self::SparkplugConfig { session, unfenced, .. } => {
                 let said =
                     session.data(&record, historical).into_iter().all(|message| sender.publish_unconfirmed(message));
                 if said {
-                    unfenced.push(record.place);
+                    unfenced.push(record.id);
                 }
                 said
             }

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use lineside_spool::{Record, RecordId, Spool};
+use lineside_spool::{Record, RecordId, RecordOrigin, Spool};
 
 /// Records on the way at most.
 pub(super) const WINDOW: usize = 64;
@@ -61,9 +61,9 @@ impl SendWindow {
         if self.on_the_way.len() >= WINDOW {
             return None;
         }
-        if let Some((record, is_live)) = spool.take() {
-            self.on_the_way.insert(record.place, Sent { at: now, is_backlog: false });
-            return Some((record, !is_live));
+        if let Some((record, origin)) = spool.take() {
+            self.on_the_way.insert(record.id, Sent { at: now, is_backlog: false });
+            return Some((record, origin != RecordOrigin::Live));
         }
         if self.backlog_on_the_way >= self.backlog_window || !self.may_go(now) {
             return None;
@@ -71,7 +71,7 @@ impl SendWindow {
         let record = spool.take_backlog()?;
         self.allowance -= 1.0;
         self.backlog_on_the_way += 1;
-        self.on_the_way.insert(record.place, Sent { at: now, is_backlog: true });
+        self.on_the_way.insert(record.id, Sent { at: now, is_backlog: true });
         Some((record, true))
     }
 

@@ -153,7 +153,7 @@ impl<'a> Session<'a> {
         while goes_on && self.is_heard && Encoder::has_room(&self.sender) {
             let now = self.now();
             let Some((record, historical)) = self.flow.next(&self.publisher.spool, now) else { break };
-            let place = record.place;
+            let place = record.id;
             if !self.encoder.say(record, historical, &mut self.sender) {
                 self.flow.requeue(place);
                 self.publisher.spool.requeue(place);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::send_window::SendWindow;
-use lineside_spool::model_test::{DrivenSpool, options};
+use lineside_spool::simulation::{DrivenSpool, options};
 use lineside_spool::{AppendOutcome, Options, RecordId, RecordKind};
 
 const DAY_MS: u64 = 24 * 3600 * 1000;
@@ -48,7 +48,7 @@ fn day(seed: u64) {
             made += 1;
             next_part_ms = now_ms + random.u64(1..2 * PART_EVERY_MS);
             let payload = Bytes::from(format!("{made:>200}"));
-            kept += u64::from(matches!(driven.append(RecordKind::Result, payload, 0), AppendOutcome::Kept(_)));
+            kept += u64::from(matches!(driven.append(RecordKind::Result, payload, 0), AppendOutcome::Appended(_)));
             births.insert(made, now_ms);
         }
         if now_ms >= next_change_ms {
@@ -68,14 +68,14 @@ fn day(seed: u64) {
             }
             if random.u8(0..12) == 0 {
                 // The agent is killed, or ends in order. What was not written dies with it, so let the disk have its turn.
-                driven.pass(0);
-                driven = if random.bool() { driven.reopen() } else { driven.restart() };
+                driven.advance(0);
+                driven = if random.bool() { driven.kill() } else { driven.restart() };
                 broker.arriving.clear();
                 broker.answering.clear();
                 flow = None;
             }
         }
-        driven.pass(STEP_MS);
+        driven.advance(STEP_MS);
         let since_start = Duration::from_millis(now_ms);
         if broker.is_up && flow.is_none() {
             driven.spool.connected();
@@ -84,7 +84,7 @@ fn day(seed: u64) {
         let Some(flow) = &mut flow else { continue };
         while let Some((record, historical)) = flow.next(&driven.spool, since_start) {
             let number: u64 = std::str::from_utf8(&record.payload).unwrap().trim().parse().unwrap();
-            broker.arriving.push_back((now_ms + latency_ms, record.place, number, historical));
+            broker.arriving.push_back((now_ms + latency_ms, record.id, number, historical));
         }
         while broker.arriving.front().is_some_and(|(at, ..)| *at <= now_ms) {
             let (_, place, number, historical) = broker.arriving.pop_front().unwrap();
@@ -100,7 +100,7 @@ fn day(seed: u64) {
             driven.spool.acknowledge(place);
         }
     }
-    let dropped: u64 = ["full", "expired", "damaged", "disk"].iter().map(|reason| driven.dropped(reason)).sum();
+    let dropped = driven.dropped_total();
     let received = broker.received.len() as u64;
     let repeats: u64 = broker.received.values().sum::<u64>() - received;
     assert_eq!(kept, made);

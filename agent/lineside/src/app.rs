@@ -34,7 +34,9 @@ use crate::streams::inspector::Inspector;
 use lineside_models::admission::AdmissionLimits;
 use lineside_models::signing::Keyring;
 use lineside_models::store::{Index, IndexState, Store};
-use lineside_mqtt::publisher::{Publisher, SetLevel};
+use lineside_mqtt::command::SetLevel;
+use lineside_mqtt::metrics::{MqttMetrics, ReceivedCounters};
+use lineside_mqtt::publisher::{Publisher, PublisherContext};
 use lineside_spool::{Options, Spool, WhenFull};
 
 /// The file in the data folder that counts how often the agent was started.
@@ -137,7 +139,7 @@ impl App {
             let refresh = move || server::refresh(&counted, &looked_at, &stored);
             Part::start("measure", |stop| measure(metrics.clone(), message_writer.clone(), every, refresh, stop))
         });
-        let publisher = Publisher {
+        let publisher = Publisher::new(PublisherContext {
             mqtt: config.mqtt,
             topics,
             node: config.node.clone(),
@@ -145,12 +147,19 @@ impl App {
             epoch,
             data_dir: config.data_dir.clone(),
             spool: spool.clone(),
-            registry: registry.follow(),
+            streams: registry.follow(),
             commands: command_sender,
             set_level,
-            metrics: metrics.clone(),
-        };
-        let publish = Part::start("publish", |stop| publisher.run(stop));
+            metrics: MqttMetrics {
+                connected: metrics.mqtt_connected.clone(),
+                published: metrics.mqtt_published.clone(),
+                results_published: metrics.mqtt_results.clone(),
+                broker_index: metrics.mqtt_broker_index.clone(),
+                certificate_expiry: metrics.mqtt_certificate_expiry.clone(),
+                received: ReceivedCounters::new(&metrics.mqtt_received),
+            },
+        });
+        let publish = Part::start("publish", |stop| async move { publisher.run(stop).await });
         let inspector = Inspector::new(message_writer.clone(), metrics.clone());
         let node = Node { name: config.node, labels: config.labels };
         let models = config.models;

@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use tracing_subscriber::{EnvFilter, reload};
 
-/// Changes what is logged, and says what is logged now.
-pub type SetLevel = Arc<dyn Fn(&str) -> Result<String, String> + Send + Sync>;
+use lineside_mqtt::command::LogLevelError;
+pub use lineside_mqtt::command::SetLevel;
 
 /// Starts logging. What is returned changes the filter later.
 ///
 /// # Errors
 /// When the filter cannot be understood; the message says what was wrong with it.
-pub fn start(filter: &str) -> Result<SetLevel, String> {
+pub fn start(filter: &str) -> Result<SetLevel, LogLevelError> {
     let builder = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(parse(filter)?);
     let set: SetLevel = match std::io::stderr().is_terminal() {
         true => {
@@ -38,14 +38,14 @@ pub fn start(filter: &str) -> Result<SetLevel, String> {
     Ok(set)
 }
 
-fn change(wanted: &str, reload: impl FnOnce(EnvFilter) -> Result<(), reload::Error>) -> Result<String, String> {
-    reload(parse(wanted)?).map_err(|error| error.to_string())?;
+fn change(wanted: &str, reload: impl FnOnce(EnvFilter) -> Result<(), reload::Error>) -> Result<String, LogLevelError> {
+    reload(parse(wanted)?).map_err(|error| LogLevelError::NotApplied { source: error.into() })?;
     Ok(wanted.to_owned())
 }
 
 /// tract reports every rewrite it makes; only its errors concern an operator.
-fn parse(filter: &str) -> Result<EnvFilter, String> {
+fn parse(filter: &str) -> Result<EnvFilter, LogLevelError> {
     let quiet = format!("{filter},tract_core=error,tract_hir=error,tract_onnx=error,tract_linalg=error");
     EnvFilter::try_new(quiet)
-        .map_err(|error| format!("`{filter}` is no log filter: {error}; use a level such as info or debug"))
+        .map_err(|error| LogLevelError::InvalidFilter { filter: filter.to_owned(), source: error.into() })
 }

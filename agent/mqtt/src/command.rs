@@ -1,27 +1,226 @@
-//! What an operator may ask of the running agent.
+//! Operator commands as the publisher hands them to the reconciler, and why a command fails.
+
+use std::error::Error;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use lineside_api::message::CommandOutcome;
 
-/// What is asked for.
+/// Changes the log filter and returns the filter that is now in force. Takes a level such as `debug`, or a filter expression.
+pub type SetLevel = Arc<dyn Fn(&str) -> Result<String, LogLevelError> + Send + Sync>;
+
+/// A command that the reconciler executes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    /// Look at the manifests now, and try models that failed once more.
+    /// Read the manifests now, and retry models that failed.
     Reload,
-    /// Stop a stream until it is resumed or the agent is started again.
+    /// Stop the stream of this name until it is resumed or the agent restarts.
     Pause(String),
-    /// Play a paused stream again.
+    /// Start the paused stream of this name.
     Resume(String),
-    /// Show the next frame of a stream.
+    /// Return the next frame of the stream of this name.
     Snapshot(String),
 }
 
-/// An order and where its outcome goes.
+/// A command and the channel for its outcome.
 #[derive(Debug)]
 pub struct CommandRequest {
-    /// What is asked for.
+    /// The command.
     pub command: Command,
-    /// What came of it, or why nothing did.
-    pub reply: oneshot::Sender<Result<CommandOutcome, String>>,
+    /// Receives the outcome. The receiving side may have been dropped after a timeout.
+    pub reply: oneshot::Sender<Result<CommandOutcome, CommandError>>,
+}
+
+/// The names of all commands, as they appear in topics and in `--mqtt-commands`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CommandName {
+    /// Changes the log filter.
+    LogLevel,
+    /// [`Command::Pause`].
+    Pause,
+    /// [`Command::Reload`].
+    Reload,
+    /// [`Command::Resume`].
+    Resume,
+    /// [`Command::Snapshot`].
+    Snapshot,
+}
+
+impl CommandName {
+    /// All commands, in alphabetical order of their names.
+    pub const ALL: [Self; 5] = [Self::LogLevel, Self::Pause, Self::Reload, Self::Resume, Self::Snapshot];
+
+    /// The name in topics and in the configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::LogLevel => "log-level",
+            Self::Pause => "pause",
+            Self::Reload => "reload",
+            Self::Resume => "resume",
+            Self::Snapshot => "snapshot",
+        }
+    }
+
+    /// Whether the reply to a successful command is retained, so that later subscribers see the state it left.
+    pub fn is_reply_retained(self) -> bool {
+        matches!(self, Self::LogLevel | Self::Pause | Self::Resume)
+    }
+}
+
+impl fmt::Display for CommandName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.as_str())
+    }
+}
+
+impl FromStr for CommandName {
+    type Err = CommandError;
+
+    fn from_str(text: &str) -> Result<Self, CommandError> {
+        Self::ALL.into_iter().find(|name| name.as_str() == text).ok_or(CommandError::UnknownCommand)
+    }
+}
+
+/// The class of a [`CommandError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommandErrorKind {
+    /// The request is malformed; it fails again if it is repeated.
+    Invalid,
+    /// The node's configuration does not allow the command.
+    NotAllowed,
+    /// The command, or the stream it names, does not exist.
+    NotFound,
+    /// The command could not be executed now; it may be repeated.
+    Unavailable,
+}
+
+/// Why a command failed. The text is published as `error` in the reply.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// The payload exceeds the limit.
+    #[error("the payload has {bytes} bytes; a command has at most {max}")]
+    PayloadTooLarge {
+        /// Size of the payload.
+        bytes: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The payload does not match the schema.
+    #[error("the payload is not a valid command, such as {{\"stream\":\"cam7\"}}")]
+    InvalidPayload {
+        /// The parser's error.
+        #[from]
+        source: serde_json::Error,
+    },
+    /// A field that the command needs is absent.
+    #[error("the field {0} is missing")]
+    MissingField(&'static str),
+    /// The log filter was rejected.
+    #[error(transparent)]
+    LogLevel(#[from] LogLevelError),
+    /// There is no command of this name.
+    #[error("the command does not exist; available commands: {}", CommandName::ALL.map(CommandName::as_str).join(", "))]
+    UnknownCommand,
+    /// The command is not in the configuration's list.
+    #[error("this node does not allow the command {0}; add it to --mqtt-commands")]
+    NotAllowed(CommandName),
+    /// There is no stream of this name.
+    #[error("the stream {stream} does not exist on this node; existing streams: {}", .existing.join(", "))]
+    UnknownStream {
+        /// The stream that was named.
+        stream: String,
+        /// The streams of this node.
+        existing: Vec<String>,
+    },
+    /// The stream delivered no frame in time.
+    #[error("the stream {stream} delivered no frame; check that its camera is up")]
+    NoFrame {
+        /// The stream that was named.
+        stream: String,
+    },
+    /// The frame does not fit into a message.
+    #[error("the frame has {bytes} bytes; at most {max} can be sent")]
+    FrameTooLarge {
+        /// Size of the frame.
+        bytes: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// Too many commands wait for their execution.
+    #[error("too many commands are pending; try again later")]
+    Busy,
+    /// The command was dropped before it was executed.
+    #[error("the command was cancelled because the agent is stopping or its stream has ended")]
+    Cancelled,
+    /// The command was not executed in time.
+    #[error("the command did not complete within {} s", .0.as_secs())]
+    Timeout(Duration),
+}
+
+impl CommandError {
+    /// The class of the error.
+    pub fn kind(&self) -> CommandErrorKind {
+        match self {
+            Self::PayloadTooLarge { .. } | Self::InvalidPayload { .. } | Self::MissingField(_) => {
+                CommandErrorKind::Invalid
+            }
+            Self::LogLevel(LogLevelError::InvalidFilter { .. }) => CommandErrorKind::Invalid,
+            Self::NotAllowed(_) => CommandErrorKind::NotAllowed,
+            Self::UnknownCommand | Self::UnknownStream { .. } => CommandErrorKind::NotFound,
+            Self::LogLevel(LogLevelError::NotApplied { .. })
+            | Self::NoFrame { .. }
+            | Self::FrameTooLarge { .. }
+            | Self::Busy
+            | Self::Cancelled
+            | Self::Timeout(_) => CommandErrorKind::Unavailable,
+        }
+    }
+}
+
+/// Why the log filter was not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum LogLevelError {
+    /// The text is not a filter.
+    #[error("`{filter}` is not a log filter; use a level such as info or debug")]
+    InvalidFilter {
+        /// The text.
+        filter: String,
+        /// The parser's error.
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// The logging system does not accept a change.
+    #[error("the log filter cannot be changed")]
+    NotApplied {
+        /// The logging system's error.
+        source: Box<dyn Error + Send + Sync>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_names_are_parsed_and_sorted() {
+        for name in CommandName::ALL {
+            assert_eq!(name.as_str().parse::<CommandName>().unwrap(), name);
+        }
+        assert!(CommandName::ALL.is_sorted() && CommandName::ALL.map(CommandName::as_str).is_sorted());
+        let error = "explode".parse::<CommandName>().unwrap_err();
+        assert_eq!(error.kind(), CommandErrorKind::NotFound);
+        assert!(error.to_string().ends_with("log-level, pause, reload, resume, snapshot"), "{error}");
+    }
+
+    #[test]
+    fn errors_state_what_to_do() {
+        let existing = vec!["line-1".to_owned(), "line-2".to_owned()];
+        let error = CommandError::UnknownStream { stream: "cam".to_owned(), existing };
+        assert_eq!(error.to_string(), "the stream cam does not exist on this node; existing streams: line-1, line-2");
+        assert!(CommandError::NotAllowed(CommandName::Pause).to_string().contains("--mqtt-commands"));
+        assert_eq!(CommandError::Timeout(Duration::from_secs(10)).kind(), CommandErrorKind::Unavailable);
+    }
 }

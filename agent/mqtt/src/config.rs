@@ -1,78 +1,89 @@
-//! The settings of MQTT.
+//! The MQTT configuration. Pure data without logic, checked where the command line is parsed; hence no tests here.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Records of the backlog sent per second where the configuration does not say.
+use crate::command::CommandName;
+
+/// Default of [`MqttConfig::drain_per_second`].
 pub const DRAIN_DEFAULT: u64 = 2000;
-/// Seconds of silence after which a broker is probed where the configuration does not say.
+/// Default of [`MqttConfig::keep_alive`] in seconds.
 pub const KEEP_ALIVE_DEFAULT: u64 = 15;
+const METRICS_INTERVAL_DEFAULT: Duration = Duration::from_secs(60);
 
-/// The commands there are.
-pub const COMMANDS: [&str; 5] = ["log-level", "pause", "reload", "resume", "snapshot"];
+/// The names of all commands, for messages about the configuration.
+pub const COMMANDS: [&str; 5] = {
+    let mut names = [""; 5];
+    let mut index = 0;
+    while index < names.len() {
+        names[index] = CommandName::ALL[index].as_str();
+        index += 1;
+    }
+    names
+};
 
-/// Brokers, and what is said to them.
+/// The brokers and how the agent publishes to them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MqttConfig {
-    /// Brokers, the preferred one first; at least one.
+    /// At least one broker, the preferred one first.
     pub brokers: Vec<Broker>,
-    /// The folder of a mounted secret: `username`, `password`, `ca.crt`, `tls.crt`, `tls.key`, each where it is needed.
+    /// A folder such as Kubernetes mounts for a Secret, with any of `username`, `password`, `ca.crt`, `tls.crt`, `tls.key`.
     pub secret: Option<PathBuf>,
-    /// Commands that are carried out.
-    pub commands: BTreeSet<String>,
-    /// Records of the backlog sent per second at most; `None` is as fast as the broker takes them.
+    /// The commands that the node executes; all others are rejected. Default: none.
+    pub commands: BTreeSet<CommandName>,
+    /// Maximum rate at which the spool's backlog is sent, in records per second; `None` is unlimited. Default: 2000.
     pub drain_per_second: Option<u64>,
-    /// Silence after which the connection is probed.
+    /// Time without traffic after which a keep-alive request is sent. Default: 15 s.
     pub keep_alive: Duration,
-    /// How often the metrics are sent; `None` is never.
+    /// Interval between metrics messages; `None` sends none. Default: 60 s.
     pub metrics_every: Option<Duration>,
-    /// SparkplugConfig B instead of JSON.
+    /// Publishes in Sparkplug B instead of JSON. Default: `None`, JSON.
     pub sparkplug: Option<SparkplugConfig>,
-    /// The prefix of Home Assistant's discovery topics, where it is wanted.
+    /// The prefix of Home Assistant's discovery topics; `None` publishes no discovery messages. Default: `None`.
     pub home_assistant: Option<String>,
 }
 
 impl MqttConfig {
-    /// One broker, and everything else as it usually is.
-    pub fn to(broker: Broker) -> Self {
+    /// A configuration with one broker and the defaults.
+    pub fn new(broker: Broker) -> Self {
         Self {
             brokers: vec![broker],
             secret: None,
             commands: BTreeSet::new(),
             drain_per_second: Some(DRAIN_DEFAULT),
             keep_alive: Duration::from_secs(KEEP_ALIVE_DEFAULT),
-            metrics_every: Some(Duration::from_secs(60)),
+            metrics_every: Some(METRICS_INTERVAL_DEFAULT),
             sparkplug: None,
             home_assistant: None,
         }
     }
 }
 
-/// Who the node is in SparkplugConfig B.
+/// The node's identity as a Sparkplug B edge node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SparkplugConfig {
-    /// The group it belongs to.
+    /// The group id, one topic level.
     pub group: String,
-    /// The primary host; while it is offline, results wait.
+    /// The id of the primary host. While it is offline, records wait in the spool. `None`: records are sent in any case.
     pub host: Option<String>,
 }
 
-/// An MQTT broker's address.
+/// The address of an MQTT broker.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Broker {
-    /// Host name or address.
+    /// Host name or IP address, an IPv6 address without brackets.
     pub host: String,
     /// TCP port.
     pub port: u16,
-    /// Whether the connection is encrypted.
+    /// Whether the connection uses TLS.
     pub tls: bool,
-    /// User and password, where they stand in the address.
+    /// User name and password from the address.
     pub credentials: Option<(String, String)>,
 }
 
-/// Shown without the password.
+/// Shows the address without the password.
 impl fmt::Debug for Broker {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{self}")
@@ -82,9 +93,10 @@ impl fmt::Debug for Broker {
 impl fmt::Display for Broker {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let scheme = if self.tls { "mqtts" } else { "mqtt" };
-        match self.host.contains(':') {
-            true => write!(formatter, "{scheme}://[{}]:{}", self.host, self.port),
-            false => write!(formatter, "{scheme}://{}:{}", self.host, self.port),
+        if self.host.contains(':') {
+            write!(formatter, "{scheme}://[{}]:{}", self.host, self.port)
+        } else {
+            write!(formatter, "{scheme}://{}:{}", self.host, self.port)
         }
     }
 }

@@ -1,10 +1,11 @@
-//! MQTT 3.1.1, and the only door to `rumqttc`.
+//! One MQTT 3.1.1 connection. This module and the loopback broker are the only users of `rumqttc`.
 //!
-//! rumqttc is transport here and nothing more. It forgets what was not acknowledged when the broker forgot the session,
-//! and it can wedge on a packet identifier that never comes free; so a lost connection is never resumed but made anew,
-//! with a clean session, and whoever publishes keeps every message until [`Event::Acknowledged`] names it.
+//! `rumqttc` is used as a transport only. It discards unacknowledged messages when the broker has lost the session, and it
+//! can block for ever on a packet identifier that is never released. Therefore a lost connection is never resumed: the caller
+//! opens a new one with a clean session, and keeps every message until [`ConnectionEvent::Acknowledged`] names it.
 
 use std::collections::{HashMap, VecDeque};
+use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,108 +13,135 @@ use bytes::Bytes;
 use rumqttc::{AsyncClient, EventLoop, Incoming, LastWill, MqttOptions, Outgoing, QoS, TlsConfiguration, Transport};
 
 use crate::config::Broker;
-use crate::credentials::BrokerCredentials;
+use crate::credentials::{BrokerCredentials, CredentialsError};
+use lineside_common::error_chain;
 
-/// Unacknowledged messages on the way at most.
-pub const WINDOW: usize = 64;
-/// Waiting for a connection at most, in seconds.
+/// Seconds until an attempt to connect is abandoned.
 const CONNECT_TIMEOUT_SECONDS: u64 = 5;
-/// Bytes of one packet at most. rumqttc's own default of 10 KiB would refuse an anomaly map.
+/// Maximum size of one packet in bytes. The default of rumqttc, 10 KiB, is too small for an anomaly map.
 const PACKET_BYTES_MAX: usize = 8 << 20;
-/// Requests that wait to be sent at most: the window, and beside it what is said of the node itself.
+/// Maximum number of requests that wait to be sent: the send window, plus messages about the node itself.
 const REQUESTS_MAX: usize = 1024;
-/// Packet identifiers in use at most. rumqttc gives them in turn and stumbles over one that is still in use, so there are
-/// many more than the window needs.
-const IDENTIFIERS: u16 = 1024;
+/// Maximum number of packet identifiers in use. rumqttc assigns them in turn and blocks on one that is still in use, so there
+/// are many more than the send window needs.
+const PACKET_IDS: u16 = 1024;
 
-/// A message for the broker.
+/// A message that is published or received.
 #[derive(Debug, Clone)]
-pub struct Message {
-    /// Where it goes.
+pub struct MqttMessage {
+    /// The topic, without wildcards.
     pub topic: Arc<str>,
-    /// What it says.
+    /// The payload, at most 8 MiB with the rest of the packet.
     pub payload: Bytes,
-    /// Whether the broker keeps it for later subscribers.
+    /// Outgoing: the broker keeps the message for later subscribers. Incoming: the broker had kept it.
     pub retain: bool,
 }
 
-/// What happened on the connection.
+/// An event of a connection.
 #[derive(Debug)]
-pub enum Event<T> {
-    /// The broker has accepted us.
+pub enum ConnectionEvent<T> {
+    /// The broker accepted the connection.
     Connected,
-    /// The broker has the message sent under this token.
+    /// The broker acknowledged the message that was published with this token.
     Acknowledged(T),
-    /// A message came on a subscribed topic.
-    Received(Message),
-    /// The broker was asked whether it is still there.
-    Probing,
-    /// The broker said something.
-    Alive,
-    /// The connection is gone, or never came to be. Make a new one.
+    /// A message arrived on a subscribed topic.
+    Received(MqttMessage),
+    /// A keep-alive request was sent to the broker.
+    PingSent,
+    /// A packet arrived that has no event of its own. It shows that the broker is alive.
+    PacketReceived,
+    /// The connection is closed, or could not be opened. The caller opens a new one.
     Lost(ConnectionLoss),
-    /// Something of no interest went by.
+    /// An event that needs no action.
     Other,
 }
 
+/// What the caller decides by when a connection is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LossKind {
+    /// The broker cannot be reached or does not answer. The next attempt follows soon.
+    Unreachable,
+    /// The broker or TLS rejects the agent, or the credentials cannot be used. The next attempt follows after a long pause, or
+    /// when the credentials change.
+    Refused,
+}
+
 /// Why there is no connection.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ConnectionLoss {
-    /// The broker is not there, or does not answer.
-    Unreachable(String),
-    /// The broker is there and does not want us.
-    Refused(String),
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct ConnectionLoss {
+    kind: LossKind,
+    message: String,
+    source: Option<Box<dyn Error + Send + Sync>>,
 }
 
 impl ConnectionLoss {
-    /// In words.
-    pub fn reason(&self) -> &str {
-        match self {
-            Self::Unreachable(reason) | Self::Refused(reason) => reason,
-        }
+    pub(crate) fn unreachable(message: impl Into<String>) -> Self {
+        Self { kind: LossKind::Unreachable, message: message.into(), source: None }
     }
 
-    /// Whether this is news to somebody who was told the other. How exactly a broker cannot be reached differs from one
-    /// attempt to the next and is none.
-    pub fn is_news_after(&self, other: &Self) -> bool {
-        !matches!((self, other), (Self::Unreachable(_), Self::Unreachable(_))) && self != other
+    pub(crate) fn refused(message: impl Into<String>) -> Self {
+        Self { kind: LossKind::Refused, message: message.into(), source: None }
+    }
+
+    pub(crate) fn with_source(self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { source: Some(source.into()), ..self }
+    }
+
+    /// What to decide by.
+    pub fn kind(&self) -> LossKind {
+        self.kind
+    }
+
+    /// The message and its causes, for logs and status.
+    pub fn reason(&self) -> String {
+        error_chain(self)
     }
 }
 
-/// The end that sends.
-pub struct Sender<T> {
+impl From<CredentialsError> for ConnectionLoss {
+    fn from(error: CredentialsError) -> Self {
+        Self::refused("the broker credentials cannot be used").with_source(error)
+    }
+}
+
+/// The sending half of a connection. `T` identifies a message until it is acknowledged.
+pub struct MqttSender<T> {
     client: AsyncClient,
-    /// Requests handed to rumqttc that it has not sent yet.
+    /// Requests that were handed to rumqttc and that it has not sent yet.
     unsent: usize,
-    /// Handed to rumqttc, not yet given a packet identifier.
+    /// Messages that were handed to rumqttc and have no packet identifier yet.
     queued: VecDeque<T>,
-    /// On the way, by packet identifier.
+    /// Messages that wait for their acknowledgement, by packet identifier.
     sent: HashMap<u16, T>,
 }
 
-/// The end that moves everything: nothing is sent or received unless it is polled.
-pub struct Receiver {
+/// The receiving half of a connection. It drives both halves: nothing is sent or received unless it is polled.
+pub struct MqttReceiver {
     events: EventLoop,
 }
 
-/// Prepares a connection. It is made when the receiver is polled.
-pub fn connection<T>(
+/// An event as rumqttc reports it. [`MqttSender::interpret`] turns it into a [`ConnectionEvent`].
+pub struct TransportEvent(Result<rumqttc::Event, Box<rumqttc::ConnectionError>>);
+
+/// Prepares a connection. It is opened when the receiver is polled.
+pub fn prepare<T>(
     broker: &Broker,
-    access: &BrokerCredentials,
+    credentials: &BrokerCredentials,
     client_id: &str,
     keep_alive: Duration,
-    will: Option<Message>,
-) -> (Sender<T>, Receiver) {
+    will: Option<MqttMessage>,
+) -> (MqttSender<T>, MqttReceiver) {
     let mut options = MqttOptions::new(client_id, broker.host.clone(), broker.port);
     options
         .set_clean_session(true)
         .set_keep_alive(keep_alive)
         .set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX)
-        .set_inflight(IDENTIFIERS);
-    if let Some((user, password)) = &access.credentials {
+        .set_inflight(PACKET_IDS);
+    if let Some((user, password)) = &credentials.login {
         options.set_credentials(user, password);
     }
-    if let Some(tls) = &access.tls {
+    if let Some(tls) = &credentials.tls {
         options.set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(tls.clone())));
     }
     if let Some(will) = will {
@@ -124,140 +152,178 @@ pub fn connection<T>(
     network.set_connection_timeout(CONNECT_TIMEOUT_SECONDS);
     network.set_tcp_nodelay(true);
     events.set_network_options(network);
-    (Sender { client, unsent: 0, queued: VecDeque::new(), sent: HashMap::new() }, Receiver { events })
+    let sender = MqttSender { client, unsent: 0, queued: VecDeque::new(), sent: HashMap::new() };
+    (sender, MqttReceiver { events })
 }
 
-impl<T> Sender<T> {
-    /// Messages that are not acknowledged yet.
+impl<T> MqttSender<T> {
+    /// Number of messages that wait for their acknowledgement.
     pub fn unacknowledged(&self) -> usize {
         self.queued.len() + self.sent.len()
     }
 
-    /// Whether so many more requests can be handed over.
+    /// Whether this many more requests can be queued.
     pub fn has_room(&self, requests: usize) -> bool {
         self.unsent + requests <= REQUESTS_MAX
     }
 
-    /// Hands a message over that the broker has to acknowledge. `false` when there is no room; try again after an event.
-    pub fn publish(&mut self, message: Message, token: T) -> bool {
-        let taken = self.hand_over(message, QoS::AtLeastOnce);
-        if taken {
+    /// Queues a message with QoS 1. Returns `false` when the queue is full; the caller tries again after an event.
+    pub fn publish(&mut self, message: MqttMessage, token: T) -> bool {
+        let queued = self.enqueue(message, QoS::AtLeastOnce);
+        if queued {
             self.queued.push_back(token);
         }
-        taken
+        queued
     }
 
-    /// Hands a message over that nobody acknowledges (QoS 0).
-    pub fn publish_unconfirmed(&mut self, message: Message) -> bool {
-        self.hand_over(message, QoS::AtMostOnce)
+    /// Queues a message with QoS 0, which is never acknowledged. Returns `false` when the queue is full.
+    pub fn publish_unacknowledged(&mut self, message: MqttMessage) -> bool {
+        self.enqueue(message, QoS::AtMostOnce)
     }
 
-    fn hand_over(&mut self, message: Message, qos: QoS) -> bool {
-        let taken = self.client.try_publish(message.topic.as_ref(), qos, message.retain, message.payload).is_ok();
-        self.unsent += usize::from(taken);
-        taken
+    fn enqueue(&mut self, message: MqttMessage, qos: QoS) -> bool {
+        let queued = self.client.try_publish(message.topic.as_ref(), qos, message.retain, message.payload).is_ok();
+        self.unsent += usize::from(queued);
+        queued
     }
 
-    /// Asks for the messages of a topic filter. `false` when there is no room.
+    /// Queues a subscription with QoS 1. Returns `false` when the queue is full.
     pub fn subscribe(&mut self, filter: &str) -> bool {
-        let taken = self.client.try_subscribe(filter, QoS::AtLeastOnce).is_ok();
-        self.unsent += usize::from(taken);
-        taken
+        let queued = self.client.try_subscribe(filter, QoS::AtLeastOnce).is_ok();
+        self.unsent += usize::from(queued);
+        queued
     }
 
-    /// Asks for an orderly end.
+    /// Queues a DISCONNECT packet, after which the broker does not publish the Will. Returns `false` when the queue is full.
     pub fn disconnect(&mut self) -> bool {
         self.client.try_disconnect().is_ok()
     }
 
-    /// Makes sense of what the receiver saw.
-    pub fn understand(&mut self, seen: Seen) -> Event<T> {
+    /// Converts an event of the receiver and updates which messages are unacknowledged.
+    pub fn interpret(&mut self, event: TransportEvent) -> ConnectionEvent<T> {
         use rumqttc::Event as Raw;
-        match seen.0 {
-            Ok(Raw::Incoming(Incoming::ConnAck(_))) => Event::Connected,
+        match event.0 {
+            Ok(Raw::Incoming(Incoming::ConnAck(_))) => ConnectionEvent::Connected,
             Ok(Raw::Incoming(Incoming::PubAck(acknowledgement))) => match self.sent.remove(&acknowledgement.pkid) {
-                Some(token) => Event::Acknowledged(token),
-                None => Event::Alive,
+                Some(token) => ConnectionEvent::Acknowledged(token),
+                None => ConnectionEvent::PacketReceived,
             },
-            Ok(Raw::Incoming(Incoming::Publish(message))) => Event::Received(Message {
+            Ok(Raw::Incoming(Incoming::Publish(message))) => ConnectionEvent::Received(MqttMessage {
                 topic: message.topic.into(),
                 payload: message.payload,
                 retain: message.retain,
             }),
-            Ok(Raw::Incoming(_)) => Event::Alive,
-            // Publishes are given their identifiers in the order they were handed over; those with QoS 0 get none.
-            Ok(Raw::Outgoing(Outgoing::Publish(pkid))) => {
+            Ok(Raw::Incoming(_)) => ConnectionEvent::PacketReceived,
+            // rumqttc assigns packet identifiers in the order in which messages were queued. Messages with QoS 0 get none.
+            Ok(Raw::Outgoing(Outgoing::Publish(packet_id))) => {
                 self.unsent = self.unsent.saturating_sub(1);
-                if pkid != 0
+                if packet_id != 0
                     && let Some(token) = self.queued.pop_front()
                 {
-                    self.sent.insert(pkid, token);
+                    self.sent.insert(packet_id, token);
                 }
-                Event::Other
+                ConnectionEvent::Other
             }
             Ok(Raw::Outgoing(Outgoing::Subscribe(_))) => {
                 self.unsent = self.unsent.saturating_sub(1);
-                Event::Other
+                ConnectionEvent::Other
             }
-            Ok(Raw::Outgoing(Outgoing::PingReq)) => Event::Probing,
-            Ok(Raw::Outgoing(_)) => Event::Other,
-            Err(error) => Event::Lost(describe(&error)),
+            Ok(Raw::Outgoing(Outgoing::PingReq)) => ConnectionEvent::PingSent,
+            Ok(Raw::Outgoing(_)) => ConnectionEvent::Other,
+            Err(error) => ConnectionEvent::Lost(connection_loss(*error)),
         }
     }
 }
 
-/// What the receiver saw; [`Sender::understand`] says what it means.
-pub struct Seen(Result<rumqttc::Event, Box<rumqttc::ConnectionError>>);
-
-impl Receiver {
-    /// Waits for the next thing to happen. Keep the future until it is done: dropping it half way can lose a packet.
-    pub async fn next(&mut self) -> Seen {
-        Seen(self.events.poll().await.map_err(Box::new))
+impl MqttReceiver {
+    /// Waits for the next event. Poll the future to completion: dropping it earlier can lose a packet.
+    pub async fn next(&mut self) -> TransportEvent {
+        TransportEvent(self.events.poll().await.map_err(Box::new))
     }
 }
 
-fn describe(error: &rumqttc::ConnectionError) -> ConnectionLoss {
-    use rumqttc::{ConnectReturnCode as Code, ConnectionError as Error};
-    if let Some(reason) = tls_refusal(error) {
-        return ConnectionLoss::Refused(reason);
+fn connection_loss(error: rumqttc::ConnectionError) -> ConnectionLoss {
+    use rumqttc::{ConnectReturnCode as Code, ConnectionError};
+    if let Some(loss) = tls_failure(&error) {
+        return loss;
     }
     match error {
-        Error::ConnectionRefused(Code::BadUserNamePassword | Code::NotAuthorized) => {
-            ConnectionLoss::Refused("the broker refuses our user or password".to_owned())
+        ConnectionError::ConnectionRefused(Code::BadUserNamePassword | Code::NotAuthorized) => {
+            ConnectionLoss::refused("the broker refuses our user or password")
         }
-        // This one passes by itself.
-        Error::ConnectionRefused(Code::ServiceUnavailable) => {
-            ConnectionLoss::Unreachable("the broker says that it is not available".to_owned())
+        // This condition is temporary.
+        ConnectionError::ConnectionRefused(Code::ServiceUnavailable) => {
+            ConnectionLoss::unreachable("the broker reports that its service is unavailable")
         }
-        Error::ConnectionRefused(code) => ConnectionLoss::Refused(format!("the broker refuses us: {code:?}")),
-        Error::NetworkTimeout | Error::FlushTimeout => {
-            ConnectionLoss::Unreachable("the broker does not answer in time".to_owned())
+        ConnectionError::ConnectionRefused(code) => {
+            ConnectionLoss::refused(format!("the broker refuses the connection: {code:?}"))
         }
-        Error::Io(error) => ConnectionLoss::Unreachable(error.to_string()),
-        Error::MqttState(state) => ConnectionLoss::Unreachable(format!("the connection broke: {state}")),
-        other => ConnectionLoss::Unreachable(other.to_string()),
+        ConnectionError::NetworkTimeout | ConnectionError::FlushTimeout => {
+            ConnectionLoss::unreachable("the broker does not answer in time")
+        }
+        ConnectionError::Io(error) => ConnectionLoss::unreachable("the network connection failed").with_source(error),
+        ConnectionError::MqttState(error) => {
+            ConnectionLoss::unreachable("the MQTT connection failed").with_source(error)
+        }
+        other => ConnectionLoss::unreachable("the connection failed").with_source(other),
     }
 }
 
-/// What TLS has against the broker's certificate, or the broker against ours. It stands somewhere among the error's causes.
-fn tls_refusal(error: &rumqttc::ConnectionError) -> Option<String> {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+/// A failure of TLS, which is one of the causes of rumqttc's error: the agent rejects the broker's certificate, or the broker
+/// rejects the agent's.
+fn tls_failure(error: &rumqttc::ConnectionError) -> Option<ConnectionLoss> {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
     while let Some(error) = cause {
         let inner = error.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref()).map(|inner| inner as _);
         let tls = error.downcast_ref::<rustls::Error>().or_else(|| {
-            let inner: Option<&(dyn std::error::Error + 'static)> = inner;
+            let inner: Option<&(dyn Error + 'static)> = inner;
             inner.and_then(|inner| inner.downcast_ref::<rustls::Error>())
         });
-        match tls {
-            Some(rustls::Error::AlertReceived(alert)) => {
-                return Some(format!("the broker ends the TLS handshake: {alert:?}; does it accept our certificate?"));
+        let Some(tls) = tls else {
+            cause = error.source();
+            continue;
+        };
+        return Some(match tls {
+            rustls::Error::AlertReceived(alert) => ConnectionLoss::refused(format!(
+                "the broker ends the TLS handshake with the alert {alert:?}; does it accept our certificate?"
+            )),
+            rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => {
+                ConnectionLoss::refused("the broker's certificate is not accepted").with_source(tls.clone())
             }
-            Some(error @ (rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented)) => {
-                return Some(format!("the broker's certificate is not accepted: {error}"));
-            }
-            Some(error) => return Some(format!("TLS fails: {error}")),
-            None => cause = error.source(),
-        }
+            _ => ConnectionLoss::refused("the TLS handshake failed").with_source(tls.clone()),
+        });
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use rumqttc::{ConnectReturnCode, ConnectionError};
+
+    use super::*;
+
+    #[test]
+    fn refusals_are_distinguished_from_network_failures() {
+        let tls = |error: rustls::Error| ConnectionError::Io(io::Error::new(io::ErrorKind::InvalidData, error));
+        let unknown_issuer = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        let alert = rustls::Error::AlertReceived(rustls::AlertDescription::CertificateExpired);
+        let reset = ConnectionError::Io(io::ErrorKind::ConnectionReset.into());
+        let refused = ConnectionError::ConnectionRefused;
+        for (error, kind, text) in [
+            (refused(ConnectReturnCode::BadUserNamePassword), LossKind::Refused, "user or password"),
+            (refused(ConnectReturnCode::BadClientId), LossKind::Refused, "refuses the connection: BadClientId"),
+            (refused(ConnectReturnCode::ServiceUnavailable), LossKind::Unreachable, "service is unavailable"),
+            (tls(unknown_issuer), LossKind::Refused, "not accepted: invalid peer certificate: UnknownIssuer"),
+            (tls(alert), LossKind::Refused, "CertificateExpired; does it accept our certificate"),
+            (tls(rustls::Error::DecryptError), LossKind::Refused, "the TLS handshake failed: "),
+            (ConnectionError::NetworkTimeout, LossKind::Unreachable, "does not answer in time"),
+            (reset, LossKind::Unreachable, "the network connection failed: connection reset"),
+        ] {
+            let loss = connection_loss(error);
+            assert_eq!(loss.kind(), kind, "{loss:?}");
+            assert!(loss.reason().contains(text), "{}", loss.reason());
+        }
+    }
 }

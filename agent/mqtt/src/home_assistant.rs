@@ -1,13 +1,13 @@
-//! Home Assistant's MQTT discovery: retained messages that describe the node's streams, so that Home Assistant shows them
-//! without being configured. The topics they point to are the ordinary ones.
+//! Home Assistant MQTT discovery: retained messages that describe the node's streams, so that Home Assistant shows them without
+//! any configuration. They refer to the topics of the JSON encoding.
 
 use serde_json::{Value, json};
 
-use crate::connection::Message;
+use crate::connection::MqttMessage;
 use lineside_api::message::Topics;
 use lineside_api::state::StreamStates;
 
-/// The entities of a stream: component, object and how it is described.
+/// An entity of a stream: the Home Assistant component, the object id, and its configuration.
 type Entity = (&'static str, &'static str, fn(&str, &Topics) -> Value);
 
 const ENTITIES: [Entity; 3] = [
@@ -43,22 +43,28 @@ const ENTITIES: [Entity; 3] = [
     }),
 ];
 
-/// The messages for what has changed from `before` to `now`: descriptions of streams that came, and empty ones, which
-/// remove the old, for streams that went.
-pub fn discovery(prefix: &str, node: &str, topics: &Topics, before: &StreamStates, now: &StreamStates) -> Vec<Message> {
+/// The messages for the difference between the `announced` streams and the `current` ones: a configuration for every new stream,
+/// and an empty message, which deletes the configuration, for every stream that was removed.
+pub fn discovery(
+    prefix: &str,
+    node: &str,
+    topics: &Topics,
+    announced: &StreamStates,
+    current: &StreamStates,
+) -> Vec<MqttMessage> {
     let safe_node = identifier(node);
     let topic = |component: &str, stream: &str, object: &str| -> std::sync::Arc<str> {
         format!("{prefix}/{component}/{safe_node}/{}_{object}/config", identifier(stream)).into()
     };
     let mut messages = Vec::new();
-    for stream in before.keys().filter(|stream| !now.contains_key(*stream)) {
-        messages.extend(ENTITIES.map(|(component, object, _)| Message {
+    for stream in announced.keys().filter(|stream| !current.contains_key(*stream)) {
+        messages.extend(ENTITIES.map(|(component, object, _)| MqttMessage {
             topic: topic(component, stream, object),
             payload: bytes::Bytes::new(),
             retain: true,
         }));
     }
-    for stream in now.keys().filter(|stream| !before.contains_key(*stream)) {
+    for stream in current.keys().filter(|stream| !announced.contains_key(*stream)) {
         for (component, object, describe) in ENTITIES {
             let mut config = describe(stream, topics);
             config["unique_id"] = format!("lineside_{safe_node}_{}_{object}", identifier(stream)).into();
@@ -77,13 +83,13 @@ pub fn discovery(prefix: &str, node: &str, topics: &Topics, before: &StreamState
             });
             config["origin"] = json!({"name": "lineside", "sw_version": env!("CARGO_PKG_VERSION")});
             let payload = config.to_string().into();
-            messages.push(Message { topic: topic(component, stream, object), payload, retain: true });
+            messages.push(MqttMessage { topic: topic(component, stream, object), payload, retain: true });
         }
     }
     messages
 }
 
-/// Discovery topics take `[a-zA-Z0-9_-]` only.
+/// A name in the characters that discovery topics allow: `[a-zA-Z0-9_-]`. Others are replaced by `_`.
 fn identifier(name: &str) -> String {
     let allowed = |character: char| character.is_ascii_alphanumeric() || matches!(character, '-' | '_');
     name.chars().map(|character| if allowed(character) { character } else { '_' }).collect()
@@ -95,7 +101,7 @@ mod tests {
     use lineside_api::state::StreamState;
 
     #[test]
-    fn streams_are_described_when_they_come_and_removed_when_they_go() {
+    fn added_streams_are_announced_and_removed_streams_deleted() {
         let topics = Topics::new("lineside", "plant", "edge.1");
         let now =
             StreamStates::from([("cam7".to_owned(), StreamState { model: "m".to_owned(), up: true, reason: None })]);

@@ -1,20 +1,20 @@
-//! SparkplugConfig B 3.0: the node as an edge node, each stream as a device.
+//! Sparkplug B 3.0: the node is an edge node, each stream a device.
 //!
 //! ```text
 //!   connect, Will = NDEATH(bdSeq)
 //!      |  primary host online, or none configured
 //!      v
-//!   NBIRTH seq 0 --> DBIRTH of each stream --> DDATA, NDATA ... --> NDEATH before a deliberate disconnect
-//!                        ^       |  stream gone: DDEATH
-//!                        +-------+  Rebirth: all births once more
+//!   NBIRTH seq 0 --> DBIRTH of each stream --> DDATA, NDATA ... --> NDEATH before an orderly disconnect
+//!                        ^       |  stream removed: DDEATH
+//!                        +-------+  Rebirth: all births again
 //! ```
 //!
-//! Births and data go out with QoS 0, as the specification wants it, so nobody acknowledges them. Therefore the publisher
-//! sends a small message with QoS 1 behind them; MQTT keeps the order within a connection, so when that one is acknowledged
-//! the broker has them all, and only then the spool forgets.
+//! The specification requires QoS 0 for births and data, so the broker does not acknowledge them. Therefore the publisher sends a
+//! small fence message with QoS 1 after them. MQTT keeps the order within a connection: when the fence is acknowledged, the
+//! broker has received the messages before it, and only then the spool deletes their records.
 //!
-//! Every result comes as metrics of its device, and whole as `Result/Json`. What was made before the connection is marked
-//! historical and bears the time it was made.
+//! A result is published as metrics of its device, and as a whole in `Result/Json`. A historical record carries the flag
+//! `is_historical` and the time it was made.
 
 mod wire {
     #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated from sparkplug_b.proto")]
@@ -30,7 +30,7 @@ use wire::Payload;
 use wire::payload::Metric;
 use wire::payload::metric::Value as MetricValue;
 
-use crate::connection::Message;
+use crate::connection::MqttMessage;
 use lineside_api::state::StreamStates;
 use lineside_spool::{Record, RecordKind};
 
@@ -38,9 +38,9 @@ const NAMESPACE: &str = "spBv1.0";
 const REBIRTH: &str = "Node Control/Rebirth";
 const BD_SEQ: &str = "bdSeq";
 
-/// SparkplugConfig's numbers of the types in use (section 6.4.16).
+/// The Sparkplug data types in use, with their numbers (section 6.4.16).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Type {
+enum DataType {
     Int64 = 4,
     UInt64 = 8,
     Double = 10,
@@ -48,68 +48,69 @@ enum Type {
     String = 12,
 }
 
-/// The metrics of a device: name and type.
-const DEVICE: [(&str, Type); 12] = [
-    ("Stream/Up", Type::Boolean),
-    ("Stream/Model", Type::String),
-    ("Result/Id", Type::String),
-    ("Result/Seq", Type::UInt64),
-    ("Result/Verdict", Type::String),
-    ("Result/Model", Type::String),
-    ("Result/Model Version", Type::UInt64),
-    ("Result/Label", Type::String),
-    ("Result/Score", Type::Double),
-    ("Result/Count", Type::UInt64),
-    ("Result/Frame", Type::String),
-    ("Result/Json", Type::String),
+/// The metrics of a device, in the order of their aliases.
+const DEVICE_METRICS: [(&str, DataType); 12] = [
+    ("Stream/Up", DataType::Boolean),
+    ("Stream/Model", DataType::String),
+    ("Result/Id", DataType::String),
+    ("Result/Seq", DataType::UInt64),
+    ("Result/Verdict", DataType::String),
+    ("Result/Model", DataType::String),
+    ("Result/Model Version", DataType::UInt64),
+    ("Result/Label", DataType::String),
+    ("Result/Score", DataType::Double),
+    ("Result/Count", DataType::UInt64),
+    ("Result/Frame", DataType::String),
+    ("Result/Json", DataType::String),
 ];
-/// The metrics of the node besides those of every birth.
-const NODE: [(&str, Type); 4] = [
-    ("Agent/Version", Type::String),
-    ("Agent/Site", Type::String),
-    ("Event/Json", Type::String),
-    ("Metrics/Json", Type::String),
+/// The metrics of the node in the order of their aliases, which start at 1. `bdSeq` and Rebirth have none.
+const NODE_METRICS: [(&str, DataType); 4] = [
+    ("Agent/Version", DataType::String),
+    ("Agent/Site", DataType::String),
+    ("Event/Json", DataType::String),
+    ("Metrics/Json", DataType::String),
 ];
 
-/// What a message meant for us says.
+/// What a received message means for the session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HostSignal {
-    /// Somebody wants to see all births again.
+    /// A host requests all births again.
     Rebirth,
-    /// The primary host listens.
+    /// The primary host is online.
     HostOnline,
-    /// The primary host is gone.
+    /// The primary host is offline.
     HostOffline,
-    /// Nothing that matters.
-    Nothing,
+    /// The message needs no action.
+    Ignored,
 }
 
-/// One connection.
-pub struct Session {
+/// The births, deaths and sequence numbers of one MQTT session.
+pub struct SparkplugSession {
     group: String,
     node: String,
     site: String,
     host: Option<String>,
     bd_seq: u8,
     seq: u8,
-    /// The highest timestamp of the host's STATE messages; older ones are passed over.
-    host_time: u64,
+    /// The highest timestamp of the host's STATE messages. Older messages are ignored.
+    host_timestamp_ms: u64,
     is_host_online: bool,
     is_born: bool,
-    /// First alias of each device that was born.
+    /// The devices that had a birth in this session, by stream.
     devices: BTreeMap<String, Device>,
     next_alias: u64,
 }
 
 struct Device {
+    /// The alias of its first metric; the others follow in the order of [`DEVICE_METRICS`].
     first_alias: u64,
     is_alive: bool,
     up: bool,
     model: String,
 }
 
-impl Session {
-    /// A session that has not begun.
+impl SparkplugSession {
+    /// A session without births. `host` is the primary host; without one it counts as online.
     pub fn new(group: &str, node: &str, site: &str, host: Option<&str>, bd_seq: u8) -> Self {
         Self {
             group: group.to_owned(),
@@ -118,22 +119,22 @@ impl Session {
             host: host.map(str::to_owned),
             bd_seq,
             seq: 0,
-            host_time: 0,
+            host_timestamp_ms: 0,
             is_host_online: host.is_none(),
             is_born: false,
             devices: BTreeMap::new(),
-            next_alias: 1 + NODE.len() as u64,
+            next_alias: 1 + NODE_METRICS.len() as u64,
         }
     }
 
-    /// The node's death, which is the Will and also said before a deliberate disconnect.
-    pub fn death(&self) -> Message {
-        let metrics = vec![metric(BD_SEQ, Type::Int64, Some(MetricValue::LongValue(self.bd_seq.into())))];
+    /// NDEATH, which is the Will and is also published before an orderly disconnect.
+    pub fn death(&self) -> MqttMessage {
+        let metrics = vec![metric(BD_SEQ, DataType::Int64, Some(MetricValue::LongValue(self.bd_seq.into())))];
         let payload = Payload { timestamp: Some(now_ms()), metrics, seq: None };
         self.message("NDEATH", None, &payload)
     }
 
-    /// What to listen to.
+    /// The topic filters to subscribe to.
     pub fn filters(&self) -> Vec<String> {
         let mut filters = vec![
             format!("{NAMESPACE}/{}/NCMD/{}", self.group, self.node),
@@ -143,80 +144,81 @@ impl Session {
         filters
     }
 
-    /// Whether births have been said, so that data may follow.
+    /// Whether NBIRTH was published. Data may only follow after it.
     pub fn is_born(&self) -> bool {
         self.is_born
     }
 
-    /// Whether births may be said.
-    pub fn may_be_born(&self) -> bool {
+    /// Whether the primary host is online, so that births may be published.
+    pub fn is_host_online(&self) -> bool {
         self.is_host_online
     }
 
-    /// Makes sense of a message.
-    pub fn hear(&mut self, message: &Message) -> HostSignal {
+    /// Handles a received message: a state of the primary host, or a node command.
+    pub fn handle_message(&mut self, message: &MqttMessage) -> HostSignal {
         let state = self.host.as_ref().map(|host| format!("{NAMESPACE}/STATE/{host}"));
         if state.as_deref() == Some(&*message.topic) {
-            return self.hear_state(&message.payload);
+            return self.handle_state(&message.payload);
         }
         if *message.topic != format!("{NAMESPACE}/{}/NCMD/{}", self.group, self.node) {
-            return HostSignal::Nothing;
+            return HostSignal::Ignored;
         }
-        let Ok(payload) = Payload::decode(message.payload.clone()) else { return HostSignal::Nothing };
-        let wants = |metric: &Metric| {
+        let Ok(payload) = Payload::decode(message.payload.clone()) else { return HostSignal::Ignored };
+        let is_rebirth = |metric: &Metric| {
             metric.name.as_deref() == Some(REBIRTH) && metric.value == Some(MetricValue::BooleanValue(true))
         };
-        if payload.metrics.iter().any(wants) { HostSignal::Rebirth } else { HostSignal::Nothing }
+        if payload.metrics.iter().any(is_rebirth) { HostSignal::Rebirth } else { HostSignal::Ignored }
     }
 
-    fn hear_state(&mut self, payload: &[u8]) -> HostSignal {
-        let Ok(state) = serde_json::from_slice::<Value>(payload) else { return HostSignal::Nothing };
-        let (Some(online), Some(time)) = (state["online"].as_bool(), state["timestamp"].as_u64()) else {
-            return HostSignal::Nothing;
+    fn handle_state(&mut self, payload: &[u8]) -> HostSignal {
+        let Ok(state) = serde_json::from_slice::<Value>(payload) else { return HostSignal::Ignored };
+        let (Some(online), Some(timestamp_ms)) = (state["online"].as_bool(), state["timestamp"].as_u64()) else {
+            return HostSignal::Ignored;
         };
-        // A Will of an earlier session may come late; its time tells.
-        if time < self.host_time || online == self.is_host_online {
-            self.host_time = self.host_time.max(time);
-            return HostSignal::Nothing;
+        // The Will of an earlier session of the host may arrive late. Its timestamp shows that it is outdated.
+        if timestamp_ms < self.host_timestamp_ms || online == self.is_host_online {
+            self.host_timestamp_ms = self.host_timestamp_ms.max(timestamp_ms);
+            return HostSignal::Ignored;
         }
-        (self.host_time, self.is_host_online) = (time, online);
+        (self.host_timestamp_ms, self.is_host_online) = (timestamp_ms, online);
         if online { HostSignal::HostOnline } else { HostSignal::HostOffline }
     }
 
-    /// All births.
-    pub fn births(&mut self, streams: &StreamStates) -> Vec<Message> {
+    /// NBIRTH, and DBIRTH of every stream. The sequence number restarts at 0.
+    pub fn births(&mut self, streams: &StreamStates) -> Vec<MqttMessage> {
         self.seq = 0;
         self.is_born = true;
         self.devices.values_mut().for_each(|device| device.is_alive = false);
         let now = now_ms();
         let mut metrics = vec![
-            metric(BD_SEQ, Type::Int64, Some(MetricValue::LongValue(self.bd_seq.into()))),
-            metric(REBIRTH, Type::Boolean, Some(MetricValue::BooleanValue(false))),
+            metric(BD_SEQ, DataType::Int64, Some(MetricValue::LongValue(self.bd_seq.into()))),
+            metric(REBIRTH, DataType::Boolean, Some(MetricValue::BooleanValue(false))),
         ];
         let values = [Some(env!("CARGO_PKG_VERSION").to_owned()), Some(self.site.clone()), None, None];
-        for (alias, ((name, kind), value)) in (1..).zip(NODE.into_iter().zip(values)) {
+        for (alias, ((name, kind), value)) in (1..).zip(NODE_METRICS.into_iter().zip(values)) {
             metrics.push(Metric { alias: Some(alias), ..metric(name, kind, value.map(MetricValue::StringValue)) });
         }
         metrics.iter_mut().for_each(|metric| metric.timestamp = Some(now));
         let birth = self.numbered("NBIRTH", None, now, metrics);
         let mut messages = vec![birth];
-        messages.extend(self.follow(streams));
+        messages.extend(self.update_devices(streams));
         messages
     }
 
-    /// Births and deaths of devices, and what has changed of them, since the last time. Nothing before the node's birth.
-    pub fn follow(&mut self, streams: &StreamStates) -> Vec<Message> {
+    /// The difference to the streams of the last call: births of new devices, deaths of removed ones, and changed values. Empty
+    /// before NBIRTH.
+    pub fn update_devices(&mut self, streams: &StreamStates) -> Vec<MqttMessage> {
         if !self.is_born {
             return Vec::new();
         }
         let mut messages = Vec::new();
-        let gone: Vec<String> = self
+        let removed: Vec<String> = self
             .devices
             .iter()
             .filter(|(name, device)| device.is_alive && !streams.contains_key(*name))
             .map(|(name, _)| name.clone())
             .collect();
-        for name in gone {
+        for name in removed {
             if let Some(device) = self.devices.get_mut(&name) {
                 device.is_alive = false;
             }
@@ -239,10 +241,11 @@ impl Session {
         messages
     }
 
-    /// A record as data; a device that was not born yet is born first.
-    pub fn data(&mut self, record: &Record, historical: bool) -> Vec<Message> {
+    /// A record as data, preceded by DBIRTH when its device has no birth yet.
+    pub fn data(&mut self, record: &Record, historical: bool) -> Vec<MqttMessage> {
         let json: Value = serde_json::from_slice(&record.payload).unwrap_or_default();
-        let time = json["ts"].as_str().and_then(|text| humantime::parse_rfc3339(text).ok()).map_or_else(now_ms, millis);
+        let timestamp_ms =
+            json["ts"].as_str().and_then(|text| humantime::parse_rfc3339(text).ok()).map_or_else(now_ms, unix_ms);
         let text = String::from_utf8_lossy(&record.payload).into_owned();
         let stream = json["stream"].as_str().unwrap_or_default().to_owned();
         let node_alias = match record.id.kind {
@@ -252,28 +255,28 @@ impl Session {
         };
         if let Some(alias) = node_alias {
             let value = Some(MetricValue::StringValue(text));
-            let metric = Metric { alias: Some(alias), ..typed(Type::String, value) };
-            let metric = Metric { timestamp: Some(time), is_historical: historical.then_some(true), ..metric };
+            let metric = Metric { alias: Some(alias), ..typed(DataType::String, value) };
+            let metric = Metric { timestamp: Some(timestamp_ms), is_historical: historical.then_some(true), ..metric };
             return vec![self.numbered("NDATA", None, now_ms(), vec![metric])];
         }
         let mut messages = Vec::new();
         if !self.devices.get(&stream).is_some_and(|device| device.is_alive) {
             messages.push(self.device_birth(&stream, false, ""));
         }
-        messages.push(self.device_data(&stream, result_values(&json, text), time, historical));
+        messages.push(self.device_data(&stream, result_values(&json, text), timestamp_ms, historical));
         messages
     }
 
-    fn device_birth(&mut self, name: &str, up: bool, model: &str) -> Message {
+    fn device_birth(&mut self, name: &str, up: bool, model: &str) -> MqttMessage {
         let next_alias = &mut self.next_alias;
         let device = self.devices.entry(name.to_owned()).or_insert_with(|| {
             let first_alias = *next_alias;
-            *next_alias += DEVICE.len() as u64;
+            *next_alias += DEVICE_METRICS.len() as u64;
             Device { first_alias, is_alive: true, up, model: model.to_owned() }
         });
         (device.is_alive, device.up, device.model) = (true, up, model.to_owned());
         let now = now_ms();
-        let metrics = (device.first_alias..).zip(DEVICE).map(|(alias, (name, kind))| {
+        let metrics = (device.first_alias..).zip(DEVICE_METRICS).map(|(alias, (name, kind))| {
             let value = match name {
                 "Stream/Up" => Some(MetricValue::BooleanValue(up)),
                 "Stream/Model" => Some(MetricValue::StringValue(model.to_owned())),
@@ -289,15 +292,15 @@ impl Session {
         &mut self,
         name: &str,
         values: BTreeMap<&'static str, MetricValue>,
-        time: u64,
+        timestamp_ms: u64,
         historical: bool,
-    ) -> Message {
+    ) -> MqttMessage {
         let first_alias = self.devices.get(name).map_or(0, |device| device.first_alias);
-        let metrics = (first_alias..).zip(DEVICE).filter_map(|(alias, (name, kind))| {
+        let metrics = (first_alias..).zip(DEVICE_METRICS).filter_map(|(alias, (name, kind))| {
             let value = values.get(name)?.clone();
             Some(Metric {
                 alias: Some(alias),
-                timestamp: Some(time),
+                timestamp: Some(timestamp_ms),
                 is_historical: historical.then_some(true),
                 ..typed(kind, Some(value))
             })
@@ -307,36 +310,36 @@ impl Session {
     }
 
     /// A message with the next sequence number.
-    fn numbered(&mut self, kind: &str, device: Option<&str>, timestamp: u64, metrics: Vec<Metric>) -> Message {
+    fn numbered(&mut self, kind: &str, device: Option<&str>, timestamp: u64, metrics: Vec<Metric>) -> MqttMessage {
         let payload = Payload { timestamp: Some(timestamp), metrics, seq: Some(self.seq.into()) };
         self.seq = self.seq.wrapping_add(1);
         self.message(kind, device, &payload)
     }
 
-    fn message(&self, kind: &str, device: Option<&str>, payload: &Payload) -> Message {
+    fn message(&self, kind: &str, device: Option<&str>, payload: &Payload) -> MqttMessage {
         let topic = format!("{NAMESPACE}/{}/{kind}/{}", self.group, self.node);
         let topic = match device {
             Some(device) => format!("{topic}/{device}"),
             None => topic,
         };
-        Message { topic: topic.into(), payload: payload.encode_to_vec().into(), retain: false }
+        MqttMessage { topic: topic.into(), payload: payload.encode_to_vec().into(), retain: false }
     }
 }
 
-/// What a result says, by the metrics of a device. What it does not say is left as it was.
+/// The values of a result by metric of its device. Metrics without a value in the result are left out and keep their last value.
 fn result_values(json: &Value, text: String) -> BTreeMap<&'static str, MetricValue> {
     let string = |pointer: &str| json.pointer(pointer)?.as_str().map(|text| MetricValue::StringValue(text.to_owned()));
     let number = |pointer: &str| json.pointer(pointer)?.as_u64().map(MetricValue::LongValue);
-    let found = if json["detections"].is_array() { "/detections" } else { "/classes" };
-    let score = json.pointer(&format!("{found}/0/score")).or_else(|| json.get("score"));
-    let count = json["detections"].as_array().map(|found| MetricValue::LongValue(found.len() as u64));
+    let list = if json["detections"].is_array() { "/detections" } else { "/classes" };
+    let score = json.pointer(&format!("{list}/0/score")).or_else(|| json.get("score"));
+    let count = json["detections"].as_array().map(|detections| MetricValue::LongValue(detections.len() as u64));
     let values = [
         ("Result/Id", string("/id")),
         ("Result/Seq", number("/seq")),
         ("Result/Verdict", string("/verdict")),
         ("Result/Model", string("/model/name")),
         ("Result/Model Version", number("/model/version")),
-        ("Result/Label", string(&format!("{found}/0/label"))),
+        ("Result/Label", string(&format!("{list}/0/label"))),
         ("Result/Score", score.and_then(Value::as_f64).map(MetricValue::DoubleValue)),
         ("Result/Count", count),
         ("Result/Frame", string("/frame/name")),
@@ -345,20 +348,20 @@ fn result_values(json: &Value, text: String) -> BTreeMap<&'static str, MetricVal
     values.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
 }
 
-fn metric(name: &str, kind: Type, value: Option<MetricValue>) -> Metric {
+fn metric(name: &str, kind: DataType, value: Option<MetricValue>) -> Metric {
     Metric { name: Some(name.to_owned()), ..typed(kind, value) }
 }
 
-fn typed(kind: Type, value: Option<MetricValue>) -> Metric {
+fn typed(kind: DataType, value: Option<MetricValue>) -> Metric {
     Metric { datatype: Some(kind as u32), is_null: value.is_none().then_some(true), value, ..Metric::default() }
 }
 
-fn millis(time: SystemTime) -> u64 {
+fn unix_ms(time: SystemTime) -> u64 {
     u64::try_from(time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_millis()).unwrap_or(u64::MAX)
 }
 
 fn now_ms() -> u64 {
-    millis(SystemTime::now())
+    unix_ms(SystemTime::now())
 }
 
 #[cfg(test)]
@@ -376,8 +379,8 @@ mod tests {
             .collect()
     }
 
-    fn sent(messages: &[Message]) -> Vec<(String, u64)> {
-        let payload = |message: &Message| Payload::decode(message.payload.clone()).unwrap();
+    fn topics_and_seqs(messages: &[MqttMessage]) -> Vec<(String, u64)> {
+        let payload = |message: &MqttMessage| Payload::decode(message.payload.clone()).unwrap();
         messages
             .iter()
             .map(|message| {
@@ -387,14 +390,17 @@ mod tests {
     }
 
     #[test]
-    fn births_come_first_and_numbers_run_on_and_wrap() {
-        let mut session = Session::new("g", "n", "s", None, 7);
-        assert!(session.follow(&streams(&[("a", true)])).is_empty(), "nothing before the node's birth");
+    fn births_precede_data_and_sequence_numbers_wrap() {
+        let mut session = SparkplugSession::new("g", "n", "s", None, 7);
+        assert!(session.update_devices(&streams(&[("a", true)])).is_empty(), "there are no devices before NBIRTH");
         let births = session.births(&streams(&[("a", true), ("b", false)]));
-        assert_eq!(sent(&births), [("NBIRTH/n".into(), 0), ("DBIRTH/n/a".into(), 1), ("DBIRTH/n/b".into(), 2)]);
-        assert!(session.follow(&streams(&[("a", true), ("b", false)])).is_empty());
         assert_eq!(
-            sent(&session.follow(&streams(&[("b", true)]))),
+            topics_and_seqs(&births),
+            [("NBIRTH/n".into(), 0), ("DBIRTH/n/a".into(), 1), ("DBIRTH/n/b".into(), 2)]
+        );
+        assert!(session.update_devices(&streams(&[("a", true), ("b", false)])).is_empty());
+        assert_eq!(
+            topics_and_seqs(&session.update_devices(&streams(&[("b", true)]))),
             [("DDEATH/n/a".into(), 3), ("DDATA/n/b".into(), 4)]
         );
         let record = Record {
@@ -407,42 +413,49 @@ mod tests {
             ttl_seconds: 0,
         };
         let data = session.data(&record, true);
-        assert_eq!(sent(&data), [("DBIRTH/n/a".into(), 5), ("DDATA/n/a".into(), 6)], "born before its data");
+        assert_eq!(
+            topics_and_seqs(&data),
+            [("DBIRTH/n/a".into(), 5), ("DDATA/n/a".into(), 6)],
+            "DBIRTH precedes the data"
+        );
         let payload = Payload::decode(data[1].payload.clone()).unwrap();
         assert!(payload.metrics.iter().all(|metric| metric.is_historical == Some(true) && metric.name.is_none()));
         assert!(payload.metrics.iter().all(|metric| metric.timestamp == Some(1_795_458_956_123)));
         for expected in 7..=255u64 {
-            assert_eq!(sent(&session.data(&record, false)).last().unwrap().1, expected);
+            assert_eq!(topics_and_seqs(&session.data(&record, false)).last().unwrap().1, expected);
         }
-        assert_eq!(sent(&session.data(&record, false)).last().unwrap().1, 0, "and begin anew after 255");
+        assert_eq!(topics_and_seqs(&session.data(&record, false)).last().unwrap().1, 0, "0 follows 255");
     }
 
     #[test]
-    fn the_host_is_believed_by_its_time_and_rebirth_is_a_command() {
-        let mut session = Session::new("g", "n", "s", Some("scada"), 0);
-        assert!(!session.may_be_born());
-        let state = |online: bool, timestamp: u64| Message {
+    fn outdated_host_states_are_ignored_and_rebirth_is_recognized() {
+        let mut session = SparkplugSession::new("g", "n", "s", Some("scada"), 0);
+        assert!(!session.is_host_online());
+        let state = |online: bool, timestamp: u64| MqttMessage {
             topic: "spBv1.0/STATE/scada".into(),
             payload: format!("{{\"online\":{online},\"timestamp\":{timestamp}}}").into(),
             retain: true,
         };
-        assert_eq!(session.hear(&state(true, 100)), HostSignal::HostOnline);
-        assert_eq!(session.hear(&state(false, 50)), HostSignal::Nothing, "an old Will");
-        assert!(session.may_be_born());
-        assert_eq!(session.hear(&state(false, 100)), HostSignal::HostOffline);
-        for rubbish in ["", "{}", "[1]", "{\"online\":1,\"timestamp\":-5}", "\u{0}"] {
-            let message = Message { payload: rubbish.into(), ..state(true, 0) };
-            assert_eq!(session.hear(&message), HostSignal::Nothing);
+        assert_eq!(session.handle_message(&state(true, 100)), HostSignal::HostOnline);
+        assert_eq!(session.handle_message(&state(false, 50)), HostSignal::Ignored, "an outdated Will");
+        assert!(session.is_host_online());
+        assert_eq!(session.handle_message(&state(false, 100)), HostSignal::HostOffline);
+        for invalid in ["", "{}", "[1]", "{\"online\":1,\"timestamp\":-5}", "\u{0}"] {
+            let message = MqttMessage { payload: invalid.into(), ..state(true, 0) };
+            assert_eq!(session.handle_message(&message), HostSignal::Ignored);
         }
-        let metrics = vec![metric(REBIRTH, Type::Boolean, Some(MetricValue::BooleanValue(true)))];
+        let metrics = vec![metric(REBIRTH, DataType::Boolean, Some(MetricValue::BooleanValue(true)))];
         let payload = Payload { timestamp: None, metrics, seq: None }.encode_to_vec();
-        let command = Message { topic: "spBv1.0/g/NCMD/n".into(), payload: payload.into(), retain: false };
-        assert_eq!(session.hear(&command), HostSignal::Rebirth);
-        assert_eq!(session.hear(&Message { payload: vec![0xFF; 9].into(), ..command }), HostSignal::Nothing);
+        let command = MqttMessage { topic: "spBv1.0/g/NCMD/n".into(), payload: payload.into(), retain: false };
+        assert_eq!(session.handle_message(&command), HostSignal::Rebirth);
+        assert_eq!(
+            session.handle_message(&MqttMessage { payload: vec![0xFF; 9].into(), ..command }),
+            HostSignal::Ignored
+        );
     }
 
     #[test]
-    fn the_generated_code_is_what_the_proto_file_says() {
+    fn the_generated_code_matches_the_proto_file() {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
         let out = tempfile::tempdir().unwrap();
         let descriptors = protox::compile([folder.join("sparkplug_b.proto")], [&folder]).unwrap();

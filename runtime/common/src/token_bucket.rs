@@ -28,6 +28,12 @@ impl TokenBucket {
         }
         has_one
     }
+
+    /// Time until [`Self::take`] succeeds; zero when a token is available.
+    pub fn time_until_token(&self, now: Instant) -> Duration {
+        let missing = (1.0 - self.tokens).max(0.0);
+        self.interval.mul_f64(missing).saturating_sub(now.saturating_duration_since(self.refilled))
+    }
 }
 
 #[cfg(test)]
@@ -40,6 +46,8 @@ mod tests {
         let mut bucket = TokenBucket::new(3, Duration::from_secs(10), start);
         assert_eq!((0..5).filter(|_| bucket.take(start)).count(), 3);
         assert!(!bucket.take(start + Duration::from_secs(9)));
+        assert_eq!(bucket.time_until_token(start + Duration::from_secs(9)), Duration::from_secs(1));
+        assert_eq!(bucket.time_until_token(start + Duration::from_secs(11)), Duration::ZERO);
         assert!(bucket.take(start + Duration::from_secs(11)));
         assert!(!bucket.take(start + Duration::from_secs(12)));
         let later = start + Duration::from_secs(10_000);

@@ -136,7 +136,7 @@ fn logging(cli: &Cli) -> Result<SetLevel, Failure> {
     // The tools talk to people on stdout; their logs only matter when something is wrong.
     let otherwise = if matches!(cli.command, Command::Run(_) | Command::Controller(_)) { "info" } else { "warn" };
     telemetry::start(cli.log.as_deref().unwrap_or(otherwise))
-        .map_err(|error| Failure::Usage(vec![format!("--log: {error}")]))
+        .map_err(|error| Failure::Usage(vec![format!("--log: {}", lineside_common::error_chain(&error))]))
 }
 
 /// The async runtime. Inference has threads of its own, so two are plenty for cameras, broker and probes.

@@ -57,7 +57,7 @@ pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Optio
     let mqtt = MqttConfig {
         brokers,
         secret,
-        commands,
+        commands: commands.iter().filter_map(|name| name.parse().ok()).collect(),
         drain_per_second,
         keep_alive: Duration::from_secs(keep_alive),
         metrics_every,

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use super::Reconciler;
 use lineside_api::message::CommandOutcome;
 use lineside_common::clock;
-use lineside_mqtt::command::{Command, CommandRequest};
+use lineside_mqtt::command::{Command, CommandError, CommandRequest};
 
 /// Bytes of a frame that is shown at most; base64 makes four of three, and a message has to stay below 4 MiB.
 const SNAPSHOT_BYTES_MAX: usize = 3 << 20;
@@ -39,9 +39,9 @@ impl Reconciler {
                                 ..CommandOutcome::default()
                             }),
                             Ok(Ok(frame)) => {
-                                Err(format!("the frame has {} bytes, too many to send", frame.encoded.len()))
+                                Err(CommandError::FrameTooLarge { bytes: frame.encoded.len(), max: SNAPSHOT_BYTES_MAX })
                             }
-                            _ => Err(format!("no frame of {stream} came; is its camera up?")),
+                            _ => Err(CommandError::NoFrame { stream }),
                         };
                         drop(reply.send(frame));
                     });
@@ -63,7 +63,7 @@ impl Reconciler {
         }
     }
 
-    fn pause(&mut self, stream: String) -> Result<CommandOutcome, String> {
+    fn pause(&mut self, stream: String) -> Result<CommandOutcome, CommandError> {
         if !self.paused.contains(&stream) {
             if self.desired.streams.remove(&stream).is_none() {
                 return Err(self.no_such_stream(&stream));
@@ -73,7 +73,7 @@ impl Reconciler {
         Ok(self.paused())
     }
 
-    fn resume(&mut self, stream: &str) -> Result<CommandOutcome, String> {
+    fn resume(&mut self, stream: &str) -> Result<CommandOutcome, CommandError> {
         if self.paused.remove(stream) {
             if let Some(desired_state) = self.asked.clone() {
                 self.gather(desired_state);
@@ -88,8 +88,8 @@ impl Reconciler {
         CommandOutcome { paused: Some(self.paused.iter().cloned().collect()), ..CommandOutcome::default() }
     }
 
-    fn no_such_stream(&self, stream: &str) -> String {
-        let streams: Vec<&str> = self.desired.streams.keys().map(String::as_str).collect();
-        format!("there is no stream {stream} here; there are: {}", streams.join(", "))
+    fn no_such_stream(&self, stream: &str) -> CommandError {
+        let existing = self.desired.streams.keys().cloned().collect();
+        CommandError::UnknownStream { stream: stream.to_owned(), existing }
     }
 }

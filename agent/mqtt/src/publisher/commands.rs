@@ -1,176 +1,267 @@
-//! Commands that come over MQTT: which are allowed, what they mean, and what is answered.
+//! Receives operator commands over MQTT, checks whether they are allowed, has them executed, and publishes the replies.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::command::{Command, CommandRequest};
-use crate::connection::Message;
+use super::context::PublisherContext;
+use crate::command::{Command, CommandError, CommandName, CommandRequest, SetLevel};
+use crate::connection::MqttMessage;
+use crate::metrics::MqttMetrics;
 use lineside_api::message::{CommandMessage, CommandOutcome, CommandState, Incoming, Topics};
-use lineside_common::clock;
-use lineside_common::metrics::Metrics;
+use lineside_common::{LogOnChange, clock, error_chain};
 
-/// Bytes of a command at most.
+/// Maximum size of a command's payload in bytes.
 const COMMAND_BYTES_MAX: usize = 64 << 10;
-/// A command that has not been carried out within this is answered as failed.
-const DEADLINE: Duration = Duration::from_secs(10);
-/// Answers that wait to be sent.
-const ANSWERS_MAX: usize = 16;
+/// A command that has not completed within this time is answered with an error.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Maximum number of replies that wait to be published. Further replies are dropped and logged.
+const REPLIES_MAX: usize = 16;
+/// The name under which commands that do not exist are answered, so that a sender cannot choose the topic.
+const UNKNOWN_COMMAND_TOPIC: &str = "unknown";
 
-/// Changes what is logged, and says what is logged now.
-pub type SetLevel = Arc<dyn Fn(&str) -> Result<String, String> + Send + Sync>;
-
-/// Takes commands in and gives answers out.
+/// Dispatches commands and collects their replies.
 pub(super) struct Commands {
-    node: String,
-    topics: Topics,
-    allowed: BTreeSet<String>,
-    commands: mpsc::Sender<CommandRequest>,
-    set_level: SetLevel,
-    metrics: Metrics,
-    answer: mpsc::Sender<Message>,
-    answers: mpsc::Receiver<Message>,
-    has_told_of_triggers: bool,
+    allowed: BTreeSet<CommandName>,
+    executor: CommandExecutor,
+    responder: CommandResponder,
+    replies: mpsc::Receiver<MqttMessage>,
+    triggers_ignored: LogOnChange<()>,
 }
 
 impl Commands {
-    pub(super) fn new(
-        node: &str,
-        topics: Topics,
-        allowed: BTreeSet<String>,
-        commands: mpsc::Sender<CommandRequest>,
-        set_level: SetLevel,
-        metrics: Metrics,
-    ) -> Self {
-        let (answer, answers) = mpsc::channel(ANSWERS_MAX);
+    pub(super) fn new(context: &PublisherContext) -> Self {
+        let (sender, replies) = mpsc::channel(REPLIES_MAX);
         Self {
-            node: node.to_owned(),
-            topics,
-            allowed,
-            commands,
-            set_level,
-            metrics,
-            answer,
-            answers,
-            has_told_of_triggers: false,
+            allowed: context.mqtt.commands.clone(),
+            executor: CommandExecutor { requests: context.commands.clone(), set_level: context.set_level.clone() },
+            responder: CommandResponder {
+                node: context.node.clone(),
+                topics: context.topics.clone(),
+                metrics: context.metrics.clone(),
+                replies: sender,
+            },
+            replies,
+            triggers_ignored: LogOnChange::default(),
         }
     }
 
-    /// The next answer to be sent.
-    pub(super) async fn answered(&mut self) -> Message {
-        match self.answers.recv().await {
+    /// Waits for the next reply to publish.
+    pub(super) async fn next_reply(&mut self) -> MqttMessage {
+        match self.replies.recv().await {
             Some(message) => message,
-            // We hold a sender ourselves, so this never ends.
+            // `responder` holds a sender, so the channel is never closed.
             None => std::future::pending().await,
         }
     }
 
-    /// Takes in what came on a topic. A message that the broker had kept is no command of now.
-    pub(super) fn take(&mut self, message: &Message) {
-        let received = |kind: &str, outcome: &str| self.metrics.mqtt_received.with_label_values(&[kind, outcome]).inc();
-        match self.topics.understand(&message.topic) {
+    /// Handles a message on one of the agent's topics. A message that the broker had retained is outdated and ignored.
+    pub(super) fn handle(&mut self, message: &MqttMessage) {
+        let received = &self.responder.metrics.received;
+        match self.responder.topics.understand(&message.topic) {
             Some(Incoming::Command(name)) if message.retain => {
-                received("command", "stale");
-                tracing::warn!(command = name, "a retained command is passed over; publish commands without retain");
+                received.command_stale.inc();
+                tracing::warn!(
+                    event = "command_stale",
+                    command = name,
+                    "Retained command is ignored; publish commands without the retain flag"
+                );
             }
-            Some(Incoming::Command(name)) => {
-                let name = name.to_owned();
-                self.carry_out(&name, message);
-            }
+            Some(Incoming::Command(name)) => self.dispatch(name, &message.payload),
             Some(Incoming::Trigger(stream)) => {
-                received("trigger", "unused");
-                if !self.has_told_of_triggers {
-                    tracing::warn!(stream, "triggers are not built into this version yet, they are passed over");
-                    self.has_told_of_triggers = true;
+                received.trigger_unused.inc();
+                if self.triggers_ignored.set(()) {
+                    tracing::warn!(
+                        event = "trigger_ignored",
+                        stream,
+                        "Triggers are not implemented in this version and are ignored"
+                    );
                 }
             }
             None => {}
         }
     }
 
-    fn carry_out(&self, name: &str, message: &Message) {
-        let read = match message.payload.len() {
-            0 => Ok(CommandMessage::default()),
-            bytes if bytes > COMMAND_BYTES_MAX => Err(format!("{bytes} bytes are too many for a command")),
-            _ => serde_json::from_slice::<CommandMessage>(&message.payload)
-                .map_err(|error| format!("this is no command: {error}; an example is {{\"stream\":\"cam7\"}}")),
-        };
-        let (id, command) = match read {
-            Ok(request) => (request.id.clone(), self.command(name, request)),
-            Err(error) => (None, Err(error)),
-        };
-        let (node, topics, name) = (self.node.clone(), self.topics.clone(), name.to_owned());
-        let (answer, metrics) = (self.answer.clone(), self.metrics.clone());
-        let (commands, set_level) = (self.commands.clone(), self.set_level.clone());
+    /// Starts a command. Its reply is published when it completes.
+    fn dispatch(&self, name: &str, payload: &[u8]) {
+        let (id, action) = parse(name, payload, &self.allowed);
+        let (name, executor, responder) = (name.to_owned(), self.executor.clone(), self.responder.clone());
         tokio::spawn(async move {
-            let outcome = match command {
+            let result = match action {
+                Ok(action) => executor.execute(action).await,
                 Err(error) => Err(error),
-                Ok(Wanted::Level(level)) => {
-                    set_level(&level).map(|level| CommandOutcome { level: Some(level), ..CommandOutcome::default() })
-                }
-                Ok(Wanted::Command(command)) => ask(&commands, command).await,
             };
-            metrics.mqtt_received.with_label_values(&["command", if outcome.is_ok() { "ok" } else { "refused" }]).inc();
-            match &outcome {
-                Ok(_) => tracing::info!(command = name, id, "command carried out"),
-                Err(error) => tracing::warn!(command = name, id, error, "command refused"),
-            }
-            // A name that is none of ours gets its answer under a fixed one, not in a topic of somebody's choice.
-            let is_known = crate::config::COMMANDS.contains(&name.as_str());
-            let keeps = outcome.is_ok() && matches!(name.as_str(), "log-level" | "pause" | "resume");
-            let topic = topics.command_state(if is_known { &name } else { "unknown" });
-            let state = CommandState {
-                ts: clock::rfc3339(SystemTime::now()),
-                node: &node,
-                command: &name,
-                id,
-                ok: outcome.is_ok(),
-                error: outcome.as_ref().err().cloned(),
-                outcome: outcome.unwrap_or_default(),
-            };
-            // A structure of texts and lists always becomes JSON.
-            let payload = serde_json::to_vec(&state).unwrap_or_default().into();
-            if answer.try_send(Message { topic: topic.into(), payload, retain: keeps }).is_err() {
-                tracing::warn!(command = name, "the answer to a command found no room");
-            }
+            responder.respond(&name, id, result);
         });
     }
+}
 
-    fn command(&self, name: &str, request: CommandMessage) -> Result<Wanted, String> {
-        if !crate::config::COMMANDS.contains(&name) {
-            return Err(format!("there is no such command; there are {}", crate::config::COMMANDS.join(", ")));
-        }
-        if !self.allowed.contains(name) {
-            return Err(format!("this node does not carry out {name}; --mqtt-commands says what it does"));
-        }
-        let CommandMessage { stream, level, .. } = request;
-        let stream = || stream.ok_or_else(|| "stream is missing".to_owned());
-        Ok(match name {
-            "pause" => Wanted::Command(Command::Pause(stream()?)),
-            "resume" => Wanted::Command(Command::Resume(stream()?)),
-            "snapshot" => Wanted::Command(Command::Snapshot(stream()?)),
-            "log-level" => Wanted::Level(level.ok_or("level is missing")?),
-            _ => Wanted::Command(Command::Reload),
-        })
+/// What a valid command does.
+#[derive(Debug, PartialEq, Eq)]
+enum CommandAction {
+    Execute(Command),
+    SetLevel(String),
+}
+
+/// The id of the request, and what it does if it is valid and allowed.
+fn parse(
+    name: &str,
+    payload: &[u8],
+    allowed: &BTreeSet<CommandName>,
+) -> (Option<String>, Result<CommandAction, CommandError>) {
+    let request = if payload.is_empty() {
+        Ok(CommandMessage::default())
+    } else if payload.len() > COMMAND_BYTES_MAX {
+        Err(CommandError::PayloadTooLarge { bytes: payload.len(), max: COMMAND_BYTES_MAX })
+    } else {
+        serde_json::from_slice(payload).map_err(CommandError::from)
+    };
+    match request {
+        Ok(mut request) => (request.id.take(), action(name, request, allowed)),
+        Err(error) => (None, Err(error)),
     }
 }
 
-/// What a command wants.
-enum Wanted {
-    Command(Command),
-    Level(String),
+fn action(name: &str, request: CommandMessage, allowed: &BTreeSet<CommandName>) -> Result<CommandAction, CommandError> {
+    let name: CommandName = name.parse()?;
+    if !allowed.contains(&name) {
+        return Err(CommandError::NotAllowed(name));
+    }
+    let CommandMessage { stream, level, .. } = request;
+    let stream = || stream.ok_or(CommandError::MissingField("stream"));
+    Ok(match name {
+        CommandName::LogLevel => CommandAction::SetLevel(level.ok_or(CommandError::MissingField("level"))?),
+        CommandName::Pause => CommandAction::Execute(Command::Pause(stream()?)),
+        CommandName::Resume => CommandAction::Execute(Command::Resume(stream()?)),
+        CommandName::Snapshot => CommandAction::Execute(Command::Snapshot(stream()?)),
+        CommandName::Reload => CommandAction::Execute(Command::Reload),
+    })
 }
 
-async fn ask(commands: &mpsc::Sender<CommandRequest>, command: Command) -> Result<CommandOutcome, String> {
-    let (reply, answer) = oneshot::channel();
-    if commands.try_send(CommandRequest { command, reply }).is_err() {
-        return Err("too many commands at once; try again".to_owned());
+/// Executes commands: the log filter directly, all others through the reconciler.
+#[derive(Clone)]
+struct CommandExecutor {
+    requests: mpsc::Sender<CommandRequest>,
+    set_level: SetLevel,
+}
+
+impl CommandExecutor {
+    async fn execute(&self, action: CommandAction) -> Result<CommandOutcome, CommandError> {
+        let command = match action {
+            CommandAction::Execute(command) => command,
+            CommandAction::SetLevel(level) => {
+                let level = (self.set_level)(&level)?;
+                return Ok(CommandOutcome { level: Some(level), ..CommandOutcome::default() });
+            }
+        };
+        let (reply, outcome) = oneshot::channel();
+        if self.requests.try_send(CommandRequest { command, reply }).is_err() {
+            return Err(CommandError::Busy);
+        }
+        match tokio::time::timeout(COMMAND_TIMEOUT, outcome).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err(CommandError::Cancelled),
+            Err(_) => Err(CommandError::Timeout(COMMAND_TIMEOUT)),
+        }
     }
-    match tokio::time::timeout(DEADLINE, answer).await {
-        Ok(Ok(outcome)) => outcome,
-        Ok(Err(_)) => Err("the command could not be carried out: no frame came, or the agent is ending".to_owned()),
-        Err(_) => Err(format!("nothing came of it within {} s", DEADLINE.as_secs())),
+}
+
+/// Logs, counts and publishes the results of commands.
+#[derive(Clone)]
+struct CommandResponder {
+    node: String,
+    topics: Topics,
+    metrics: MqttMetrics,
+    replies: mpsc::Sender<MqttMessage>,
+}
+
+impl CommandResponder {
+    fn respond(&self, name: &str, id: Option<String>, result: Result<CommandOutcome, CommandError>) {
+        let error = result.as_ref().err().map(|error| error_chain(error));
+        if let Some(error) = &error {
+            self.metrics.received.command_refused.inc();
+            tracing::warn!(event = "command_failed", command = name, id, error, "Command failed");
+        } else {
+            self.metrics.received.command_ok.inc();
+            tracing::info!(event = "command_completed", command = name, id, "Command completed");
+        }
+        let known: Option<CommandName> = name.parse().ok();
+        let topic = self.topics.command_state(known.map_or(UNKNOWN_COMMAND_TOPIC, CommandName::as_str));
+        let retain = error.is_none() && known.is_some_and(CommandName::is_reply_retained);
+        let state = CommandState {
+            ts: clock::rfc3339(SystemTime::now()),
+            node: &self.node,
+            command: name,
+            id,
+            ok: error.is_none(),
+            error,
+            outcome: result.unwrap_or_default(),
+        };
+        // The serialization of a struct of strings and lists cannot fail.
+        let payload = serde_json::to_vec(&state).unwrap_or_default().into();
+        if self.replies.try_send(MqttMessage { topic: topic.into(), payload, retain }).is_err() {
+            tracing::warn!(
+                event = "command_reply_dropped",
+                command = name,
+                "Command reply is dropped because too many replies wait to be published"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::CommandErrorKind;
+
+    fn parsed(name: &str, payload: &str) -> Result<CommandAction, CommandErrorKind> {
+        let allowed = CommandName::ALL.into_iter().filter(|name| *name != CommandName::Snapshot).collect();
+        parse(name, payload.as_bytes(), &allowed).1.map_err(|error| error.kind())
+    }
+
+    #[test]
+    fn valid_commands_are_parsed() {
+        let stream = r#"{"id":"1","stream":"cam7"}"#;
+        assert_eq!(parsed("pause", stream), Ok(CommandAction::Execute(Command::Pause("cam7".into()))));
+        assert_eq!(parsed("resume", stream), Ok(CommandAction::Execute(Command::Resume("cam7".into()))));
+        assert_eq!(parsed("reload", ""), Ok(CommandAction::Execute(Command::Reload)));
+        assert_eq!(parsed("log-level", r#"{"level":"debug"}"#), Ok(CommandAction::SetLevel("debug".into())));
+        let (id, _) = parse("explode", stream.as_bytes(), &BTreeSet::new());
+        assert_eq!(id.as_deref(), Some("1"), "a command that is rejected is answered with its id");
+    }
+
+    #[test]
+    fn invalid_commands_are_rejected() {
+        for payload in ["{", "[1]", "{}", r#"{"speed":1}"#, &" ".repeat(COMMAND_BYTES_MAX + 1)] {
+            assert_eq!(parsed("pause", payload), Err(CommandErrorKind::Invalid), "{payload:.20}");
+        }
+        assert_eq!(parsed("log-level", "{}"), Err(CommandErrorKind::Invalid));
+        assert_eq!(parsed("explode", "{}"), Err(CommandErrorKind::NotFound));
+        assert_eq!(parsed("snapshot", "{}"), Err(CommandErrorKind::NotAllowed));
+    }
+
+    fn executor(capacity: usize) -> (CommandExecutor, mpsc::Receiver<CommandRequest>) {
+        let (requests, receiver) = mpsc::channel(capacity);
+        (CommandExecutor { requests, set_level: std::sync::Arc::new(|level: &str| Ok(level.to_owned())) }, receiver)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn commands_that_are_not_executed_end_with_an_error() {
+        let (executor, mut requests) = executor(1);
+        let execute = || executor.execute(CommandAction::Execute(Command::Reload));
+        let (dropped, ()) = tokio::join!(execute(), async { drop(requests.recv().await) });
+        assert!(matches!(dropped, Err(CommandError::Cancelled)), "{dropped:?}");
+        let not_received = execute().await;
+        assert!(matches!(not_received, Err(CommandError::Timeout(_))), "{not_received:?}");
+        let queue_full = execute().await;
+        assert!(matches!(queue_full, Err(CommandError::Busy)), "{queue_full:?}");
+    }
+
+    #[tokio::test]
+    async fn the_log_filter_is_set_without_the_reconciler() {
+        let (executor, _requests) = executor(1);
+        let outcome = executor.execute(CommandAction::SetLevel("debug".to_owned())).await.unwrap();
+        assert_eq!(outcome.level.as_deref(), Some("debug"));
     }
 }

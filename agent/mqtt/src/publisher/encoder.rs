@@ -1,4 +1,4 @@
-//! How records are said: as they are, in JSON, or as SparkplugConfig B.
+//! Encodes records and stream states for one session: in JSON on the documented topics, or in Sparkplug B.
 
 use std::io;
 use std::path::Path;
@@ -6,170 +6,254 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Publisher, Token};
-use crate::connection::{Message, Sender};
+use super::context::PublisherContext;
+use crate::connection::{MqttMessage, MqttSender};
 use crate::home_assistant;
-use crate::sparkplug::{HostSignal, Session};
+use crate::sparkplug::{HostSignal, SparkplugSession};
 use lineside_api::message::{AgentPresence, as_historical};
 use lineside_api::state::StreamStates;
 use lineside_common::files;
 use lineside_spool::{Record, RecordId};
 
-/// The file in the data folder that holds SparkplugConfig's birth and death number.
+/// The file in the data folder that holds the last Sparkplug birth-death number.
 const BD_SEQ_FILE: &str = "sparkplug-bdseq";
-/// Requests that saying one record may take: a birth and its data.
+/// Maximum number of requests for one record: a device birth and its data.
 const REQUESTS_PER_RECORD: usize = 2;
 
-/// The manner of speaking over one connection.
+/// What an acknowledgement of the broker refers to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum AckToken {
+    /// One record.
+    Record(RecordId),
+    /// The records that were sent with QoS 0 before a fence message.
+    Fence(Vec<RecordId>),
+    /// A message about the node itself, which is not in the spool.
+    NodeMessage,
+}
+
+/// The sender of a session.
+pub(super) type SessionSender = MqttSender<AckToken>;
+
+/// The send queue is full. The session ends, because the messages about the node must not be lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the send queue is full")]
+pub(super) struct QueueFull;
+
+/// What follows from a message that is not on one of the agent's own topics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EncoderSignal {
+    /// The session continues.
+    Continue,
+    /// The Sparkplug primary host is offline; the session ends and records wait.
+    HostOffline,
+}
+
+/// The encoding of one session.
 pub(super) enum Encoder {
-    /// As the topics of the documentation say.
+    /// The topics and payloads of the documentation.
     Json {
-        /// The streams that Home Assistant was told of; `None` where it is not to be told.
+        /// The streams that were announced to Home Assistant; `None` when discovery is off.
         announced: Option<StreamStates>,
     },
-    /// As an edge node.
-    SparkplugConfig {
-        /// Births, deaths and numbers.
-        session: Box<Session>,
-        /// Records that were said and that nothing behind them has been acknowledged for.
+    /// A Sparkplug edge node.
+    Sparkplug {
+        /// Births, deaths and sequence numbers.
+        session: Box<SparkplugSession>,
+        /// Records that were sent with QoS 0 since the last fence message.
         unfenced: Vec<RecordId>,
-        /// Where the message goes whose acknowledgement counts for those before it.
+        /// The topic of the fence message, whose acknowledgement covers the records before it.
         fence: Arc<str>,
     },
 }
 
 impl Encoder {
-    pub(super) fn new(publisher: &Publisher) -> io::Result<Self> {
-        let Some(sparkplug) = &publisher.mqtt.sparkplug else {
-            let announced = publisher.mqtt.home_assistant.as_ref().map(|_| StreamStates::new());
+    /// The encoder for a new session.
+    ///
+    /// # Errors
+    /// When the Sparkplug birth-death number cannot be stored.
+    pub(super) fn new(context: &PublisherContext) -> io::Result<Self> {
+        let Some(sparkplug) = &context.mqtt.sparkplug else {
+            let announced = context.mqtt.home_assistant.as_ref().map(|_| StreamStates::new());
             return Ok(Self::Json { announced });
         };
-        let bd_seq = next_bd_seq(&publisher.data_dir)?;
-        let (node, site) = (&publisher.node, &publisher.site);
-        let session = Session::new(&sparkplug.group, node, site, sparkplug.host.as_deref(), bd_seq);
-        let fence = publisher.topics.fence().into();
-        Ok(Self::SparkplugConfig { session: Box::new(session), unfenced: Vec::new(), fence })
+        let bd_seq = next_bd_seq(&context.data_dir)?;
+        let (node, site) = (&context.node, &context.site);
+        let session = SparkplugSession::new(&sparkplug.group, node, site, sparkplug.host.as_deref(), bd_seq);
+        let fence = context.topics.fence().into();
+        Ok(Self::Sparkplug { session: Box::new(session), unfenced: Vec::new(), fence })
     }
 
-    /// What the broker says for us when we vanish.
-    pub(super) fn will(&self, publisher: &Publisher) -> Message {
+    /// The message that the broker publishes when the connection is lost.
+    pub(super) fn will(&self, context: &PublisherContext) -> MqttMessage {
         match self {
-            Self::Json { .. } => publisher.status(AgentPresence::Offline),
-            Self::SparkplugConfig { session, .. } => session.death(),
+            Self::Json { .. } => context.status_message(AgentPresence::Offline),
+            Self::Sparkplug { session, .. } => session.death(),
         }
     }
 
-    /// What is said and asked for first.
-    pub(super) fn begin(&mut self, publisher: &Publisher, sender: &mut Sender<Token>, streams: &StreamStates) -> bool {
+    /// Subscribes and publishes the first messages of a session.
+    pub(super) fn start(
+        &mut self,
+        context: &PublisherContext,
+        sender: &mut SessionSender,
+        streams: &StreamStates,
+    ) -> Result<(), QueueFull> {
         match self {
             Self::Json { .. } => {
-                let filters = publisher.topics.incoming();
-                sender.publish(publisher.status(AgentPresence::Online), Token::Own)
-                    && filters.iter().all(|filter| sender.subscribe(filter))
-                    && self.follow(publisher, sender, streams)
+                publish_node_message(sender, context.status_message(AgentPresence::Online))?;
+                subscribe_all(sender, &context.topics.incoming())?;
             }
-            Self::SparkplugConfig { session, .. } => {
-                let filters = session.filters();
-                filters.iter().all(|filter| sender.subscribe(filter)) && self.follow(publisher, sender, streams)
-            }
+            Self::Sparkplug { session, .. } => subscribe_all(sender, &session.filters())?,
         }
+        self.update_streams(context, sender, streams)
     }
 
-    /// Says what has changed about the streams.
-    pub(super) fn follow(&mut self, publisher: &Publisher, sender: &mut Sender<Token>, streams: &StreamStates) -> bool {
+    /// Publishes what has changed about the streams.
+    pub(super) fn update_streams(
+        &mut self,
+        context: &PublisherContext,
+        sender: &mut SessionSender,
+        streams: &StreamStates,
+    ) -> Result<(), QueueFull> {
         match self {
             Self::Json { announced } => {
-                let (Some(before), Some(prefix)) = (announced, &publisher.mqtt.home_assistant) else { return true };
-                let messages = home_assistant::discovery(prefix, &publisher.node, &publisher.topics, before, streams);
-                before.clone_from(streams);
-                messages.into_iter().all(|message| sender.publish(message, Token::Own))
+                let (Some(announced), Some(prefix)) = (announced, &context.mqtt.home_assistant) else { return Ok(()) };
+                let messages = home_assistant::discovery(prefix, &context.node, &context.topics, announced, streams);
+                announced.clone_from(streams);
+                messages.into_iter().try_for_each(|message| publish_node_message(sender, message))
             }
-            Self::SparkplugConfig { session, .. } => {
-                let messages = match (session.is_born(), session.may_be_born()) {
-                    (false, true) => session.births(streams),
-                    (true, _) => session.follow(streams),
-                    (false, false) => return true,
+            Self::Sparkplug { session, .. } => {
+                let messages = if session.is_born() {
+                    session.update_devices(streams)
+                } else if session.is_host_online() {
+                    session.births(streams)
+                } else {
+                    return Ok(());
                 };
-                messages.into_iter().all(|message| sender.publish_unconfirmed(message))
+                publish_all_unacknowledged(sender, messages)
             }
         }
     }
 
-    /// Makes sense of a message that is none of the agent's own topics. `false` when the connection is to be given up.
-    pub(super) fn hear(&mut self, message: &Message, sender: &mut Sender<Token>, streams: &StreamStates) -> bool {
-        let Self::SparkplugConfig { session, .. } = self else { return true };
-        match session.hear(message) {
-            HostSignal::HostOffline if session.is_born() => false,
+    /// Handles a message that is not on one of the agent's own topics: commands and states of Sparkplug hosts.
+    pub(super) fn handle_message(
+        &mut self,
+        message: &MqttMessage,
+        sender: &mut SessionSender,
+        streams: &StreamStates,
+    ) -> Result<EncoderSignal, QueueFull> {
+        let Self::Sparkplug { session, .. } = self else { return Ok(EncoderSignal::Continue) };
+        match session.handle_message(message) {
+            HostSignal::HostOffline if session.is_born() => Ok(EncoderSignal::HostOffline),
             HostSignal::HostOnline => {
-                session.births(streams).into_iter().all(|message| sender.publish_unconfirmed(message))
+                publish_all_unacknowledged(sender, session.births(streams)).map(|()| EncoderSignal::Continue)
             }
             HostSignal::Rebirth if session.is_born() => {
-                session.births(streams).into_iter().all(|message| sender.publish_unconfirmed(message))
+                publish_all_unacknowledged(sender, session.births(streams)).map(|()| EncoderSignal::Continue)
             }
-            _ => true,
+            HostSignal::HostOffline | HostSignal::Rebirth | HostSignal::Ignored => Ok(EncoderSignal::Continue),
         }
     }
 
-    /// Whether anybody listens: what is made before comes late.
-    pub(super) fn is_heard(&self) -> bool {
+    /// Whether records may be sent. Records that are appended earlier are historical.
+    pub(super) fn can_send_records(&self) -> bool {
         match self {
             Self::Json { .. } => true,
-            Self::SparkplugConfig { session, .. } => session.is_born(),
+            Self::Sparkplug { session, .. } => session.is_born(),
         }
     }
 
-    /// Whether a record may be handed over now.
-    pub(super) fn has_room(sender: &Sender<Token>) -> bool {
+    /// Whether the send queue has room for a record and a fence message.
+    pub(super) fn has_room(sender: &SessionSender) -> bool {
         sender.has_room(REQUESTS_PER_RECORD + 1)
     }
 
-    /// Says a record. `false` when there was no room after all.
-    pub(super) fn say(&mut self, record: Record, historical: bool, sender: &mut Sender<Token>) -> bool {
+    /// Sends a record.
+    pub(super) fn send_record(
+        &mut self,
+        record: Record,
+        historical: bool,
+        sender: &mut SessionSender,
+    ) -> Result<(), QueueFull> {
         match self {
             Self::Json { .. } => {
                 let payload = if historical { as_historical(record.payload) } else { record.payload };
-                let message = Message { topic: record.topic, payload, retain: false };
-                sender.publish(message, Token::Record(record.id))
+                let message = MqttMessage { topic: record.topic, payload, retain: false };
+                queued(sender.publish(message, AckToken::Record(record.place)))
             }
-            Self::SparkplugConfig { session, unfenced, .. } => {
-                let said =
-                    session.data(&record, historical).into_iter().all(|message| sender.publish_unconfirmed(message));
-                if said {
-                    unfenced.push(record.id);
-                }
-                said
+            Self::Sparkplug { session, unfenced, .. } => {
+                publish_all_unacknowledged(sender, session.data(&record, historical))?;
+                unfenced.push(record.place);
+                Ok(())
             }
         }
     }
 
-    /// After a burst of records: what makes the broker acknowledge those it acknowledges none of.
-    pub(super) fn pause(&mut self, sender: &mut Sender<Token>) {
-        let Self::SparkplugConfig { unfenced, fence, .. } = self else { return };
+    /// Ends a burst of records. Sends the fence message for records with QoS 0; when the queue is full it is sent with the next
+    /// burst.
+    pub(super) fn end_burst(&mut self, sender: &mut SessionSender) {
+        let Self::Sparkplug { unfenced, fence, .. } = self else { return };
         if unfenced.is_empty() {
             return;
         }
         let payload = Bytes::from(format!("{{\"records\":{}}}", unfenced.len()));
-        let message = Message { topic: fence.clone(), payload, retain: false };
-        if sender.publish(message, Token::Records(unfenced.clone())) {
+        let message = MqttMessage { topic: fence.clone(), payload, retain: false };
+        if sender.publish(message, AckToken::Fence(unfenced.clone())) {
             unfenced.clear();
         }
     }
 
-    /// Says goodbye.
-    pub(super) fn leave(&self, publisher: &Publisher, sender: &mut Sender<Token>) -> bool {
+    /// Publishes that the node goes offline, before an orderly DISCONNECT.
+    pub(super) fn send_offline(&self, context: &PublisherContext, sender: &mut SessionSender) -> Result<(), QueueFull> {
         match self {
-            Self::Json { .. } => sender.publish(publisher.status(AgentPresence::Offline), Token::Own),
-            Self::SparkplugConfig { session, .. } if session.is_born() => sender.publish(session.death(), Token::Own),
-            Self::SparkplugConfig { .. } => true,
+            Self::Json { .. } => publish_node_message(sender, context.status_message(AgentPresence::Offline)),
+            Self::Sparkplug { session, .. } if session.is_born() => publish_node_message(sender, session.death()),
+            Self::Sparkplug { .. } => Ok(()),
         }
     }
 }
 
-/// The number that binds a birth to its death: one more than the last, also over restarts, and 0 after 255.
+fn queued(is_queued: bool) -> Result<(), QueueFull> {
+    if is_queued { Ok(()) } else { Err(QueueFull) }
+}
+
+/// Publishes a message about the node itself.
+pub(super) fn publish_node_message(sender: &mut SessionSender, message: MqttMessage) -> Result<(), QueueFull> {
+    queued(sender.publish(message, AckToken::NodeMessage))
+}
+
+fn publish_all_unacknowledged(sender: &mut SessionSender, messages: Vec<MqttMessage>) -> Result<(), QueueFull> {
+    messages.into_iter().try_for_each(|message| queued(sender.publish_unacknowledged(message)))
+}
+
+fn subscribe_all(sender: &mut SessionSender, filters: &[String]) -> Result<(), QueueFull> {
+    filters.iter().try_for_each(|filter| queued(sender.subscribe(filter)))
+}
+
+/// The Sparkplug birth-death number of a new session, which pairs an NBIRTH with its NDEATH. It is one more than the last one,
+/// across restarts, and 0 after 255.
 fn next_bd_seq(data_dir: &Path) -> io::Result<u8> {
     let path = data_dir.join(BD_SEQ_FILE);
     let last = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u8>().ok());
     let next = last.map_or(0, |last| last.wrapping_add(1));
     files::replace(&path, format!("{next}\n").as_bytes())?;
     Ok(next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The messages of both encodings are checked by `tests/suite/mqtt.rs` and `tests/suite/sparkplug.rs` against real peers.
+    #[test]
+    fn the_birth_death_number_grows_across_restarts_and_wraps() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(next_bd_seq(folder.path()).unwrap(), 0);
+        assert_eq!(next_bd_seq(folder.path()).unwrap(), 1);
+        std::fs::write(folder.path().join(BD_SEQ_FILE), "255\n").unwrap();
+        assert_eq!(next_bd_seq(folder.path()).unwrap(), 0);
+        std::fs::write(folder.path().join(BD_SEQ_FILE), "damaged").unwrap();
+        assert_eq!(next_bd_seq(folder.path()).unwrap(), 0);
+        assert!(next_bd_seq(Path::new("/no/such/folder")).is_err());
+    }
 }

@@ -1,239 +1,206 @@
-//! From the spool to a broker. One task owns the connection.
+//! Publishes the spool's records to a broker. One task owns the connection.
 //!
 //! ```text
-//!            the first broker that may be tried          accepted: say online; what was on the way goes again
-//! (start) ------------------------------------> Waiting ------------------------------------------------> Open
-//!                        ^                         |                                                        |
-//!                        |  back off, each broker for itself; a rejection for half a minute                   | PUBACK: forget
-//!                        +-------------------------+------ lost, wedged, silent ----------------------------+ append: send
-//!                        |                                                                                  |
-//!                        +-- left in order: a better broker is there again, or credentials have changed ----+
+//!            selects the first available broker         accepted: publishes its status; resends what was unacknowledged
+//! (start) -----------------------------------> Connecting ---------------------------------------------------> Session
+//!                      ^                           |                                                              |
+//!                      |  delay per broker; half a minute after a refusal                                         | PUBACK: deletes the record
+//!                      +---------------------------+--- lost, no progress, no answer to a keep-alive request -----+ append: sends the record
+//!                      |                                                                                          |
+//!                      +-- closed in order: preferred broker available, credentials changed, Sparkplug host offline
 //! ```
 //!
-//! A record leaves the spool on its PUBACK and not before. A connection on which nothing moves for twice the keep-alive
-//! while messages are on the way, or that does not answer a probe within half the keep-alive, is given up and made anew.
+//! A record is deleted from the spool on its PUBACK and not before.
+//!
+//! [`Publisher::run`] may be called again after it has panicked: everything that outlives it is in the spool. A guard makes sure
+//! that [`BrokerState`] is `Disconnected`, and the spool informed, whenever `run` is not running.
 
 mod broker_selector;
 mod commands;
+mod context;
 mod encoder;
 mod send_window;
 mod session;
 #[cfg(test)]
-mod simulated_days;
+mod simulation;
 
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use bytes::Bytes;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use self::broker_selector::BrokerSelector;
+use self::broker_selector::{BrokerSelector, Selection};
 use self::commands::Commands;
-pub use self::commands::SetLevel;
-use self::encoder::Encoder;
-use self::session::Session;
-use crate::config::MqttConfig;
+pub use self::context::PublisherContext;
+use self::encoder::{Encoder, SessionSender};
+use self::session::{CREDENTIALS_CHECK_INTERVAL, Session, SessionEnd, SessionInputs};
+use crate::broker_state::{BrokerState, BrokerStateWriter};
 use crate::connection;
-use crate::connection::{ConnectionLoss, Event, Message, Receiver, Sender};
+use crate::connection::{ConnectionEvent, ConnectionLoss, MqttReceiver};
 use crate::credentials::{BrokerCredentials, fingerprint};
-use lineside_api::message::{AgentPresence, StatusMessage, Topics};
-use lineside_api::state::StreamStates;
-use lineside_common::clock;
-use lineside_common::metrics::Metrics;
-use lineside_spool::{RecordId, Spool};
 
-/// How often the files of the secret are looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
-
-/// What is to be acknowledged.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Token {
-    /// This record.
-    Record(RecordId),
-    /// These records, which went before without being acknowledged each.
-    Records(Vec<RecordId>),
-    /// Something that no record says.
-    Own,
-}
-
-/// Who speaks.
+/// Publishes records to one broker at a time, and owns the connection and its state.
 pub struct Publisher {
-    /// Brokers, and what is said to them.
-    pub mqtt: MqttConfig,
-    /// Our topics.
-    pub topics: Topics,
-    /// The node's name.
-    pub node: String,
-    /// The site's name.
-    pub site: String,
-    /// The boot epoch.
-    pub epoch: u64,
-    /// The agent's own folder.
-    pub data_dir: PathBuf,
-    /// Where records come from.
-    pub spool: Arc<Spool>,
-    /// The streams.
-    pub registry: watch::Receiver<StreamStates>,
-    /// Who carries out commands.
-    pub commands: mpsc::Sender<crate::command::CommandRequest>,
-    /// Changes what is logged.
-    pub set_level: SetLevel,
-    /// Where it is counted.
-    pub metrics: Metrics,
+    context: PublisherContext,
+    state: BrokerStateWriter,
 }
 
-/// How a connection ended.
-#[derive(Debug)]
-enum SessionEnd {
-    /// It broke, or never came to be.
-    Lost(ConnectionLoss),
-    /// It was left on purpose, and there is to be another.
-    Moved,
-    /// The agent ends.
-    Farewell,
+/// What a session, or the attempt to open one, leads to.
+struct SessionReport {
+    end: SessionEnd,
+    was_connected: bool,
+    results_published: u64,
+}
+
+impl SessionReport {
+    fn not_connected(end: SessionEnd) -> Self {
+        Self { end, was_connected: false, results_published: 0 }
+    }
+}
+
+/// Ends the connection's state with the future of [`Publisher::run`], also when it panics or is dropped.
+struct RunGuard<'a>(&'a Publisher);
+
+impl Drop for RunGuard<'_> {
+    fn drop(&mut self) {
+        let reason = std::thread::panicking().then(|| "the publisher panicked".to_owned());
+        self.0.disconnected(reason);
+    }
 }
 
 impl Publisher {
-    /// Publishes until stopped; then it waits a little for the broker to take what is left and says goodbye.
-    pub async fn run(self, stop: CancellationToken) {
-        let mut selector = BrokerSelector::new(&self.mqtt.brokers);
-        let mut commands = Commands::new(
-            &self.node,
-            self.topics.clone(),
-            self.mqtt.commands.clone(),
-            self.commands.clone(),
-            self.set_level.clone(),
-            self.metrics.clone(),
-        );
-        let mut print = fingerprint(self.mqtt.secret.as_deref());
-        let mut registry = self.registry.clone();
+    /// A publisher that is not connected. [`Self::run`] starts it.
+    pub fn new(context: PublisherContext) -> Self {
+        let state = BrokerStateWriter::new(context.metrics.clone());
+        Self { context, state }
+    }
+
+    /// The state of the broker connection, which follows the publisher.
+    pub fn broker_state(&self) -> watch::Receiver<BrokerState> {
+        self.state.subscribe()
+    }
+
+    /// Publishes until `stop` is cancelled; then waits up to three seconds for acknowledgements and disconnects in order. It
+    /// can be called again after it has ended or panicked, but must not run twice at the same time.
+    pub async fn run(&self, stop: CancellationToken) {
+        // An earlier run may have panicked with records in flight.
+        self.context.spool.disconnected();
+        let _guard = RunGuard(self);
+        let mut inputs =
+            SessionInputs { commands: Commands::new(&self.context), streams: self.context.streams.clone(), stop };
+        let mut selector = BrokerSelector::new(&self.context.mqtt.brokers);
+        let mut credentials = self.credentials_fingerprint();
         loop {
-            let index = match selector.choose(Instant::now()) {
-                Ok(index) => index,
-                Err(until) => {
+            let index = match selector.select(Instant::now()) {
+                Selection::Connect(index) => index,
+                Selection::Wait(until) => {
                     tokio::select! {
-                        () = tokio::time::sleep_until(until.min(Instant::now() + LOOK_EVERY)) => {}
-                        () = stop.cancelled() => return self.tell_what_is_left(),
+                        () = tokio::time::sleep_until(until.min(Instant::now() + CREDENTIALS_CHECK_INTERVAL)) => {}
+                        () = inputs.stop.cancelled() => return self.context.log_remaining_records(),
                     }
-                    let now = fingerprint(self.mqtt.secret.as_deref());
-                    if now != print {
-                        // Other credentials may be accepted.
-                        print = now;
+                    let current = self.credentials_fingerprint();
+                    if current != credentials {
+                        // The new credentials may be accepted.
+                        credentials = current;
                         selector.reset();
                     }
                     continue;
                 }
             };
-            let published_before = self.metrics.mqtt_results.get();
-            let ended = self.visit(&selector, index, &mut commands, &mut registry, &stop).await;
-            let was_open = self.metrics.mqtt_connected.get() == 1;
-            self.metrics.mqtt_connected.set(0);
-            self.spool.disconnected();
-            print = fingerprint(self.mqtt.secret.as_deref());
-            // Only a connection that got a record across has earned a quick next try. The status does not count: two
-            // agents of one name would throw each other out at full speed.
-            if self.metrics.mqtt_results.get() > published_before {
-                selector.record_success(index);
-            }
-            match ended {
-                SessionEnd::Farewell => return,
-                SessionEnd::Moved => {}
-                SessionEnd::Lost(loss) => {
-                    let is_news = selector.record_failure(index, &loss, was_open, Instant::now());
-                    if is_news {
-                        let broker = selector.broker(index);
-                        tracing::warn!(event = "broker_disconnected", %broker, reason = loss.reason(), "broker is not reached, results wait");
-                    }
-                }
+            let report = self.run_session(&selector, index, &mut inputs).await;
+            credentials = self.credentials_fingerprint();
+            if self.finish_session(&mut selector, index, report) {
+                return;
             }
         }
     }
 
-    /// One connection to one broker, from the attempt to its end.
-    async fn visit(
+    /// Updates state and selector after a session. Returns whether the publisher stops.
+    fn finish_session(&self, selector: &mut BrokerSelector, index: usize, report: SessionReport) -> bool {
+        // Only a session that delivered results resets the retry delay. The status message does not count: two agents with
+        // the same node name would disconnect each other at full speed.
+        if report.results_published > 0 {
+            selector.record_success(index);
+        }
+        match report.end {
+            SessionEnd::Stopped | SessionEnd::Reconnect => self.disconnected(None),
+            SessionEnd::Lost(ref loss) => {
+                let reason = loss.reason();
+                if selector.record_failure(index, loss, report.was_connected, Instant::now()) {
+                    let broker = selector.broker(index);
+                    tracing::warn!(
+                        event = "broker_disconnected",
+                        %broker,
+                        reason,
+                        "Broker is not connected; records wait in the spool"
+                    );
+                }
+                self.disconnected(Some(reason));
+            }
+        }
+        matches!(report.end, SessionEnd::Stopped)
+    }
+
+    /// Publishes that no connection is open.
+    fn disconnected(&self, reason: Option<String>) {
+        self.context.spool.disconnected();
+        self.state.set_disconnected(reason);
+    }
+
+    fn credentials_fingerprint(&self) -> Option<lineside_common::digest::Digest> {
+        fingerprint(self.context.mqtt.secret.as_deref())
+    }
+
+    /// Connects to a broker and runs a session until it ends.
+    async fn run_session(&self, selector: &BrokerSelector, index: usize, inputs: &mut SessionInputs) -> SessionReport {
+        let (sender, receiver, encoder) = match self.connect(selector, index, &inputs.stop).await {
+            Ok(connected) => connected,
+            Err(end) => return SessionReport::not_connected(end),
+        };
+        let (broker, waiting) = (selector.broker(index), self.context.spool.stats().records);
+        self.state.set_connected(index, broker);
+        tracing::info!(event = "broker_connected", %broker, waiting, "Broker is connected");
+        let mut session = Session::new(&self.context, sender, encoder, selector, index);
+        let end = session.run(receiver, inputs).await;
+        SessionReport { end, was_connected: true, results_published: session.results_published() }
+    }
+
+    /// Opens a connection and waits until the broker accepts it.
+    async fn connect(
         &self,
         selector: &BrokerSelector,
         index: usize,
-        commands: &mut Commands,
-        registry: &mut watch::Receiver<StreamStates>,
         stop: &CancellationToken,
-    ) -> SessionEnd {
-        let broker = selector.broker(index);
-        let access = match BrokerCredentials::read(broker, self.mqtt.secret.as_deref()) {
-            Ok(access) => access,
-            Err(reason) => return SessionEnd::Lost(ConnectionLoss::Refused(reason)),
-        };
-        let expires = access.expires.and_then(|expires| expires.duration_since(SystemTime::UNIX_EPOCH).ok());
+    ) -> Result<(SessionSender, MqttReceiver, Encoder), SessionEnd> {
+        let (context, broker) = (&self.context, selector.broker(index));
+        let credentials = BrokerCredentials::read(broker, context.mqtt.secret.as_deref())
+            .map_err(|error| SessionEnd::Lost(error.into()))?;
+        let expires = credentials.expires.and_then(|expires| expires.duration_since(SystemTime::UNIX_EPOCH).ok());
         let expires = expires.and_then(|expires| i64::try_from(expires.as_secs()).ok());
-        self.metrics.mqtt_certificate_expiry.set(expires.unwrap_or(0));
-        let encoder = match Encoder::new(self) {
-            Ok(encoder) => encoder,
-            Err(error) => {
-                return SessionEnd::Lost(ConnectionLoss::Unreachable(format!("bdSeq cannot be written down: {error}")));
-            }
-        };
-        // The client id is the node's, so that a broker lets go of our last connection when it sees the new one.
-        let client_id = format!("lineside/{}/{}", self.site, self.node);
+        context.metrics.certificate_expiry.set(expires.unwrap_or(0));
+        let encoder = Encoder::new(context).map_err(|error| {
+            let loss = ConnectionLoss::unreachable("the Sparkplug birth-death number cannot be stored");
+            SessionEnd::Lost(loss.with_source(error))
+        })?;
+        // The client id is the same for every connection of the node, so that the broker closes the old one.
+        let client_id = format!("lineside/{}/{}", context.site, context.node);
+        let will = Some(encoder.will(context));
         let (mut sender, mut receiver) =
-            connection::connection(broker, &access, &client_id, self.mqtt.keep_alive, Some(encoder.will(self)));
-        if let Err(ended) = self.accepted(&mut sender, &mut receiver, stop).await {
-            return ended;
-        }
-        self.metrics.mqtt_connected.set(1);
-        self.metrics.mqtt_broker_index.set(i64::try_from(index).unwrap_or(i64::MAX));
-        tracing::info!(event = "broker_connected", %broker, waiting = self.spool.stats().records, "broker is reached");
-        let talk = Session::new(self, sender, encoder, selector, index);
-        talk.run(receiver, commands, registry, stop).await
-    }
-
-    /// Waits for the broker to accept us.
-    async fn accepted(
-        &self,
-        sender: &mut Sender<Token>,
-        receiver: &mut Receiver,
-        stop: &CancellationToken,
-    ) -> Result<(), SessionEnd> {
+            connection::prepare(broker, &credentials, &client_id, context.mqtt.keep_alive, will);
         loop {
-            let seen = tokio::select! {
-                seen = receiver.next() => seen,
+            let event = tokio::select! {
+                event = receiver.next() => event,
                 () = stop.cancelled() => {
-                    self.tell_what_is_left();
-                    return Err(SessionEnd::Farewell);
+                    context.log_remaining_records();
+                    return Err(SessionEnd::Stopped);
                 }
             };
-            match sender.understand(seen) {
-                Event::Connected => return Ok(()),
-                Event::Lost(loss) => return Err(SessionEnd::Lost(loss)),
+            match sender.interpret(event) {
+                ConnectionEvent::Connected => return Ok((sender, receiver, encoder)),
+                ConnectionEvent::Lost(loss) => return Err(SessionEnd::Lost(loss)),
                 _ => {}
             }
-        }
-    }
-
-    fn status(&self, state: AgentPresence) -> Message {
-        let status = StatusMessage {
-            state,
-            ts: clock::rfc3339(SystemTime::now()),
-            site: &self.site,
-            node: &self.node,
-            version: env!("CARGO_PKG_VERSION"),
-            epoch: self.epoch,
-        };
-        // A structure of texts and numbers always becomes JSON.
-        let payload = Bytes::from(serde_json::to_vec(&status).unwrap_or_default());
-        Message { topic: self.topics.status().into(), payload, retain: true }
-    }
-
-    fn tell_what_is_left(&self) {
-        let left = self.spool.stats().records;
-        if left > 0 {
-            tracing::info!(
-                event = "records_left_in_spool",
-                records = left,
-                "ending with results the broker has not taken; the spool keeps them"
-            );
         }
     }
 }

@@ -1,4 +1,10 @@
-//! One accepted connection, from the first word to the last.
+//! One MQTT session: from the broker's acceptance to the end of the connection. Tested with the publisher in the parent module,
+//! and in `tests/suite/` against real brokers and scripted ones.
+//!
+//! A session ends when the connection is lost, when it makes no progress for twice the keep-alive although messages are
+//! unacknowledged, when a keep-alive request is not answered within half the keep-alive, or in order: the node publishes that it
+//! is offline and sends DISCONNECT, because the agent stops, the credentials have changed, a preferred broker is available, or
+//! the Sparkplug primary host is offline.
 
 use std::time::Duration;
 
@@ -9,331 +15,398 @@ use tokio_util::sync::CancellationToken;
 
 use super::broker_selector::{BrokerSelector, probe};
 use super::commands::Commands;
-use super::encoder::Encoder;
+use super::context::PublisherContext;
+use super::encoder::{AckToken, Encoder, EncoderSignal, QueueFull, SessionSender, publish_node_message};
 use super::send_window::{SendWindow, WINDOW};
-use super::{LOOK_EVERY, Publisher, SessionEnd, Token};
-use crate::connection::{ConnectionLoss, Event, Receiver, Seen, Sender};
+use crate::connection::{ConnectionEvent, ConnectionLoss, MqttMessage, MqttReceiver, TransportEvent};
 use crate::credentials::fingerprint;
 use lineside_api::state::StreamStates;
 use lineside_common::digest::Digest;
 use lineside_spool::RecordKind;
 
-/// How long the end may wait for the broker to take what is left.
-const FAREWELL: Duration = Duration::from_secs(3);
-/// A server closes what it has said goodbye to; if not, we do, after this.
-const PARTING: Duration = Duration::from_secs(1);
+/// Interval at which the credential files are checked for changes.
+pub(super) const CREDENTIALS_CHECK_INTERVAL: Duration = Duration::from_secs(2);
+/// Maximum time that an orderly end waits for acknowledgements.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Maximum time that the agent waits for the broker to close the connection after DISCONNECT.
+const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The state of a connection.
-pub(super) struct Session<'a> {
-    publisher: &'a Publisher,
-    selector: &'a BrokerSelector,
-    index: usize,
-    sender: Sender<Token>,
-    encoder: Encoder,
-    flow: SendWindow,
-    /// Records are being sent.
-    is_heard: bool,
-    began: Instant,
-    last_progress: Instant,
-    probed: Option<Instant>,
-    print: Option<Digest>,
-    look_at: Instant,
-    /// When to probe at better brokers, and the probe that is under way.
-    return_at: Option<Instant>,
-    knocking: Option<JoinHandle<bool>>,
-    leaving: Option<Leaving>,
+/// How a session ended.
+#[derive(Debug)]
+pub(super) enum SessionEnd {
+    /// The connection was lost, or could not be opened.
+    Lost(ConnectionLoss),
+    /// The session was closed in order; another one follows at once.
+    Reconnect,
+    /// The agent stops.
+    Stopped,
 }
 
-/// The end of a connection that is ended in order.
-struct Leaving {
-    is_farewell: bool,
+impl From<QueueFull> for SessionEnd {
+    fn from(error: QueueFull) -> Self {
+        Self::Lost(ConnectionLoss::unreachable("a message about the node cannot be sent").with_source(error))
+    }
+}
+
+/// What a session receives from the rest of the agent. It is kept from one session to the next.
+pub(super) struct SessionInputs {
+    pub(super) commands: Commands,
+    pub(super) streams: watch::Receiver<StreamStates>,
+    pub(super) stop: CancellationToken,
+}
+
+/// An open session.
+pub(super) struct Session<'a> {
+    context: &'a PublisherContext,
+    selector: &'a BrokerSelector,
+    /// The index of the connected broker.
+    index: usize,
+    sender: SessionSender,
+    encoder: Encoder,
+    window: SendWindow,
+    results_published: u64,
+    /// Whether the spool knows of the connection, and records are sent.
+    is_sending: bool,
+    /// The last acknowledgement, or the first message after an idle time.
+    last_progress: Instant,
+    /// When the keep-alive request was sent that is not answered yet.
+    ping_sent_at: Option<Instant>,
+    credentials: Option<Digest>,
+    credentials_check_at: Instant,
+    /// When the preferred brokers are probed, and the probe that runs.
+    probe_at: Option<Instant>,
+    running_probe: Option<JoinHandle<bool>>,
+    closing: Option<Closing>,
+}
+
+/// The orderly end of a session.
+struct Closing {
+    reason: CloseReason,
     deadline: Instant,
-    has_said: bool,
+    /// Whether the offline message and DISCONNECT were sent.
+    is_disconnecting: bool,
+}
+
+/// Why a session is closed in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum CloseReason {
+    /// The agent stops. Records are sent until the deadline.
+    Stop,
+    /// Another session follows. Unsent records are left for it.
+    Reconnect,
 }
 
 impl<'a> Session<'a> {
     pub(super) fn new(
-        publisher: &'a Publisher,
-        sender: Sender<Token>,
+        context: &'a PublisherContext,
+        sender: SessionSender,
         encoder: Encoder,
         selector: &'a BrokerSelector,
         index: usize,
     ) -> Self {
         let now = Instant::now();
         Self {
-            publisher,
+            context,
             selector,
             index,
             sender,
             encoder,
-            flow: SendWindow::new(publisher.mqtt.drain_per_second, Duration::ZERO),
-            is_heard: false,
-            began: now,
+            window: SendWindow::new(context.mqtt.drain_per_second, now.into_std()),
+            results_published: 0,
+            is_sending: false,
             last_progress: now,
-            probed: None,
-            print: fingerprint(publisher.mqtt.secret.as_deref()),
-            look_at: now + LOOK_EVERY,
-            return_at: selector.has_preferred(index).then(|| now + selector.failback_delay(index)),
-            knocking: None,
-            leaving: None,
+            ping_sent_at: None,
+            credentials: fingerprint(context.mqtt.secret.as_deref()),
+            credentials_check_at: now + CREDENTIALS_CHECK_INTERVAL,
+            probe_at: selector.has_preferred(index).then(|| now + selector.failback_delay(index)),
+            running_probe: None,
+            closing: None,
         }
     }
 
-    /// Talks until it ends, one way or another.
-    pub(super) async fn run(
-        mut self,
-        mut receiver: Receiver,
-        commands: &mut Commands,
-        registry: &mut watch::Receiver<StreamStates>,
-        stop: &CancellationToken,
-    ) -> SessionEnd {
-        let publisher = self.publisher;
-        let streams = registry.borrow_and_update().clone();
-        if !self.encoder.begin(publisher, &mut self.sender, &streams) {
-            return no_room();
+    /// Number of results that the broker acknowledged.
+    pub(super) fn results_published(&self) -> u64 {
+        self.results_published
+    }
+
+    /// Runs the session until it ends.
+    pub(super) async fn run(&mut self, receiver: MqttReceiver, inputs: &mut SessionInputs) -> SessionEnd {
+        let streams = inputs.streams.borrow_and_update().clone();
+        if let Err(error) = self.encoder.start(self.context, &mut self.sender, &streams) {
+            return error.into();
         }
+        match self.run_events(receiver, inputs).await {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    async fn run_events(
+        &mut self,
+        mut receiver: MqttReceiver,
+        inputs: &mut SessionInputs,
+    ) -> Result<std::convert::Infallible, SessionEnd> {
+        let context = self.context;
         loop {
-            self.fill();
-            // The future is kept until it is done: dropping it half way could lose a packet.
+            self.send_records();
+            // The future is polled to completion: dropping it earlier could lose a packet.
             let next = receiver.next();
             tokio::pin!(next);
-            let seen = loop {
-                let wake = self.wake();
-                let may_fill = self.leaving.is_none() && self.flow.unacknowledged() < WINDOW;
+            let event = loop {
+                let wake_at = self.wake_at();
+                let can_send = self.closing.is_none() && self.window.unacknowledged() < WINDOW;
                 tokio::select! {
-                    seen = &mut next => break seen,
-                    () = publisher.spool.changed().notified(), if may_fill => self.fill(),
-                    Ok(()) = registry.changed() => {
-                        let streams = registry.borrow_and_update().clone();
-                        if self.leaving.is_none() && !self.encoder.follow(publisher, &mut self.sender, &streams) {
-                            return no_room();
+                    event = &mut next => break event,
+                    () = context.spool.changed().notified(), if can_send => self.send_records(),
+                    Ok(()) = inputs.streams.changed() => {
+                        let streams = inputs.streams.borrow_and_update().clone();
+                        if self.closing.is_none() {
+                            self.encoder.update_streams(context, &mut self.sender, &streams)?;
                         }
                     }
-                    answer = commands.answered() => {
-                        if self.leaving.is_none() && !self.sender.publish(answer, Token::Own) {
-                            return no_room();
+                    reply = inputs.commands.next_reply() => {
+                        if self.closing.is_none() {
+                            publish_node_message(&mut self.sender, reply)?;
                         }
                     }
-                    opened = knocked(&mut self.knocking) => self.on_knocked(opened),
-                    () = stop.cancelled(), if !self.is_farewell() => self.leave(true),
-                    () = tokio::time::sleep_until(wake) => {
-                        if let Some(ended) = self.on_time() {
-                            return ended;
-                        }
-                    }
+                    is_available = probe_result(&mut self.running_probe) => self.on_probe(is_available),
+                    () = inputs.stop.cancelled(), if !self.is_stopping() => self.close(CloseReason::Stop),
+                    () = tokio::time::sleep_until(wake_at) => self.on_timer()?,
                 }
             };
-            if let Some(ended) = self.on_seen(seen, commands, registry) {
-                return ended;
-            }
+            self.on_event(event, inputs)?;
         }
     }
 
-    fn is_farewell(&self) -> bool {
-        self.leaving.as_ref().is_some_and(|leaving| leaving.is_farewell)
+    fn is_stopping(&self) -> bool {
+        self.closing.as_ref().is_some_and(|closing| closing.reason == CloseReason::Stop)
     }
 
-    /// Time since the connection was made.
-    fn now(&self) -> Duration {
-        self.began.elapsed()
+    fn is_disconnecting(&self) -> bool {
+        self.closing.as_ref().is_some_and(|closing| closing.is_disconnecting)
     }
 
-    /// Hands over what may be sent now.
-    fn fill(&mut self) {
-        // On an idle connection the clock for a lack of progress starts with the first message.
+    /// Sends the records that the window admits.
+    fn send_records(&mut self) {
+        // After an idle time, the time without progress starts with the first message.
         if self.sender.unacknowledged() == 0 {
             self.last_progress = Instant::now();
         }
-        // One who only moves leaves what has not been sent for the next connection.
-        let goes_on = self.leaving.as_ref().is_none_or(|leaving| leaving.is_farewell && !leaving.has_said);
-        if !self.is_heard && self.encoder.is_heard() {
-            self.is_heard = true;
-            self.publisher.spool.connected();
+        if !self.is_sending && self.encoder.can_send_records() {
+            self.is_sending = true;
+            self.context.spool.connected();
         }
-        while goes_on && self.is_heard && Encoder::has_room(&self.sender) {
-            let now = self.now();
-            let Some((record, historical)) = self.flow.next(&self.publisher.spool, now) else { break };
-            let place = record.id;
-            if !self.encoder.say(record, historical, &mut self.sender) {
-                self.flow.requeue(place);
-                self.publisher.spool.requeue(place);
+        let is_open = self
+            .closing
+            .as_ref()
+            .is_none_or(|closing| closing.reason == CloseReason::Stop && !closing.is_disconnecting);
+        while is_open && self.is_sending && Encoder::has_room(&self.sender) {
+            let now = Instant::now().into_std();
+            let Some((record, historical)) = self.window.next(&self.context.spool, now) else { break };
+            let id = record.place;
+            if self.encoder.send_record(record, historical, &mut self.sender).is_err() {
+                self.window.requeue(id);
+                self.context.spool.requeue(id);
                 break;
             }
         }
-        self.encoder.pause(&mut self.sender);
-        self.say_goodbye();
+        self.encoder.end_burst(&mut self.sender);
+        self.disconnect_when_acknowledged();
     }
 
-    fn has_said_goodbye(&self) -> bool {
-        self.leaving.as_ref().is_some_and(|leaving| leaving.has_said)
+    /// Starts the orderly end: unacknowledged messages are awaited, then the node goes offline.
+    fn close(&mut self, reason: CloseReason) {
+        let is_disconnecting = self.is_disconnecting();
+        self.closing = Some(Closing { reason, deadline: Instant::now() + CLOSE_TIMEOUT, is_disconnecting });
+        self.send_records();
     }
 
-    /// Begins to end the connection in order: what is there is sent, and then goodbye is said.
-    fn leave(&mut self, is_farewell: bool) {
-        let now = Instant::now();
-        let has_said = self.has_said_goodbye();
-        self.leaving = Some(Leaving { is_farewell, deadline: now + FAREWELL, has_said });
-        self.fill();
-    }
-
-    /// Says goodbye when nothing is on the way any more.
-    fn say_goodbye(&mut self) {
-        let Some(leaving) = &mut self.leaving else { return };
-        if leaving.has_said || self.sender.unacknowledged() > 0 {
+    /// While closing: sends the offline message and DISCONNECT once everything is acknowledged.
+    fn disconnect_when_acknowledged(&mut self) {
+        let Some(closing) = &mut self.closing else { return };
+        if closing.is_disconnecting || self.sender.unacknowledged() > 0 {
             return;
         }
-        leaving.has_said = self.encoder.leave(self.publisher, &mut self.sender) && self.sender.disconnect();
-        leaving.deadline = leaving.deadline.min(Instant::now() + PARTING);
+        let is_offline_sent = self.encoder.send_offline(self.context, &mut self.sender).is_ok();
+        closing.is_disconnecting = is_offline_sent && self.sender.disconnect();
+        closing.deadline = closing.deadline.min(Instant::now() + DISCONNECT_TIMEOUT);
     }
 
-    /// When something is to be done though nothing happens.
-    fn wake(&self) -> Instant {
-        if let Some(leaving) = &self.leaving {
-            return leaving.deadline;
+    /// When the next timer expires.
+    fn wake_at(&self) -> Instant {
+        if let Some(closing) = &self.closing {
+            return closing.deadline;
         }
-        let wedged = (self.sender.unacknowledged() > 0).then(|| self.last_progress + self.wedged_after());
-        let silent = self.probed.map(|probed| probed + self.unreachable_after());
-        let rate = self.flow.wait().map(|wait| Instant::now() + wait);
-        let times = [Some(self.look_at), wedged, silent, rate, self.return_at];
-        times.into_iter().flatten().min().unwrap_or(self.look_at)
-    }
-
-    /// A connection that does not move for this long while messages are on the way is given up.
-    fn wedged_after(&self) -> Duration {
-        self.publisher.mqtt.keep_alive * 2
-    }
-
-    /// A broker that does not answer a probe within this is gone.
-    fn unreachable_after(&self) -> Duration {
-        self.publisher.mqtt.keep_alive / 2
-    }
-
-    fn on_time(&mut self) -> Option<SessionEnd> {
         let now = Instant::now();
-        if let Some(leaving) = self.leaving.as_ref().filter(|leaving| leaving.deadline <= now) {
-            return Some(self.end(leaving.is_farewell));
-        }
-        if self.sender.unacknowledged() > 0 && self.last_progress + self.wedged_after() <= now {
-            let seconds = self.wedged_after().as_secs();
-            return Some(lost(format!("nothing was acknowledged for {seconds} s")));
-        }
-        if self.probed.is_some_and(|probed| probed + self.unreachable_after() <= now) {
-            return Some(lost("the broker has fallen silent".to_owned()));
-        }
-        if self.look_at <= now {
-            self.look_at = now + LOOK_EVERY;
-            let print = fingerprint(self.publisher.mqtt.secret.as_deref());
-            // A folder that has vanished is no reason to give up a connection that works.
-            if print.is_some() && print != self.print && self.leaving.is_none() {
-                tracing::info!(
-                    event = "broker_credentials_changed",
-                    "credentials for the broker have changed, connecting anew with them"
-                );
-                self.leave(false);
-            }
-        }
-        if self.return_at.is_some_and(|at| at <= now) {
-            self.return_at = None;
-            self.knocking = Some(tokio::spawn(probe(self.selector.better(self.index, now))));
-        }
-        self.fill();
-        None
+        let timers = [
+            self.progress_deadline(),
+            self.ping_deadline(),
+            self.window.backlog_delay(now.into_std()).map(|delay| now + delay),
+            self.probe_at,
+        ];
+        timers.into_iter().flatten().fold(self.credentials_check_at, Instant::min)
     }
 
-    fn on_knocked(&mut self, opened: bool) {
-        if opened && self.leaving.is_none() {
-            tracing::info!("a better broker is there again, going back to it");
-            self.leave(false);
+    /// While messages are unacknowledged: when the connection is given up because none has been acknowledged.
+    fn progress_deadline(&self) -> Option<Instant> {
+        (self.sender.unacknowledged() > 0).then(|| self.last_progress + self.progress_timeout())
+    }
+
+    fn progress_timeout(&self) -> Duration {
+        self.context.mqtt.keep_alive * 2
+    }
+
+    /// After a keep-alive request: when the connection is given up because it was not answered.
+    fn ping_deadline(&self) -> Option<Instant> {
+        self.ping_sent_at.map(|sent_at| sent_at + self.context.mqtt.keep_alive / 2)
+    }
+
+    fn on_timer(&mut self) -> Result<(), SessionEnd> {
+        let now = Instant::now();
+        let is_due = |deadline: Option<Instant>| deadline.is_some_and(|deadline| deadline <= now);
+        if let Some(closing) = self.closing.as_ref().filter(|closing| closing.deadline <= now) {
+            return Err(self.end(closing.reason));
+        }
+        if is_due(self.progress_deadline()) {
+            let seconds = self.progress_timeout().as_secs();
+            let message = format!("the broker acknowledged no message for {seconds} s");
+            return Err(SessionEnd::Lost(ConnectionLoss::unreachable(message)));
+        }
+        if is_due(self.ping_deadline()) {
+            return Err(SessionEnd::Lost(ConnectionLoss::unreachable(
+                "the broker does not answer keep-alive requests",
+            )));
+        }
+        if self.credentials_check_at <= now {
+            self.credentials_check_at = now + CREDENTIALS_CHECK_INTERVAL;
+            self.check_credentials();
+        }
+        if is_due(self.probe_at) {
+            self.probe_at = None;
+            self.running_probe = Some(tokio::spawn(probe(self.selector.preferred(self.index, now))));
+        }
+        self.send_records();
+        Ok(())
+    }
+
+    /// Reconnects when the credentials have changed. A folder that was removed does not end a connection that works.
+    fn check_credentials(&mut self) {
+        let current = fingerprint(self.context.mqtt.secret.as_deref());
+        if current.is_some() && current != self.credentials && self.closing.is_none() {
+            tracing::info!(
+                event = "broker_credentials_changed",
+                broker = %self.selector.broker(self.index),
+                "Broker credentials have changed; reconnecting"
+            );
+            self.close(CloseReason::Reconnect);
+        }
+    }
+
+    fn on_probe(&mut self, is_available: bool) {
+        if is_available && self.closing.is_none() {
+            tracing::info!(
+                event = "broker_failback",
+                broker = %self.selector.broker(self.index),
+                "A preferred broker is available; leaving this broker"
+            );
+            self.close(CloseReason::Reconnect);
         } else {
-            self.return_at = Some(Instant::now() + self.selector.failback_delay(self.index));
+            self.probe_at = Some(Instant::now() + self.selector.failback_delay(self.index));
         }
     }
 
-    fn on_seen(
-        &mut self,
-        seen: Seen,
-        commands: &mut Commands,
-        registry: &watch::Receiver<StreamStates>,
-    ) -> Option<SessionEnd> {
-        match self.sender.understand(seen) {
-            Event::Acknowledged(token) => {
-                self.probed = None;
+    fn on_event(&mut self, event: TransportEvent, inputs: &mut SessionInputs) -> Result<(), SessionEnd> {
+        match self.sender.interpret(event) {
+            ConnectionEvent::Acknowledged(token) => {
+                self.ping_sent_at = None;
                 self.last_progress = Instant::now();
                 self.on_acknowledged(token);
             }
-            Event::Alive => self.probed = None,
-            Event::Probing => self.probed = self.probed.or(Some(Instant::now())),
-            Event::Received(message) => {
-                self.probed = None;
-                commands.take(&message);
-                let streams = registry.borrow().clone();
-                if self.leaving.is_none() && !self.encoder.hear(&message, &mut self.sender, &streams) {
-                    tracing::warn!("the primary host is offline, results wait");
-                    self.leave(false);
-                }
+            ConnectionEvent::PacketReceived => self.ping_sent_at = None,
+            ConnectionEvent::PingSent => self.ping_sent_at = self.ping_sent_at.or(Some(Instant::now())),
+            ConnectionEvent::Received(message) => {
+                self.ping_sent_at = None;
+                self.on_message(&message, inputs)?;
             }
-            Event::Lost(_) if self.has_said_goodbye() => return Some(self.end(self.is_farewell())),
-            Event::Lost(loss) if self.is_farewell() => {
-                tracing::debug!(reason = loss.reason(), "the connection broke at the end");
-                return Some(self.end(true));
-            }
-            Event::Lost(loss) => return Some(SessionEnd::Lost(loss)),
-            Event::Connected | Event::Other => {}
+            ConnectionEvent::Lost(loss) => return Err(self.on_loss(loss)),
+            ConnectionEvent::Connected | ConnectionEvent::Other => {}
         }
-        None
+        Ok(())
     }
 
-    fn on_acknowledged(&mut self, token: Token) {
-        let places = match token {
-            Token::Own => Vec::new(),
-            Token::Record(place) => vec![place],
-            Token::Records(places) => places,
+    fn on_message(&mut self, message: &MqttMessage, inputs: &mut SessionInputs) -> Result<(), SessionEnd> {
+        inputs.commands.handle(message);
+        if self.closing.is_some() {
+            return Ok(());
+        }
+        let streams = inputs.streams.borrow().clone();
+        let signal = self.encoder.handle_message(message, &mut self.sender, &streams)?;
+        if signal == EncoderSignal::HostOffline {
+            tracing::warn!(
+                event = "sparkplug_host_offline",
+                broker = %self.selector.broker(self.index),
+                "Sparkplug primary host is offline; records wait in the spool"
+            );
+            self.close(CloseReason::Reconnect);
+        }
+        Ok(())
+    }
+
+    fn on_loss(&self, loss: ConnectionLoss) -> SessionEnd {
+        match &self.closing {
+            Some(closing) if closing.is_disconnecting => self.end(closing.reason),
+            Some(closing) if closing.reason == CloseReason::Stop => {
+                tracing::debug!(reason = loss.reason(), "The connection was lost while the publisher was stopping");
+                self.end(CloseReason::Stop)
+            }
+            _ => SessionEnd::Lost(loss),
+        }
+    }
+
+    fn on_acknowledged(&mut self, token: AckToken) {
+        let metrics = &self.context.metrics;
+        let records = match token {
+            AckToken::NodeMessage => {
+                metrics.published.inc();
+                return;
+            }
+            AckToken::Record(record) => vec![record],
+            AckToken::Fence(records) => records,
         };
-        let metrics = &self.publisher.metrics;
-        metrics.mqtt_published.inc_by(places.len().max(1) as u64);
-        metrics.mqtt_results.inc_by(places.iter().filter(|place| place.kind == RecordKind::Result).count() as u64);
-        let now = self.now();
-        for place in places {
-            self.flow.acknowledged(place, now);
-            self.publisher.spool.acknowledge(place);
+        let results = records.iter().filter(|record| record.kind == RecordKind::Result).count() as u64;
+        metrics.published.inc_by(records.len() as u64);
+        metrics.results_published.inc_by(results);
+        self.results_published += results;
+        let now = Instant::now().into_std();
+        for record in records {
+            self.window.acknowledged(record, now);
+            self.context.spool.acknowledge(record);
         }
     }
 
-    fn end(&self, is_farewell: bool) -> SessionEnd {
-        match is_farewell {
-            true => {
-                self.publisher.tell_what_is_left();
-                SessionEnd::Farewell
+    fn end(&self, reason: CloseReason) -> SessionEnd {
+        match reason {
+            CloseReason::Stop => {
+                self.context.log_remaining_records();
+                SessionEnd::Stopped
             }
-            false => SessionEnd::Moved,
+            CloseReason::Reconnect => SessionEnd::Reconnect,
         }
     }
 }
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
-        if let Some(knocking) = &self.knocking {
-            knocking.abort();
+        if let Some(probe) = &self.running_probe {
+            probe.abort();
         }
     }
 }
 
-fn lost(reason: String) -> SessionEnd {
-    SessionEnd::Lost(ConnectionLoss::Unreachable(reason))
-}
-
-fn no_room() -> SessionEnd {
-    lost("what is said of the node itself found no room".to_owned())
-}
-
-/// What came of a probe that is under way; never, where none is.
-async fn knocked(knocking: &mut Option<JoinHandle<bool>>) -> bool {
-    match knocking {
-        Some(probe) => {
-            let opened = probe.await.unwrap_or(false);
-            *knocking = None;
-            opened
-        }
-        None => std::future::pending().await,
-    }
+/// Waits for the result of the running probe. Never completes when there is none.
+async fn probe_result(running: &mut Option<JoinHandle<bool>>) -> bool {
+    let Some(probe) = running else { return std::future::pending().await };
+    let is_available = probe.await.unwrap_or(false);
+    *running = None;
+    is_available
 }

@@ -25,9 +25,9 @@ use lineside_common::shutdown;
 use lineside_models::ModelsConfig;
 use lineside_mqtt::config::{Broker, MqttConfig};
 use lineside_mqtt::connection;
-use lineside_mqtt::connection::Event;
+use lineside_mqtt::connection::ConnectionEvent;
 use lineside_mqtt::credentials::BrokerCredentials;
-use lineside_mqtt::loopback::Loopback;
+use lineside_mqtt::loopback::LoopbackBroker;
 use lineside_spool::SpoolConfig;
 
 const MODEL_NAME: &str = "surface-defects";
@@ -62,7 +62,7 @@ async fn show(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> 
     lay_out(folder.path(), arguments.fps).context("the demonstration's files cannot be written")?;
     let stop = CancellationToken::new();
     shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
-    let address = Loopback::start().await.context("no free port for the broker")?.address();
+    let address = LoopbackBroker::start().await.context("no free port for the broker")?.address();
     let broker = Broker { host: address.ip().to_string(), port: address.port(), tls: false, credentials: None };
     let config = Config {
         node: "demo-node".to_owned(),
@@ -70,7 +70,7 @@ async fn show(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> 
         prefix: "lineside".to_owned(),
         desired_state: DesiredSource::Folder(folder.path().join("manifests")),
         data_dir: folder.path().join("data"),
-        mqtt: MqttConfig::to(broker.clone()),
+        mqtt: MqttConfig::new(broker.clone()),
         http: ([127, 0, 0, 1], 0).into(),
         labels: BTreeMap::new(),
         spool: SpoolConfig::default(),
@@ -119,15 +119,15 @@ fn lay_out(folder: &Path, fps: f64) -> std::io::Result<()> {
 /// Subscribes like any consumer and prints what comes.
 async fn tell(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow::Result<()> {
     let (mut sender, mut receiver) =
-        connection::connection::<()>(broker, &BrokerCredentials::default(), "lineside-demo-terminal", KEEP_ALIVE, None);
+        connection::prepare::<()>(broker, &BrokerCredentials::default(), "lineside-demo-terminal", KEEP_ALIVE, None);
     let mut table = Table::new();
     let mut stdout = std::io::stdout();
     loop {
-        match sender.understand(receiver.next().await) {
-            Event::Connected if !sender.subscribe(&topics.result("+")) => {
+        match sender.interpret(receiver.next().await) {
+            ConnectionEvent::Connected if !sender.subscribe(&topics.result("+")) => {
                 anyhow::bail!("the broker takes no subscription")
             }
-            Event::Received(message) => {
+            ConnectionEvent::Received(message) => {
                 let result: Value = serde_json::from_slice(&message.payload).context("a result is no JSON")?;
                 table.count(&result);
                 let line = match arguments.json {
@@ -143,7 +143,7 @@ async fn tell(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow
                     return Ok(());
                 }
             }
-            Event::Lost(loss) => anyhow::bail!("the demonstration's broker is gone: {}", loss.reason()),
+            ConnectionEvent::Lost(loss) => anyhow::bail!("the demonstration's broker is gone: {}", loss.reason()),
             _ => {}
         }
     }

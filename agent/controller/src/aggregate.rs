@@ -8,30 +8,27 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use lineside_api::condition::{Condition, ConditionType, Reason, set_transition_times};
 use lineside_api::kinds::selects;
 use lineside_api::state::ModelState;
-use lineside_api::status::{
-    CameraStreamStatus, Condition, DEGRADED, EdgeModelStatus, ModelStatus, NodeCounts, NodeStatus, READY, date,
-    shortened,
-};
+use lineside_api::status::{CameraStreamStatus, EdgeModelStatus, ModelStatus, NodeCounts, NodeStatus, truncated};
 
 /// Nodes named in a message at most.
 const NAMED_MAX: usize = 5;
-/// The condition that says that nodes are on their way to what is asked for.
-const PROGRESSING: &str = "Progressing";
 
 /// What a version has behind it on a node once it is in the state beside or further on, as conditions of an `EdgeModel`.
-const STEPS: [(&str, ModelState); 4] = [
-    ("Downloaded", ModelState::Verifying),
-    ("Verified", ModelState::Vetting),
-    ("Compatible", ModelState::Warming),
-    ("Loaded", ModelState::Ready),
+const STEPS: [(ConditionType, ModelState); 4] = [
+    (ConditionType::Downloaded, ModelState::Verifying),
+    (ConditionType::Verified, ModelState::Vetting),
+    (ConditionType::Compatible, ModelState::Warming),
+    (ConditionType::Loaded, ModelState::Ready),
 ];
 
 /// Keeps of a status's conditions those that are written here; others are somebody else's, and no difference to us.
 pub fn own(conditions: &mut Vec<Condition>) {
-    let ours = [READY, PROGRESSING, DEGRADED].into_iter().chain(STEPS.map(|(kind, _)| kind));
-    conditions.retain(|condition| ours.clone().any(|kind| kind == condition.kind));
+    let sums = [ConditionType::Ready, ConditionType::Progressing, ConditionType::Degraded];
+    conditions
+        .retain(|condition| sums.contains(&condition.kind) || STEPS.iter().any(|(kind, _)| *kind == condition.kind));
 }
 
 /// A node, as far as the sums need it.
@@ -104,12 +101,12 @@ pub fn model(subject: &FleetObject, nodes: &[NodeView<'_>], before: &EdgeModelSt
         let Some(said) = said else {
             return (node.name, if node.is_silent { NodeState::Silent } else { NodeState::Pending });
         };
-        let state = ModelState::named(&said.state);
+        let state = said.state;
         let standing = if node.is_silent {
             NodeState::Silent
-        } else if state == Some(ModelState::Ready) && Some(said.version) == subject.version {
+        } else if state == ModelState::Ready && Some(said.version) == subject.version {
             NodeState::Ready
-        } else if state.is_some_and(ModelState::has_failed) {
+        } else if state.has_failed() {
             NodeState::Failed(said.reason.as_deref().unwrap_or_default())
         } else {
             NodeState::Pending
@@ -117,7 +114,7 @@ pub fn model(subject: &FleetObject, nodes: &[NodeView<'_>], before: &EdgeModelSt
         (node.name, standing)
     });
     let stands = stands.collect();
-    let (nodes, mut conditions) = sum(stands, ["AllNodesReady", "serves"]);
+    let (nodes, mut conditions) = sum(stands, Reason::AllNodesReady, "serves");
     conditions.extend(STEPS.iter().enumerate().map(|(index, (kind, _))| step(kind, index + 1, &came)));
     settle(&mut conditions, subject, &before.conditions, now);
     EdgeModelStatus { observed_generation: subject.generation, nodes, conditions }
@@ -125,30 +122,30 @@ pub fn model(subject: &FleetObject, nodes: &[NodeView<'_>], before: &EdgeModelSt
 
 /// How many of the [`STEPS`] a version has behind it, and whether it failed at the next.
 fn way_come(said: &ModelStatus) -> (usize, bool) {
-    let state = ModelState::named(&said.state).unwrap_or(ModelState::Pending);
-    let failed_phase = said.failed_phase.as_deref().and_then(ModelState::named).unwrap_or(ModelState::Pending);
+    let state = said.state;
+    let failed_phase = said.failed_phase.unwrap_or_default();
     // What is tried again has the steps behind it that it had before.
     let came_to = if state.has_failed() { failed_phase } else { state.max(failed_phase) };
     (STEPS.iter().filter(|(_, from)| came_to >= *from).count(), state.has_failed())
 }
 
 /// Whether all nodes have so many steps behind them.
-fn step(kind: &str, steps: usize, came: &[(&str, (usize, bool))]) -> Condition {
+fn step(kind: &ConditionType, steps: usize, came: &[(&str, (usize, bool))]) -> Condition {
     let done = came.iter().filter(|(_, (behind, _))| *behind >= steps).count();
     let failed =
         came.iter().filter(|(_, (behind, has_failed))| *has_failed && behind + 1 == steps).map(|(name, _)| *name);
     let failed: Vec<&str> = failed.take(NAMED_MAX).collect();
     let reason = match (came.len(), failed.is_empty()) {
-        (0, _) => "NoNodes",
-        (all, _) if done == all => "OnAllNodes",
-        (_, false) => "NodesFailed",
-        _ => "NodesPending",
+        (0, _) => Reason::NoNodes,
+        (all, _) if done == all => Reason::OnAllNodes,
+        (_, false) => Reason::NodesFailed,
+        _ => Reason::NodesPending,
     };
     let message = match failed.as_slice() {
         [] => format!("on {done} of {} nodes", came.len()),
-        names => shortened(&format!("on {done} of {} nodes; it failed on {}", came.len(), names.join(", "))),
+        names => truncated(&format!("on {done} of {} nodes; it failed on {}", came.len(), names.join(", "))),
     };
-    Condition::new(kind, reason == "OnAllNodes", reason, message)
+    Condition::new(kind.clone(), reason == Reason::OnAllNodes, reason, message)
 }
 
 /// A stream on the nodes that play it.
@@ -176,12 +173,12 @@ pub fn stream(
     if let (Some(name), true) = (&subject.node_name, stands.is_empty()) {
         stands.push((name.as_str(), NodeState::Failed("no agent of this name has reported")));
     }
-    let (nodes, mut conditions) = sum(stands, ["StreamsReady", "plays"]);
+    let (nodes, mut conditions) = sum(stands, Reason::StreamsReady, "plays");
     settle(&mut conditions, subject, &before.conditions, now);
     CameraStreamStatus { observed_generation: subject.generation, nodes, conditions }
 }
 
-fn sum(stands: Vec<(&str, NodeState<'_>)>, [reason, verb]: [&str; 2]) -> (NodeCounts, Vec<Condition>) {
+fn sum(stands: Vec<(&str, NodeState<'_>)>, reason: Reason, verb: &str) -> (NodeCounts, Vec<Condition>) {
     let whole = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
     let count = |is: fn(&NodeState<'_>) -> bool| whole(stands.iter().filter(|(_, standing)| is(standing)).count());
     let counts = NodeCounts {
@@ -206,39 +203,39 @@ fn sum(stands: Vec<(&str, NodeState<'_>)>, [reason, verb]: [&str; 2]) -> (NodeCo
                 _ => (*name).to_owned(),
             })
             .collect();
-        shortened(&names.join(", "))
+        truncated(&names.join(", "))
     };
     let is_ready = counts.desired > 0 && counts.ready == counts.desired;
     let failed_names = named(|standing| matches!(standing, NodeState::Failed(_)));
     let silent_names = named(|standing| matches!(standing, NodeState::Silent));
     let (why, message) = match (counts.desired, counts.failed, silent) {
         _ if is_ready => (reason, format!("it {verb} on all {} nodes", counts.desired)),
-        (0, ..) => ("NoNodes", "no node that reports bears the labels asked for".to_owned()),
-        (_, 1.., _) => ("NodesFailed", format!("it failed on {failed_names}")),
-        (_, _, 1..) => ("NodesUnreachable", format!("nothing is heard of {silent_names}")),
-        _ => ("NodesPending", format!("{} of {} are on their way", pending, counts.desired)),
+        (0, ..) => (Reason::NoNodes, "no node that reports bears the labels asked for".to_owned()),
+        (_, 1.., _) => (Reason::NodesFailed, format!("it failed on {failed_names}")),
+        (_, _, 1..) => (Reason::NodesUnreachable, format!("nothing is heard of {silent_names}")),
+        _ => (Reason::NodesPending, format!("{} of {} are on their way", pending, counts.desired)),
     };
-    let mut conditions = vec![Condition::new(READY, is_ready, why, message)];
+    let mut conditions = vec![Condition::new(ConditionType::Ready, is_ready, why, message)];
     conditions.push(match pending {
-        0 => Condition::new(PROGRESSING, false, "Settled", ""),
+        0 => Condition::new(ConditionType::Progressing, false, Reason::Settled, ""),
         _ => Condition::new(
-            PROGRESSING,
+            ConditionType::Progressing,
             true,
-            "NodesPending",
+            Reason::NodesPending,
             format!("{} of {} are on their way", pending, counts.desired),
         ),
     });
     conditions.push(match (counts.failed, silent) {
-        (0, 0) => Condition::new(DEGRADED, false, "AsExpected", ""),
-        (0, _) => Condition::new(DEGRADED, true, "NodesUnreachable", silent_names),
-        _ => Condition::new(DEGRADED, true, "NodesFailed", failed_names),
+        (0, 0) => Condition::new(ConditionType::Degraded, false, Reason::AsExpected, ""),
+        (0, _) => Condition::new(ConditionType::Degraded, true, Reason::NodesUnreachable, silent_names),
+        _ => Condition::new(ConditionType::Degraded, true, Reason::NodesFailed, failed_names),
     });
     (counts, conditions)
 }
 
 fn settle(conditions: &mut [Condition], subject: &FleetObject, before: &[Condition], now: &str) {
     conditions.iter_mut().for_each(|condition| condition.observed_generation = subject.generation);
-    date(conditions, before, now);
+    set_transition_times(conditions, before, now);
 }
 
 #[cfg(test)]
@@ -246,17 +243,18 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use lineside_api::condition::ConditionStatus;
     use lineside_api::status::StreamStatus;
 
-    fn node(line: &str, state: &str, version: u64, generation: i64) -> NodeStatus {
+    fn node(line: &str, state: ModelState, version: u64, generation: i64) -> NodeStatus {
         let mut status = NodeStatus::default();
         status.agent.labels.insert("line".into(), line.into());
         status.models.push(ModelStatus {
             name: "m".into(),
             version,
-            state: state.into(),
+            state,
             observed_generation: Some(generation),
-            reason: (state == "Failed").then(|| "no such file".into()),
+            reason: (state == ModelState::Failed).then(|| "no such file".into()),
             ..ModelStatus::default()
         });
         status.streams.push(StreamStatus {
@@ -276,78 +274,87 @@ mod tests {
         FleetObject::new("m", "u", Some(4), &json!({"spec": {"version": 3, "nodeSelector": {"line": "a"}}}))
     }
 
-    fn ready(status: &EdgeModelStatus) -> (&str, &str) {
-        (status.conditions[0].status.as_str(), status.conditions[0].reason.as_str())
+    fn ready(status: &EdgeModelStatus) -> (bool, Reason) {
+        (status.conditions[0].status == ConditionStatus::True, status.conditions[0].reason.clone())
     }
 
     #[test]
     fn nodes_count_by_their_labels_and_by_what_they_say_of_this_generation() {
-        let (good, old, failed, other) =
-            (node("a", "Ready", 3, 4), node("a", "Ready", 2, 3), node("a", "Failed", 3, 4), node("b", "Ready", 3, 4));
+        let (good, old, failed, other) = (
+            node("a", ModelState::Ready, 3, 4),
+            node("a", ModelState::Ready, 2, 3),
+            node("a", ModelState::Failed, 3, 4),
+            node("b", ModelState::Ready, 3, 4),
+        );
         let all =
             [view("n1", &good, false), view("n2", &old, false), view("n3", &failed, false), view("n4", &other, false)];
         let status = model(&subject(), &all, &EdgeModelStatus::default(), "t1");
         assert_eq!(status.nodes, NodeCounts { desired: 3, ready: 1, candidate: 0, failed: 1 });
-        assert_eq!(ready(&status), ("False", "NodesFailed"));
+        assert_eq!(ready(&status), (false, Reason::NodesFailed));
         assert_eq!(status.conditions[0].message, "it failed on n3 (no such file)");
         let status = model(&subject(), &all[..1], &status, "t2");
-        assert_eq!((ready(&status), status.nodes.ready), (("True", "AllNodesReady"), 1));
+        assert_eq!((ready(&status), status.nodes.ready), ((true, Reason::AllNodesReady), 1));
         assert_eq!(model(&subject(), &all[..1], &status, "t3"), status, "what stays the same is not written again");
-        assert_eq!(ready(&model(&subject(), &all[1..2], &status, "t3")), ("False", "NodesPending"));
-        assert_eq!(ready(&model(&subject(), &all[3..], &status, "t3")), ("False", "NoNodes"));
-        let mut of_another = node("a", "Ready", 3, 9);
+        assert_eq!(ready(&model(&subject(), &all[1..2], &status, "t3")), (false, Reason::NodesPending));
+        assert_eq!(ready(&model(&subject(), &all[3..], &status, "t3")), (false, Reason::NoNodes));
+        let mut of_another = node("a", ModelState::Ready, 3, 9);
         of_another.models[0].uid = Some("before".into());
         let views = [view("n1", &of_another, false)];
-        assert_eq!(ready(&model(&subject(), &views, &status, "t3")), ("False", "NodesPending"), "it was made anew");
+        assert_eq!(ready(&model(&subject(), &views, &status, "t3")), (false, Reason::NodesPending), "it was made anew");
     }
 
     #[test]
     fn each_step_of_a_version_is_a_condition() {
-        let steps = |states: &[(&str, Option<&str>)]| -> Vec<(String, String)> {
+        let steps = |states: &[(ModelState, Option<ModelState>)]| -> Vec<(bool, Reason)> {
             let nodes: Vec<NodeStatus> = states
                 .iter()
                 .map(|(state, failed_phase)| {
-                    let mut status = node("a", state, 3, 4);
-                    status.models[0].failed_phase = failed_phase.map(str::to_owned);
+                    let mut status = node("a", *state, 3, 4);
+                    status.models[0].failed_phase = *failed_phase;
                     status
                 })
                 .collect();
             let views: Vec<NodeView<'_>> = nodes.iter().map(|status| view("n", status, false)).collect();
             let status = model(&subject(), &views, &EdgeModelStatus::default(), "t");
-            let of = |(kind, _): &(&str, ModelState)| {
+            let of = |(kind, _): &(ConditionType, ModelState)| {
                 let condition = status.conditions.iter().find(|condition| condition.kind == *kind).unwrap();
-                (condition.status.clone(), condition.reason.clone())
+                (condition.status == ConditionStatus::True, condition.reason.clone())
             };
             STEPS.iter().map(of).collect()
         };
-        let all =
-            |statuses: [(&str, &str); 4]| statuses.map(|(one, other)| (one.to_owned(), other.to_owned())).to_vec();
-        let (yes, no) = (("True", "OnAllNodes"), ("False", "NodesPending"));
-        assert_eq!(steps(&[("Ready", None), ("Ready", None)]), all([yes; 4]));
-        assert_eq!(steps(&[("Ready", None), ("Vetting", None)]), all([yes, yes, no, no]));
-        assert_eq!(steps(&[("Downloading", None)]), all([no; 4]));
-        let failed = ("False", "NodesFailed");
-        assert_eq!(steps(&[("Quarantined", Some("Vetting"))]), all([yes, yes, failed, no]));
-        assert_eq!(steps(&[("Failed", Some("Downloading"))]), all([failed, no, no, no]));
-        assert_eq!(steps(&[("Downloading", Some("Vetting"))]), all([yes, yes, no, no]), "it is tried again");
-        assert_eq!(steps(&[]), all([("False", "NoNodes"); 4]));
+        let (yes, no) = (|| (true, Reason::OnAllNodes), || (false, Reason::NodesPending));
+        assert_eq!(steps(&[(ModelState::Ready, None), (ModelState::Ready, None)]), [yes(), yes(), yes(), yes()]);
+        assert_eq!(steps(&[(ModelState::Ready, None), (ModelState::Vetting, None)]), [yes(), yes(), no(), no()]);
+        assert_eq!(steps(&[(ModelState::Downloading, None)]), [no(), no(), no(), no()]);
+        let failed = || (false, Reason::NodesFailed);
+        assert_eq!(steps(&[(ModelState::Quarantined, Some(ModelState::Vetting))]), [yes(), yes(), failed(), no()]);
+        assert_eq!(steps(&[(ModelState::Failed, Some(ModelState::Downloading))]), [failed(), no(), no(), no()]);
+        assert_eq!(
+            steps(&[(ModelState::Downloading, Some(ModelState::Vetting))]),
+            [yes(), yes(), no(), no()],
+            "it is tried again"
+        );
+        assert_eq!(steps(&[]), vec![(false, Reason::NoNodes); 4]);
     }
 
     #[test]
     fn a_silent_node_is_not_ready_and_is_named() {
-        let good = node("a", "Ready", 3, 4);
+        let good = node("a", ModelState::Ready, 3, 4);
         let status = model(&subject(), &[view("n1", &good, true)], &EdgeModelStatus::default(), "t1");
-        assert_eq!((ready(&status), status.nodes.ready, status.nodes.desired), (("False", "NodesUnreachable"), 0, 1));
+        assert_eq!(
+            (ready(&status), status.nodes.ready, status.nodes.desired),
+            ((false, Reason::NodesUnreachable), 0, 1)
+        );
         assert_eq!(status.conditions[0].message, "nothing is heard of n1");
     }
 
     #[test]
     fn a_stream_on_a_node_that_is_not_there_is_told() {
         let on = |name: &str| FleetObject::new("s", "u", Some(1), &json!({"spec": {"nodeName": name}}));
-        let good = node("a", "Ready", 3, 4);
+        let good = node("a", ModelState::Ready, 3, 4);
         let all = [view("n1", &good, false)];
         let status = stream(&on("n1"), &all, &CameraStreamStatus::default(), "t");
-        assert_eq!((status.nodes.ready, status.conditions[0].reason.as_str()), (1, "StreamsReady"));
+        assert_eq!((status.nodes.ready, status.conditions[0].reason.clone()), (1, Reason::StreamsReady));
         let status = stream(&on("n9"), &all, &CameraStreamStatus::default(), "t");
         assert_eq!((status.nodes.desired, status.nodes.failed), (1, 1));
         assert!(status.conditions[0].message.contains("n9 (no agent of this name has reported)"));

@@ -19,7 +19,8 @@ mod heartbeat;
 
 use crate::aggregate::{FleetObject, NodeView};
 pub use heartbeat::{BEAT_MAX, Heartbeat};
-use lineside_api::status::{CameraStreamStatus, Condition, EdgeModelStatus, NodeStatus, READY, date};
+use lineside_api::condition::{Condition, ConditionStatus, ConditionType, Reason, set_transition_times};
+use lineside_api::status::{CameraStreamStatus, EdgeModelStatus, NodeStatus};
 use lineside_common::clock;
 use lineside_common::metrics::ControllerMetrics;
 use lineside_kube::reflector::{WatchEvent, mirror};
@@ -316,18 +317,23 @@ impl Controller {
                 return Ok(());
             }
             let message = format!("nothing was heard of its agent for {} s", self.timeouts.unreachable_after.as_secs());
-            let mut mark = [Condition::new(READY, false, "NodeUnreachable", message.clone()).unknown()];
-            date(&mut mark, &before, &clock::rfc3339(SystemTime::now()));
+            let mut mark = [Condition::new(
+                ConditionType::Ready,
+                ConditionStatus::Unknown,
+                Reason::NodeUnreachable,
+                message.clone(),
+            )];
+            set_transition_times(&mut mark, &before, &clock::rfc3339(SystemTime::now()));
             if !self.write(ResourceKind::EdgeNode, &name, &serde_json::json!({"conditions": mark})).await? {
                 continue;
             }
             if let Some(seen) = self.nodes.get_mut(&name) {
-                seen.status.conditions.retain(|condition| condition.kind != READY);
+                seen.status.conditions.retain(|condition| condition.kind != ConditionType::Ready);
                 seen.status.conditions.extend(mark);
             }
             let saying = ClusterEvent {
                 is_warning: true,
-                reason: "NodeUnreachable",
+                reason: Reason::NodeUnreachable,
                 note: message,
                 kind: ResourceKind::EdgeNode,
                 name,
@@ -385,7 +391,10 @@ fn news<S: PartialEq>(
 
 /// Whether a controller has marked the node as silent.
 fn is_marked(status: &NodeStatus) -> bool {
-    status.conditions.iter().any(|condition| condition.kind == READY && condition.status == "Unknown")
+    status
+        .conditions
+        .iter()
+        .any(|condition| condition.kind == ConditionType::Ready && condition.status == ConditionStatus::Unknown)
 }
 
 /// A status that cannot be read, or is not there, counts as an empty one: it is written anew.

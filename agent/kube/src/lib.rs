@@ -37,6 +37,7 @@ use connection::{Connection, configuration};
 pub use crds::definitions;
 pub use error::{ClusterError, ClusterErrorKind};
 pub use lease::{Leadership, Lease};
+use lineside_api::condition::Reason;
 use lineside_api::kinds::document;
 use lineside_api::status::NodeStatus;
 
@@ -148,8 +149,8 @@ pub struct NodeFacts {
 pub struct ClusterEvent {
     /// Whether somebody should look.
     pub is_warning: bool,
-    /// In one word.
-    pub reason: &'static str,
+    /// The Event's reason.
+    pub reason: Reason,
     /// For people.
     pub note: String,
     /// The kind of the object it is about.
@@ -167,7 +168,7 @@ pub struct ClusterClient {
     field_manager: String,
     line: Connection,
     /// What was said last, by object and reason.
-    notes: Mutex<HashMap<(ResourceKind, String, &'static str), String>>,
+    notes: Mutex<HashMap<(ResourceKind, String, Reason), String>>,
 }
 
 impl ClusterClient {
@@ -377,7 +378,7 @@ impl ClusterClient {
     pub async fn say(&self, saying: &ClusterEvent) -> Result<(), ClusterError> {
         let event = Event {
             type_: if saying.is_warning { EventType::Warning } else { EventType::Normal },
-            reason: saying.reason.to_owned(),
+            reason: saying.reason.to_string(),
             note: Some(front(&saying.note, NOTE_BYTES_MAX).to_owned()),
             action: "Observe".to_owned(),
             secondary: None,
@@ -392,7 +393,7 @@ impl ClusterClient {
         };
         // The recorder counts what is said again by reason and object, whatever the words, and keeps the first words. Other
         // words are another Event, which a recorder makes that remembers nothing.
-        let key = (saying.kind, saying.name.clone(), saying.reason);
+        let key = (saying.kind, saying.name.clone(), saying.reason.clone());
         let is_same = {
             let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
             if notes.len() > NOTES_MAX {

@@ -1,183 +1,193 @@
-//! What an operator should be told when a node's status has changed: at most one notice for each thing that changed.
+//! The Kubernetes Events of a node: computed from two successive statuses, at most one per object that changed.
 
+use lineside_api::condition::{Condition, ConditionStatus, ConditionType, Reason};
 use lineside_api::state::ModelState;
-use lineside_api::status::{CONFIG_PENDING, Condition, NodeStatus, READY};
+use lineside_api::status::{ModelStatus, NodeStatus, StreamStatus};
 
-/// What a notice is about.
+/// The object that an Event is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EventSubject {
-    /// The node.
+    /// The node's own `EdgeNode`.
     Node,
-    /// A model.
+    /// The `EdgeModel` of this name.
     Model(String),
-    /// A stream.
+    /// The `CameraStream` of this name.
     Stream(String),
 }
 
-/// Something to tell.
+/// An Event to publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StatusEvent {
-    /// Whether somebody should look.
+    /// Whether the Event is of type `Warning`; otherwise it is `Normal`.
     pub is_warning: bool,
-    /// In one word.
-    pub reason: &'static str,
-    /// For people.
+    /// The Event's reason.
+    pub reason: Reason,
+    /// Details for people.
     pub note: String,
-    /// What it is about.
-    pub about: EventSubject,
+    /// The object that the Event is about.
+    pub subject: EventSubject,
 }
 
-/// What changed between two statuses of a node. Without one before, only what is wrong is told: everything is new then.
-pub fn status_events(node: &str, before: Option<&NodeStatus>, now: &NodeStatus) -> Vec<StatusEvent> {
-    let mut told = Vec::new();
-    for model in &now.models {
-        let known = before.and_then(|status| status.models.iter().find(|known| known.name == model.name));
-        let about = || EventSubject::Model(model.name.clone());
-        let serves = |model: &lineside_api::status::ModelStatus| model.serving.as_ref().map(|serving| serving.version);
-        if before.is_some()
-            && let Some(serving) = model.serving.as_ref().filter(|_| known.and_then(serves) != serves(model))
-        {
-            told.push(StatusEvent {
-                is_warning: false,
-                reason: "ModelReady",
-                note: format!(
-                    "version {} serves on {node} ({} on {})",
-                    serving.version, serving.engine, serving.device
-                ),
-                about: about(),
-            });
-        }
-        let state = ModelState::named(&model.state);
-        let failed = state.is_some_and(ModelState::has_failed);
-        let is_same = known.is_some_and(|known| (&known.state, &known.reason) == (&model.state, &model.reason));
-        if failed && !is_same {
-            let why = model.reason.as_deref().unwrap_or("the agent's log says more");
-            let reason = match state == Some(ModelState::Quarantined) {
-                true => "ModelQuarantined",
-                false => "ModelFailed",
-            };
-            let note = format!("version {} on {node}: {why}", model.version);
-            told.push(StatusEvent { is_warning: true, reason, note, about: about() });
-        }
+/// The Events for the changes from `previous` to `current`. Without a previous status, which is the case after a start, there are
+/// only warnings: everything would be a change.
+pub fn status_events(node: &str, previous: Option<&NodeStatus>, current: &NodeStatus) -> Vec<StatusEvent> {
+    let mut events = Vec::new();
+    for model in &current.models {
+        let before = previous.and_then(|status| status.models.iter().find(|before| before.name == model.name));
+        events.extend(previous.and_then(|_| model_ready(node, before, model)));
+        events.extend(model_failed(node, before, model));
     }
-    for stream in &now.streams {
-        let known = before.and_then(|status| status.streams.iter().find(|known| known.name == stream.name));
-        let about = || EventSubject::Stream(stream.name.clone());
-        let was_told = known.is_some_and(|known| !known.up && known.reason.is_some());
-        match (known.map(|known| known.up), stream.up) {
-            (Some(false), true) => told.push(StatusEvent {
-                is_warning: false,
-                reason: "StreamUp",
-                note: format!("frames come on {node}"),
-                about: about(),
-            }),
-            (_, false) if stream.reason.is_some() && !was_told => told.push(StatusEvent {
-                is_warning: true,
-                reason: "StreamDown",
-                note: format!("no frames on {node}: {}", stream.reason.as_deref().unwrap_or_default()),
-                about: about(),
-            }),
-            _ => {}
-        }
+    for stream in &current.streams {
+        let before = previous.and_then(|status| status.streams.iter().find(|before| before.name == stream.name));
+        events.extend(stream_changed(node, before, stream));
     }
-    for condition in now.conditions.iter().filter(|condition| condition.kind != READY) {
-        let known = before.and_then(|status| status.conditions.iter().find(|known| known.kind == condition.kind));
-        let is_bad =
-            condition.status == if condition.kind == lineside_api::status::DEGRADED { "True" } else { "False" };
-        let was_same = known.is_some_and(|known| known.status == condition.status && known.reason == condition.reason);
-        // What is wrong with models and streams is told about them.
-        let is_told = ["ModelFailed", "ModelQuarantined", "StreamDown"].contains(&condition.reason.as_str());
-        // An agent that has just started has not reached anything yet, which is no news.
-        let is_start = before.is_none() && condition.reason == "Disconnected";
-        if is_bad && !was_same && !is_told && !is_start {
-            let reason = reason_of(&condition.reason);
-            told.push(StatusEvent {
-                is_warning: true,
-                reason,
-                note: condition.message.clone(),
-                about: EventSubject::Node,
-            });
-        }
+    for condition in &current.conditions {
+        let before = previous.and_then(|status| status.conditions.iter().find(|before| before.kind == condition.kind));
+        // An agent that has just started is not connected yet, which needs no Event.
+        let is_start = previous.is_none() && condition.reason == Reason::Disconnected;
+        events.extend(condition_failed(before, condition).filter(|_| !is_start));
     }
-    told
+    events
 }
 
-/// The reasons of conditions that are told; they are few, and constant.
-fn reason_of(reason: &str) -> &'static str {
-    const KNOWN: [&str; 6] =
-        ["SignatureExpired", "SpoolDegraded", "SpoolFull", "StoreUnreadable", "Disconnected", "LimitExceeded"];
-    KNOWN.into_iter().find(|known| *known == reason).unwrap_or("Degraded")
+/// Another version serves than before.
+fn model_ready(node: &str, before: Option<&ModelStatus>, model: &ModelStatus) -> Option<StatusEvent> {
+    let version = |model: &ModelStatus| model.serving.as_ref().map(|serving| serving.version);
+    let serving = model.serving.as_ref().filter(|_| before.and_then(version) != version(model))?;
+    Some(StatusEvent {
+        is_warning: false,
+        reason: Reason::ModelReady,
+        note: format!("version {} serves on {node} ({} on {})", serving.version, serving.engine, serving.device),
+        subject: EventSubject::Model(model.name.clone()),
+    })
 }
 
-/// Whether everything that is asked for stands as it will for a while: nothing is on its way any more.
+/// The desired version failed, or failed for another reason than before.
+fn model_failed(node: &str, before: Option<&ModelStatus>, model: &ModelStatus) -> Option<StatusEvent> {
+    let is_same = before.is_some_and(|before| (before.state, &before.reason) == (model.state, &model.reason));
+    if !model.state.has_failed() || is_same {
+        return None;
+    }
+    let message = model.reason.as_deref().unwrap_or("see the agent's log");
+    let reason = if model.state == ModelState::Quarantined { Reason::ModelQuarantined } else { Reason::ModelFailed };
+    let note = format!("version {} on {node}: {message}", model.version);
+    Some(StatusEvent { is_warning: true, reason, note, subject: EventSubject::Model(model.name.clone()) })
+}
+
+/// The stream went up, or down with a reason. A stream that is down without one is still connecting.
+fn stream_changed(node: &str, before: Option<&StreamStatus>, stream: &StreamStatus) -> Option<StatusEvent> {
+    let was_down = before.is_some_and(|before| !before.up);
+    let had_reason = before.is_some_and(|before| before.reason.is_some());
+    let (reason, note) = if stream.up {
+        was_down.then(|| (Reason::StreamUp, format!("the stream delivers frames on {node}")))?
+    } else {
+        let message = stream.reason.as_deref().filter(|_| !(was_down && had_reason))?;
+        (Reason::StreamDown, format!("no frames on {node}: {message}"))
+    };
+    let subject = EventSubject::Stream(stream.name.clone());
+    Some(StatusEvent { is_warning: reason == Reason::StreamDown, reason, note, subject })
+}
+
+/// The condition went from good to bad, or is bad for another reason than before. `Ready` is left out, since its parts have Events
+/// of their own; so are problems with models and streams, which have Events about those objects.
+fn condition_failed(before: Option<&Condition>, condition: &Condition) -> Option<StatusEvent> {
+    let bad = match condition.kind {
+        ConditionType::Ready => return None,
+        ConditionType::Degraded => ConditionStatus::True,
+        _ => ConditionStatus::False,
+    };
+    let is_same = before.is_some_and(|before| (before.status, &before.reason) == (condition.status, &condition.reason));
+    if condition.status != bad || is_same {
+        return None;
+    }
+    let reason = match &condition.reason {
+        Reason::ModelFailed | Reason::ModelQuarantined | Reason::StreamDown => return None,
+        Reason::Other(_) => Reason::Degraded,
+        reason => reason.clone(),
+    };
+    Some(StatusEvent { is_warning: true, reason, note: condition.message.clone(), subject: EventSubject::Node })
+}
+
+/// Whether the node's state is stable: the desired state is known, every model is ready or has failed, and every stream is up or
+/// has a reason why not.
 pub fn is_settled(status: &NodeStatus) -> bool {
-    let is_asked = |condition: &Condition| condition.kind == READY && condition.reason != CONFIG_PENDING;
+    let is_configured =
+        |condition: &Condition| condition.kind == ConditionType::Ready && condition.reason != Reason::ConfigPending;
     let has_ended = |state: ModelState| state == ModelState::Ready || state.has_failed();
-    status.conditions.iter().any(is_asked)
-        && status.models.iter().all(|model| ModelState::named(&model.state).is_some_and(has_ended))
+    status.conditions.iter().any(is_configured)
+        && status.models.iter().all(|model| has_ended(model.state))
         && status.streams.iter().all(|stream| stream.up || stream.reason.is_some())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lineside_api::status::{Condition, ModelStatus, Serving, StreamStatus};
+    use lineside_api::status::Serving;
 
-    fn status(state: &str, version: u64, up: bool) -> NodeStatus {
+    fn status(state: ModelState, version: u64, up: bool) -> NodeStatus {
         let serving = Serving { version, engine: "tract".into(), device: "cpu".into(), ..Serving::default() };
-        let model = ModelStatus {
-            name: "m".into(),
-            version,
-            state: state.into(),
-            serving: Some(serving),
-            ..ModelStatus::default()
-        };
+        let model = ModelStatus { name: "m".into(), version, state, serving: Some(serving), ..ModelStatus::default() };
         let stream =
             StreamStatus { name: "s".into(), up, reason: (!up).then(|| "refused".into()), ..StreamStatus::default() };
         NodeStatus { models: vec![model], streams: vec![stream], ..NodeStatus::default() }
     }
 
-    fn reasons(before: Option<&NodeStatus>, now: &NodeStatus) -> Vec<&'static str> {
-        status_events("edge-1", before, now).into_iter().map(|notice| notice.reason).collect()
+    fn reasons(previous: Option<&NodeStatus>, current: &NodeStatus) -> Vec<Reason> {
+        status_events("edge-1", previous, current).into_iter().map(|event| event.reason).collect()
     }
 
     #[test]
-    fn each_change_is_told_once_and_what_stays_is_not() {
-        let good = status("Ready", 1, true);
-        assert!(reasons(None, &good).is_empty(), "after a start only what is wrong is told");
+    fn each_change_has_one_event_and_a_lasting_state_has_none() {
+        let good = status(ModelState::Ready, 1, true);
+        assert!(reasons(None, &good).is_empty(), "only warnings after a start");
         assert!(reasons(Some(&good), &good).is_empty());
-        assert_eq!(reasons(Some(&good), &status("Ready", 2, true)), ["ModelReady"]);
-        let bad = status("Failed", 2, false);
-        assert_eq!(reasons(Some(&good), &bad), ["ModelReady", "ModelFailed", "StreamDown"]);
+        assert_eq!(reasons(Some(&good), &status(ModelState::Ready, 2, true)), [Reason::ModelReady]);
+        let bad = status(ModelState::Failed, 2, false);
+        assert_eq!(reasons(Some(&good), &bad), [Reason::ModelReady, Reason::ModelFailed, Reason::StreamDown]);
         assert!(reasons(Some(&bad), &bad).is_empty());
-        assert_eq!(reasons(None, &bad), ["ModelFailed", "StreamDown"]);
-        assert_eq!(reasons(Some(&bad), &status("Ready", 2, true)), ["StreamUp"]);
+        assert_eq!(reasons(None, &bad), [Reason::ModelFailed, Reason::StreamDown]);
+        assert_eq!(reasons(Some(&bad), &status(ModelState::Ready, 2, true)), [Reason::StreamUp]);
+        assert_eq!(reasons(Some(&bad), &status(ModelState::Quarantined, 2, false)), [Reason::ModelQuarantined]);
     }
 
     #[test]
-    fn a_node_has_settled_when_nothing_is_on_its_way() {
-        let with = |state: &str, up: bool, reason: &str| {
+    fn a_node_is_settled_when_no_model_or_stream_is_in_transition() {
+        let with = |state: ModelState, up: bool, reason: Reason| {
             let mut status = status(state, 1, up);
-            status.conditions = vec![Condition::new(READY, true, reason, "")];
+            status.conditions = vec![Condition::new(ConditionType::Ready, true, reason, "")];
             status.streams[0].reason = None;
             is_settled(&status)
         };
-        assert!(with("Ready", true, "ModelsReady") && with("Quarantined", true, "ModelsNotReady"));
-        assert!(!with("Warming", true, "ModelsNotReady") && !with("Ready", false, "ModelsReady"));
-        assert!(!with("Ready", true, CONFIG_PENDING), "it does not know yet");
-        assert!(!is_settled(&NodeStatus::default()), "nobody has looked yet");
+        assert!(with(ModelState::Ready, true, Reason::ModelsReady));
+        assert!(with(ModelState::Quarantined, true, Reason::ModelsNotReady));
+        assert!(!with(ModelState::Warming, true, Reason::ModelsNotReady));
+        assert!(!with(ModelState::Ready, false, Reason::ModelsReady));
+        assert!(!with(ModelState::Ready, true, Reason::ConfigPending), "the desired state is not known yet");
+        assert!(!is_settled(&NodeStatus::default()), "no status has been computed yet");
     }
 
     #[test]
-    fn a_condition_is_told_when_it_turns_bad() {
-        let mut now = NodeStatus::default();
-        now.conditions.push(Condition::new("BrokerConnected", true, "Connected", ""));
-        now.conditions.push(Condition::new("Degraded", true, "SpoolFull", "no room"));
-        assert_eq!(reasons(Some(&NodeStatus::default()), &now), ["SpoolFull"]);
-        assert!(reasons(Some(&now), &now).is_empty());
-        let mut later = now.clone();
-        later.conditions[0] = Condition::new("BrokerConnected", false, "Disconnected", "");
-        assert_eq!(reasons(Some(&now), &later), ["Disconnected"]);
-        assert_eq!(reasons(None, &later), ["SpoolFull"], "an agent that has just started has reached nothing yet");
+    fn a_condition_has_an_event_when_it_turns_bad() {
+        let broker = |connected: bool, reason| Condition::new(ConditionType::BrokerConnected, connected, reason, "");
+        let mut current = NodeStatus::default();
+        current.conditions.push(broker(true, Reason::Connected));
+        current.conditions.push(Condition::new(ConditionType::Degraded, true, Reason::SpoolFull, "no room"));
+        assert_eq!(reasons(Some(&NodeStatus::default()), &current), [Reason::SpoolFull]);
+        assert!(reasons(Some(&current), &current).is_empty());
+        let mut later = current.clone();
+        later.conditions[0] = broker(false, Reason::Disconnected);
+        assert_eq!(reasons(Some(&current), &later), [Reason::Disconnected]);
+        assert_eq!(reasons(None, &later), [Reason::SpoolFull], "an agent that has just started is not connected yet");
+    }
+
+    #[test]
+    fn problems_of_models_and_streams_have_no_event_about_the_node() {
+        let mut current = NodeStatus::default();
+        for reason in [Reason::ModelFailed, Reason::ModelQuarantined, Reason::StreamDown] {
+            current.conditions = vec![Condition::new(ConditionType::Degraded, true, reason, "")];
+            assert!(reasons(Some(&NodeStatus::default()), &current).is_empty());
+        }
+        current.conditions = vec![Condition::new(ConditionType::Degraded, true, Reason::Other("New".into()), "")];
+        assert_eq!(reasons(Some(&NodeStatus::default()), &current), [Reason::Degraded]);
     }
 }

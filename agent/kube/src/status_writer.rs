@@ -125,7 +125,7 @@ async fn settled(board: &dyn StatusSource) {
 
 /// Says one. `false` when the cluster does not answer.
 async fn say(cluster: &ClusterClient, node: &str, uid: Option<&str>, uids: &Uids, notice: StatusEvent) -> bool {
-    let (kind, name) = match notice.about {
+    let (kind, name) = match notice.subject {
         EventSubject::Node => (ResourceKind::EdgeNode, node.to_owned()),
         EventSubject::Model(name) => (ResourceKind::EdgeModel, name),
         EventSubject::Stream(name) => (ResourceKind::CameraStream, name),
@@ -139,7 +139,7 @@ async fn say(cluster: &ClusterClient, node: &str, uid: Option<&str>, uids: &Uids
     match cluster.say(&saying).await {
         Ok(()) => true,
         Err(trouble) => {
-            tracing::debug!(%trouble, reason = saying.reason, "an Event could not be said");
+            tracing::debug!(%trouble, reason = %saying.reason, "an Event could not be said");
             !matches!(trouble.kind, ClusterErrorKind::Unreachable | ClusterErrorKind::Busy(_))
         }
     }

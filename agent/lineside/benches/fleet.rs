@@ -22,7 +22,9 @@ use lineside::desired::cluster::ClusterSync;
 use lineside::desired::{DesiredState, Node};
 use lineside::http::status_store::{NodeState, StatusStore};
 use lineside_api::kinds::manifest::Object;
-use lineside_api::status::{Condition, ModelStatus, Serving};
+use lineside_api::condition::{Condition, ConditionType, Reason};
+use lineside_api::state::ModelState;
+use lineside_api::status::{ModelStatus, Serving};
 use lineside_common::metrics::Metrics;
 use lineside_kube::ClusterClient;
 use lineside_kube::ClusterConfig;
@@ -78,7 +80,7 @@ async fn serve_at_once(mut desired_state: watch::Receiver<Option<Arc<DesiredStat
                 version: model.version,
                 uid: wish.identity.uid.clone(),
                 observed_generation: wish.identity.generation,
-                state: "Ready".to_owned(),
+                state: ModelState::Ready,
                 serving: Some(Serving {
                     version: model.version,
                     engine: "tract".to_owned(),
@@ -92,7 +94,7 @@ async fn serve_at_once(mut desired_state: watch::Receiver<Option<Arc<DesiredStat
         board.set(NodeState {
             labels: asked.labels.clone(),
             models: models.collect(),
-            conditions: vec![Condition::new("Ready", true, "ModelsReady", "")],
+            conditions: vec![Condition::new(ConditionType::Ready, true, Reason::ModelsReady, "")],
             ..NodeState::default()
         });
     }

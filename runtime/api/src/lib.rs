@@ -1,5 +1,6 @@
 //! The public contract as types: manifests, status, states, messages and topics.
 
+pub mod condition;
 pub mod envelope;
 pub mod kinds;
 pub mod message;

@@ -2,38 +2,35 @@
 
 use std::collections::BTreeMap;
 
-/// Where a model version stands on this node, in the order of its way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+use serde::{Deserialize, Serialize};
+
+/// The state of a model version on a node. The order of the variants is the order in which a version passes through them.
+///
+/// A state that this version does not know, which a newer agent may report, reads as [`ModelState::Pending`]: not ready, not
+/// failed, and still in transition.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(from = "String")]
 pub enum ModelState {
-    /// Wanted, and waiting for its turn.
+    /// The version is desired and waits for a load task.
+    #[default]
     Pending,
-    /// Its file is on the way.
+    /// The version's file is being downloaded.
     Downloading,
-    /// Its file is being read and compared with its digest.
+    /// The version's file is being compared with its digest.
     Verifying,
-    /// A child process tries it.
+    /// The version is being vetted in a child process.
     Vetting,
-    /// Being loaded and run once.
+    /// The version is loaded and runs its first inference.
     Warming,
-    /// Serving.
+    /// The version serves.
     Ready,
-    /// Could not be loaded; it is tried again.
+    /// The version could not be loaded; it is retried.
     Failed,
-    /// Failed too often; it is not tried again.
+    /// The version failed too often; it is not retried.
     Quarantined,
 }
 
 impl ModelState {
-    /// Whether it was given up, for now or for good.
-    pub fn has_failed(self) -> bool {
-        matches!(self, Self::Failed | Self::Quarantined)
-    }
-
-    /// The state of this name.
-    pub fn named(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.name() == name)
-    }
-
     const ALL: [Self; 8] = [
         Self::Pending,
         Self::Downloading,
@@ -45,7 +42,12 @@ impl ModelState {
         Self::Quarantined,
     ];
 
-    /// As it stands in status and metrics.
+    /// Whether the last attempt to load the version failed and none is in progress.
+    pub fn has_failed(self) -> bool {
+        matches!(self, Self::Failed | Self::Quarantined)
+    }
+
+    /// The name in statuses, messages and metric labels.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pending => "Pending",
@@ -60,16 +62,38 @@ impl ModelState {
     }
 }
 
-/// A stream that is played.
+impl From<String> for ModelState {
+    fn from(name: String) -> Self {
+        Self::ALL.into_iter().find(|state| state.name() == name).unwrap_or_default()
+    }
+}
+
+/// The state of a stream on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamState {
-    /// The model that looks at its frames.
+    /// The model that processes the stream's frames.
     pub model: String,
-    /// Whether frames can be had.
+    /// Whether the camera delivers frames.
     pub up: bool,
-    /// Why not, as far as that was said.
+    /// Why the stream is not up; absent while it is up, and until the first connection attempt has ended.
     pub reason: Option<String>,
 }
 
-/// StreamStates by name.
+/// The states of all running streams, by name.
 pub type StreamStates = BTreeMap<String, StreamState>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_are_written_as_their_names_and_unknown_ones_read_as_pending() {
+        for state in ModelState::ALL {
+            let text = serde_json::to_value(state).unwrap();
+            assert_eq!(text, state.name());
+            assert_eq!(serde_json::from_value::<ModelState>(text).unwrap(), state);
+        }
+        assert_eq!(serde_json::from_str::<ModelState>("\"Judging\"").unwrap(), ModelState::Pending);
+        assert!(ModelState::Verifying < ModelState::Vetting && ModelState::Warming < ModelState::Ready);
+    }
+}

@@ -9,17 +9,13 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::condition::Condition;
+use crate::state::ModelState;
+
 /// Models or streams in one node's status at most; what is over is left out and said in a condition.
 pub const ITEMS_MAX: usize = 256;
 /// Characters of a reason or message at most.
 pub const TEXT_MAX: usize = 1024;
-/// The condition that says that something works less well than it should.
-pub const DEGRADED: &str = "Degraded";
-/// Why a node is not ready that does not know yet what it is to run.
-pub const CONFIG_PENDING: &str = "ConfigPending";
-/// The condition that says that everything asked for is there.
-pub const READY: &str = "Ready";
-
 /// A node's status.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -113,12 +109,12 @@ pub struct ModelStatus {
     pub digest: Option<String>,
     /// Where that version stands: `Pending`, `Downloading`, `Verifying`, `Vetting`, `Warming`, `Ready`, `Failed`,
     /// `Quarantined`.
-    #[schemars(length(max = 32))]
-    pub state: String,
+    #[schemars(with = "String", length(max = 32))]
+    pub state: ModelState,
     /// How far that version came when it failed last, also while it is tried again: one of the states above.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32))]
-    pub failed_phase: Option<String>,
+    #[schemars(with = "Option<String>", length(max = 32))]
+    pub failed_phase: Option<ModelState>,
     /// What serves, which may be an earlier version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serving: Option<Serving>,
@@ -246,73 +242,8 @@ pub struct StoreStatus {
     pub index: String,
 }
 
-/// Something an operator should know, in the manner of Kubernetes' `metav1.Condition`.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default)]
-#[schemars(extend("required" = ["type"]))]
-pub struct Condition {
-    /// What it is about.
-    #[serde(rename = "type")]
-    #[schemars(length(max = 64))]
-    pub kind: String,
-    /// `True`, `False` or `Unknown`.
-    #[schemars(length(max = 7))]
-    pub status: String,
-    /// In one word.
-    #[schemars(length(max = 128))]
-    pub reason: String,
-    /// For people.
-    #[schemars(length(max = 4096))]
-    pub message: String,
-    /// The generation of the object that this speaks of.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub observed_generation: Option<i64>,
-    /// When `status` last changed, RFC 3339.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    #[schemars(length(max = 64))]
-    pub last_transition_time: String,
-}
-
-impl Condition {
-    /// A condition that has not been compared with how things stood before.
-    pub fn new(kind: &str, status: bool, reason: &str, message: impl Into<String>) -> Self {
-        Self {
-            kind: kind.to_owned(),
-            status: if status { "True" } else { "False" }.to_owned(),
-            reason: reason.to_owned(),
-            message: message.into(),
-            ..Self::default()
-        }
-    }
-
-    /// It cannot be told.
-    pub fn unknown(self) -> Self {
-        Self { status: "Unknown".to_owned(), ..self }
-    }
-}
-
-/// Adds a trouble to the one `Degraded` condition: its reason is the first trouble's, its message says all of them.
-pub fn degrade(conditions: &mut Vec<Condition>, reason: &str, message: &str) {
-    match conditions.iter_mut().find(|condition| condition.kind == DEGRADED) {
-        Some(known) if known.status == "True" => known.message = format!("{}; {reason}: {message}", known.message),
-        Some(known) => *known = Condition::new(DEGRADED, true, reason, message),
-        None => conditions.push(Condition::new(DEGRADED, true, reason, message)),
-    }
-}
-
-/// Gives each condition the time since which it stands so: the time it had, while its status is the same, else `now`.
-pub fn date(conditions: &mut [Condition], before: &[Condition], now: &str) {
-    for condition in conditions {
-        let known = before.iter().find(|known| known.kind == condition.kind && known.status == condition.status);
-        condition.last_transition_time = match known {
-            Some(known) if !known.last_transition_time.is_empty() => known.last_transition_time.clone(),
-            _ => now.to_owned(),
-        };
-    }
-}
-
 /// The beginning of a text that is too long.
-pub fn shortened(text: &str) -> String {
+pub fn truncated(text: &str) -> String {
     if text.chars().count() <= TEXT_MAX {
         return text.to_owned();
     }
@@ -370,20 +301,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_condition_keeps_its_time_while_its_status_stays() {
-        let mut first = [Condition::new("Ready", false, "Starting", "a")];
-        date(&mut first, &[], "t1");
-        let mut second = [Condition::new("Ready", false, "Offline", "b"), Condition::new("Degraded", true, "X", "")];
-        date(&mut second, &first, "t2");
-        assert_eq!((second[0].last_transition_time.as_str(), second[1].last_transition_time.as_str()), ("t1", "t2"));
-        let mut third = [Condition::new("Ready", true, "Ready", "")];
-        date(&mut third, &second, "t3");
-        assert_eq!(third[0].last_transition_time, "t3");
-    }
-
-    #[test]
     fn long_texts_are_cut_between_characters() {
-        assert_eq!(shortened("short"), "short");
-        assert_eq!(shortened(&"é".repeat(2000)).chars().count(), TEXT_MAX);
+        assert_eq!(truncated("short"), "short");
+        assert_eq!(truncated(&"é".repeat(2000)).chars().count(), TEXT_MAX);
     }
 }

@@ -6,9 +6,9 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
+use lineside_api::condition::{Condition, Reason, add_degraded, set_transition_times};
 use lineside_api::status::{
-    AgentStatus, Condition, EngineStatus, ModelStatus, NodeStatus, SpoolStatus, StoreStatus, StreamStatus, date,
-    degrade,
+    AgentStatus, EngineStatus, ModelStatus, NodeStatus, SpoolStatus, StoreStatus, StreamStatus,
 };
 use lineside_common::clock;
 use lineside_models::store::Store;
@@ -55,7 +55,7 @@ impl StatusStore {
     pub fn set(&self, standing: NodeState) {
         let mut status = self.status();
         let NodeState { labels, models, streams, spool, mut conditions } = standing;
-        date(&mut conditions, &status.conditions, &clock::rfc3339(SystemTime::now()));
+        set_transition_times(&mut conditions, &status.conditions, &clock::rfc3339(SystemTime::now()));
         let is_news = (&status.agent.labels, &status.models, &status.streams, &status.conditions)
             != (&labels, &models, &streams, &conditions);
         status.agent.labels = labels;
@@ -91,7 +91,7 @@ impl lineside_kube::status_writer::StatusSource for StatusStore {
                     index: self.store.index_state().name().to_owned(),
                 };
             }
-            Err(error) => degrade(&mut status.conditions, "StoreUnreadable", &error.to_string()),
+            Err(error) => add_degraded(&mut status.conditions, Reason::StoreUnreadable, &error.to_string()),
         }
         status
     }

@@ -7,13 +7,11 @@ use super::{LOWER_VERSION, Reconciler};
 use crate::desired::{Identity, Refused};
 use crate::http::health::ModelHealth;
 use crate::http::status_store::NodeState;
+use lineside_api::condition::{Condition, ConditionType, Reason, add_degraded};
 use lineside_api::kinds::ModelManifest;
 use lineside_api::message::Event;
 use lineside_api::state::ModelState;
-use lineside_api::status::{
-    CONFIG_PENDING, Condition, DEGRADED, ITEMS_MAX, ModelStatus, READY, Serving, SpoolStatus, StreamStatus, degrade,
-    shortened,
-};
+use lineside_api::status::{ITEMS_MAX, ModelStatus, Serving, SpoolStatus, StreamStatus, truncated};
 use lineside_common::clock;
 use lineside_models::signing::has_expired;
 
@@ -100,12 +98,12 @@ impl Reconciler {
                 uid,
                 observed_generation: generation,
                 up,
-                reason: reason.as_deref().map(shortened),
+                reason: reason.as_deref().map(truncated),
             }
         });
         let mut streams: Vec<StreamStatus> = desired.chain(paused).collect();
         for refused in refused.iter().filter(|refused| refused.kind == "CameraStream") {
-            let reason = Some(shortened(&format!("refused: {}", refused.reasons.join("; "))));
+            let reason = Some(truncated(&format!("refused: {}", refused.reasons.join("; "))));
             let index = streams.iter().position(|stream| stream.name == refused.name).unwrap_or_else(|| {
                 streams.push(StreamStatus { name: refused.name.clone(), ..StreamStatus::default() });
                 streams.len() - 1
@@ -155,12 +153,12 @@ impl Reconciler {
         ModelStatus {
             name: wanted.name.clone(),
             version: wanted.version,
-            failed_phase: failed.map(|failures| failures.stage.name().to_owned()),
+            failed_phase: failed.map(|failures| failures.stage),
             digest: match (wanted.digest, loaded) {
                 (None, Some(loaded)) if state == ModelState::Ready => Some(loaded.digest.to_string()),
                 (digest, _) => digest.map(|digest| digest.to_string()),
             },
-            state: state.name().to_owned(),
+            state,
             uid,
             observed_generation: generation,
             serving: loaded.map(|loaded| Serving {
@@ -172,7 +170,7 @@ impl Reconciler {
             p50_ms: benchmark.map(|benchmark| benchmark.p50_ms),
             p99_ms: benchmark.map(|benchmark| benchmark.p99_ms),
             peak_memory_mib: benchmark.map(|benchmark| (benchmark.peak_memory_bytes as f64 / 1048.576).round() / 1e3),
-            reason: reason.as_deref().map(shortened),
+            reason: reason.as_deref().map(truncated),
             progress: request.map(|request| request.stage.progress.snapshot()),
             signature_expires: loaded.and_then(|loaded| loaded.expires).map(clock::rfc3339),
         }
@@ -184,7 +182,7 @@ impl Reconciler {
         if self.has_cluster {
             conditions.push(self.cluster());
         }
-        let mut troubles: Vec<(&str, String)> = Vec::new();
+        let mut troubles: Vec<(Reason, String)> = Vec::new();
         self.metrics.signature_expiry.reset();
         let mut expired = BTreeSet::new();
         for (name, loaded) in &self.serving {
@@ -207,30 +205,31 @@ impl Reconciler {
                 }
                 expired.insert(name.clone());
                 let message = format!("the signature of {name} version {version} ended at {expires}; sign it again");
-                troubles.push(("SignatureExpired", message));
+                troubles.push((Reason::SignatureExpired, message));
             }
         }
         self.expired = expired;
         troubles.extend(self.spool_troubles());
-        for model in models.iter().filter(|model| matches!(model.state.as_str(), "Failed" | "Quarantined")) {
-            let reason = if model.state == "Failed" { "ModelFailed" } else { "ModelQuarantined" };
+        for model in models.iter().filter(|model| model.state.has_failed()) {
+            let is_quarantined = model.state == ModelState::Quarantined;
+            let reason = if is_quarantined { Reason::ModelQuarantined } else { Reason::ModelFailed };
             let why = model.reason.as_deref().unwrap_or_default();
             troubles.push((reason, format!("{} version {}: {why}", model.name, model.version)));
         }
         for stream in streams.iter().filter(|stream| !stream.up) {
             let why = stream.reason.as_deref().unwrap_or("no frames come");
-            troubles.push(("StreamDown", format!("{}: {why}", stream.name)));
+            troubles.push((Reason::StreamDown, format!("{}: {why}", stream.name)));
         }
         if models.len() > ITEMS_MAX || streams.len() > ITEMS_MAX {
-            troubles.push(("LimitExceeded", format!("only {ITEMS_MAX} models and streams of a node are shown")));
+            troubles.push((Reason::LimitExceeded, format!("only {ITEMS_MAX} models and streams of a node are shown")));
             models.truncate(ITEMS_MAX);
         }
-        conditions.push(Condition::new(DEGRADED, false, "AsExpected", ""));
+        conditions.push(Condition::new(ConditionType::Degraded, false, Reason::AsExpected, ""));
         for (reason, message) in troubles {
-            degrade(&mut conditions, reason, &message);
+            add_degraded(&mut conditions, reason, &message);
         }
         if let Some(degraded) = conditions.last_mut() {
-            degraded.message = shortened(&degraded.message);
+            degraded.message = truncated(&degraded.message);
         }
         conditions
     }
@@ -240,11 +239,21 @@ impl Reconciler {
         let missing: Vec<&str> =
             models.iter().filter(|model| model.serving.is_none()).map(|model| model.name.as_str()).collect();
         match (&self.asked, missing.as_slice()) {
-            (None, _) => Condition::new(READY, false, CONFIG_PENDING, "nobody has said yet what is to run here"),
-            (Some(_), []) => Condition::new(READY, true, "ModelsReady", format!("{} models serve", models.len())),
+            (None, _) => Condition::new(
+                ConditionType::Ready,
+                false,
+                Reason::ConfigPending,
+                "nobody has said yet what is to run here",
+            ),
+            (Some(_), []) => Condition::new(
+                ConditionType::Ready,
+                true,
+                Reason::ModelsReady,
+                format!("{} models serve", models.len()),
+            ),
             (Some(_), missing) => {
                 let message = format!("no version serves of {}", missing.join(", "));
-                Condition::new(READY, false, "ModelsNotReady", shortened(&message))
+                Condition::new(ConditionType::Ready, false, Reason::ModelsNotReady, truncated(&message))
             }
         }
     }
@@ -252,11 +261,11 @@ impl Reconciler {
     /// Whether results reach a broker.
     fn broker(&self) -> Condition {
         match self.metrics.mqtt_connected.get() {
-            1 => Condition::new("BrokerConnected", true, "Connected", ""),
+            1 => Condition::new(ConditionType::BrokerConnected, true, Reason::Connected, ""),
             _ => Condition::new(
-                "BrokerConnected",
+                ConditionType::BrokerConnected,
                 false,
-                "Disconnected",
+                Reason::Disconnected,
                 "results wait on disk; see the agent's log for why",
             ),
         }
@@ -266,30 +275,30 @@ impl Reconciler {
     /// to whoever looks at the node.
     fn cluster(&self) -> Condition {
         match self.metrics.cluster_connected.get() {
-            1 => Condition::new("ClusterConnected", true, "Connected", ""),
+            1 => Condition::new(ConditionType::ClusterConnected, true, Reason::Connected, ""),
             _ => Condition::new(
-                "ClusterConnected",
+                ConditionType::ClusterConnected,
                 false,
-                "Disconnected",
+                Reason::Disconnected,
                 "what the cluster asked for last stays in force",
             ),
         }
     }
 
     /// What an operator should know of the results that wait.
-    fn spool_troubles(&self) -> Vec<(&'static str, String)> {
+    fn spool_troubles(&self) -> Vec<(Reason, String)> {
         let stats = self.spool.stats();
         self.metrics.spool_degraded.set(i64::from(stats.degraded.is_some()));
         let trouble = stats.degraded.map(|trouble| {
             let message = format!("the disk does not take results ({trouble}); they wait in memory, which holds few");
-            ("SpoolDegraded", message)
+            (Reason::SpoolDegraded, message)
         });
         let overflow = stats.is_overflowing.then(|| {
             let message = format!(
                 "results gave way for room within the last minute: {} bytes may wait; is a broker reached?",
                 stats.bytes_max
             );
-            ("SpoolFull", message)
+            (Reason::SpoolFull, message)
         });
         trouble.into_iter().chain(overflow).collect()
     }
@@ -327,11 +336,11 @@ fn tell_refused(models: &mut Vec<ModelStatus>, refused: &Refused) {
         }
     };
     let model = &mut models[index];
-    model.state = ModelState::Failed.name().to_owned();
+    model.state = ModelState::Failed;
     model.version = refused.version.unwrap_or(model.version);
     let Identity { uid, generation } = refused.identity.clone();
     (model.uid, model.observed_generation) = (uid, generation);
     // These are of what it said before.
     (model.digest, model.failed_phase) = (None, None);
-    model.reason = Some(shortened(&format!("refused: {}", refused.reasons.join("; "))));
+    model.reason = Some(truncated(&format!("refused: {}", refused.reasons.join("; "))));
 }

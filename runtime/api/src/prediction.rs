@@ -75,3 +75,16 @@ pub struct Timings {
     /// Output tensors to the prediction.
     pub postprocess: Duration,
 }
+
+/// The answer of a model to one frame.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Inspection {
+    /// The prediction, in pixels of the source picture where it has coordinates.
+    pub prediction: Prediction,
+    /// Width of the source picture, in pixels.
+    pub width: u32,
+    /// Height of the source picture, in pixels.
+    pub height: u32,
+    /// Duration of each stage.
+    pub timings: Timings,
+}

@@ -11,22 +11,10 @@ use crate::preprocess::Preprocessor;
 use crate::settings;
 use crate::settings::{InputSettings, OutputSettings};
 use crate::{Error, ErrorKind, Result};
-use lineside_api::prediction::{Prediction, Timings};
+pub use lineside_api::prediction::Inspection;
+use lineside_api::prediction::Timings;
 use lineside_api::spec::ModelSpec;
 use lineside_ipc::frame::Frame;
-
-/// The answer to one frame.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Inspection {
-    /// What the model says.
-    pub prediction: Prediction,
-    /// Width of the source picture, in pixels.
-    pub width: u32,
-    /// Height of the source picture, in pixels.
-    pub height: u32,
-    /// What each stage took.
-    pub timings: Timings,
-}
 
 /// A loaded model with the working memory of one thread.
 pub struct Pipeline {
@@ -152,6 +140,7 @@ pub fn engine_for(spec: &ModelSpec) -> Result<&'static dyn Engine> {
 
 #[cfg(test)]
 mod tests {
+    use lineside_api::prediction::Prediction;
     use lineside_tests::onnx::{Attribute, Dim, FLOAT, Model, UINT8, mean_colour_classifier};
 
     use super::*;

@@ -12,7 +12,7 @@ use x509_cert::der::Decode as _;
 
 use crate::config::Broker;
 use lineside_common::digest::Digest;
-use lineside_common::secrets::Secret;
+use lineside_common::secrets::{Secret, SecretError};
 
 /// The files that may be in the folder, as Kubernetes' own kinds of Secret call them.
 const FILES: [&str; 5] = ["username", "password", "ca.crt", "tls.crt", "tls.key"];
@@ -34,8 +34,9 @@ impl BrokerCredentials {
     /// # Errors
     /// When a file cannot be used; the message names it.
     pub fn read(broker: &Broker, folder: Option<&Path>) -> Result<Self, String> {
-        let secret = folder.map(Secret::at).transpose()?;
-        let file = |name: &str| secret.as_ref().map_or(Ok(None), |secret| secret.get(name));
+        let text = |error: SecretError| lineside_common::error_chain(&error);
+        let secret = folder.map(Secret::at).transpose().map_err(text)?;
+        let file = |name: &str| secret.as_ref().map_or(Ok(None), |secret| secret.get(name).map_err(text));
         let login = match file("username")? {
             Some(user) => Some((user, file("password")?.unwrap_or_default())),
             None => None,

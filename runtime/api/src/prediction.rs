@@ -76,15 +76,15 @@ pub struct Timings {
     pub postprocess: Duration,
 }
 
-/// The prediction for one frame.
+/// The answer of a model to one frame.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Inspection {
-    /// What the model predicts.
+    /// The prediction, in pixels of the source picture where it has coordinates.
     pub prediction: Prediction,
     /// Width of the source picture, in pixels.
     pub width: u32,
     /// Height of the source picture, in pixels.
     pub height: u32,
-    /// How long each stage took.
+    /// Duration of each stage.
     pub timings: Timings,
 }

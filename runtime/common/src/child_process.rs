@@ -1,115 +1,170 @@
-//! Child processes for work that may go wrong in ways a process cannot survive.
+//! One-shot child processes, and the limits of all child processes.
 //!
-//! The child is this same program with a hidden subcommand. It limits itself before it touches what it was given
-//! ([`limit_myself`]); the parent waits no longer than it wants to, and keeps only so much of what the child prints.
+//! Work that may crash, hang or exhaust memory runs in a child process: this same program with a hidden subcommand. The child
+//! applies its limits to itself before it reads any input ([`limit_myself`]). The parent bounds the time it waits and the
+//! amount of output it keeps ([`run`]). Children that serve for a long time are [`crate::supervised_child`].
 
+use std::fmt;
 use std::io::{self, Read, Write as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, Signal};
+use serde::{Deserialize, Serialize};
 
-/// Bytes kept of what a child prints.
+/// Bytes kept of each output stream of a child.
 const OUTPUT_BYTES_MAX: u64 = 8 << 20;
-/// How much nicer than its parent a child is, so that live frames come first.
-const NICENESS: i32 = 10;
-/// `oom_score_adj` of a child: where memory runs out, it goes first.
-const OOM_SCORE: &str = "1000";
+/// Interval at which `run` checks the deadline and the cancellation.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// Nice value added for background children, so that inference on live frames takes precedence.
+const BACKGROUND_NICENESS: i32 = 10;
+/// Seconds between the soft and the hard limit of processor time.
+const CPU_GRACE_SECONDS: u64 = 2;
 
-/// What a child may take.
-#[derive(Debug, Clone, Copy)]
-pub struct ProcessLimits {
-    /// Bytes of address space.
-    pub memory_bytes: u64,
-    /// Seconds of processor time.
-    pub cpu_seconds: u64,
-    /// Time from start to end.
-    pub wall: Duration,
+/// How a child competes with the agent for processor time and memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ChildPriority {
+    /// Lower processor priority than the agent, and the first process to be killed when memory runs out.
+    Background,
+    /// The processor priority of the agent. When memory runs out, the child is killed before the agent, which can restart it.
+    Normal,
 }
 
-/// How a child ended.
+impl ChildPriority {
+    /// The value of `oom_score_adj`, -1000 to 1000; the kernel kills processes with high values first.
+    fn oom_score(self) -> &'static str {
+        match self {
+            Self::Background => "1000",
+            Self::Normal => "500",
+        }
+    }
+}
+
+/// The resources that a child may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProcessLimits {
+    /// Address space in bytes.
+    pub memory_bytes: u64,
+    /// Processor time in seconds; `None` for a child that serves for a long time.
+    pub cpu_seconds: Option<u64>,
+    /// Competition with the agent for processor time and memory.
+    pub priority: ChildPriority,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChildExit {
+    /// The process exited with this code; 0 is success.
+    Code(i32),
+    /// The process was killed by this signal.
+    Signal(i32),
+}
+
+impl From<ExitStatus> for ChildExit {
+    fn from(status: ExitStatus) -> Self {
+        // A terminated process has either a code or a signal.
+        status.code().map_or_else(|| Self::Signal(status.signal().unwrap_or_default()), Self::Code)
+    }
+}
+
+impl fmt::Display for ChildExit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(formatter, "exit code {code}"),
+            Self::Signal(signal) => write!(formatter, "signal {signal}"),
+        }
+    }
+}
+
+/// The result of a one-shot child.
 pub struct ChildOutput {
-    /// `None` when it was killed for taking too long.
+    /// `None` when the parent killed the child, because of the deadline or a cancellation.
     pub status: Option<ExitStatus>,
-    /// What it printed on stdout.
+    /// The first 8 MiB of standard output.
     pub stdout: Vec<u8>,
-    /// What it printed on stderr.
+    /// The first 8 MiB of standard error; invalid UTF-8 is replaced.
     pub stderr: String,
 }
 
-/// Runs a child to its end, or kills it when `wall` is over. It is given `input` on stdin, piece by piece; `cancelled` is
-/// asked ten times a second.
+/// Runs a child to its end. Kills it when `deadline` has passed, or when `is_cancelled`, which is called every 100 ms, returns
+/// `true`. The pieces of `input` are written to its standard input in order.
 ///
 /// # Errors
-/// When it cannot be started.
+/// When the child cannot be started, killed or waited for.
 pub fn run(
     mut command: Command,
     input: &[&[u8]],
-    wall: Duration,
-    cancelled: impl Fn() -> bool,
+    deadline: Duration,
+    is_cancelled: impl Fn() -> bool,
 ) -> io::Result<ChildOutput> {
-    const LOOK_EVERY: Duration = Duration::from_millis(100);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let (done, ended) = mpsc::channel();
-    let stdout = child.stdout.take().map(|pipe| drained(pipe, done.clone()));
-    let stderr = child.stderr.take().map(|pipe| drained(pipe, done));
+    let (closed, closings) = mpsc::channel();
+    let stdout = child.stdout.take().map(|pipe| drain(pipe, closed.clone()));
+    let stderr = child.stderr.take().map(|pipe| drain(pipe, closed));
     let stdin = child.stdin.take();
     let status = std::thread::scope(|scope| {
-        // A child that is gone reads nothing more, and that is no error of ours.
+        // The write fails when the child ends without reading all input, which is not an error of the parent.
         scope.spawn(move || stdin.map(|mut pipe| input.iter().try_for_each(|piece| pipe.write_all(piece))));
-        let deadline = Instant::now() + wall;
-        // Both pipes are closed when the child is gone, which is noticed at once.
-        let mut open = 2;
-        let mut is_in_time = true;
-        while open > 0 && is_in_time {
-            match ended.recv_timeout(LOOK_EVERY) {
-                Ok(()) => open -= 1,
-                Err(mpsc::RecvTimeoutError::Disconnected) => open = 0,
-                Err(mpsc::RecvTimeoutError::Timeout) => is_in_time = Instant::now() < deadline && !cancelled(),
+        let deadline = Instant::now() + deadline;
+        // Both pipes are closed when the child ends, so its end is noticed without delay.
+        let mut open_pipes = 2;
+        let mut may_run = true;
+        while open_pipes > 0 && may_run {
+            match closings.recv_timeout(CHECK_INTERVAL) {
+                Ok(()) => open_pipes -= 1,
+                Err(mpsc::RecvTimeoutError::Disconnected) => open_pipes = 0,
+                Err(mpsc::RecvTimeoutError::Timeout) => may_run = Instant::now() < deadline && !is_cancelled(),
             }
         }
-        if !is_in_time {
+        if !may_run {
             child.kill()?;
         }
-        child.wait().map(|status| is_in_time.then_some(status))
+        child.wait().map(|status| may_run.then_some(status))
     })?;
-    let collected = |thread: Option<std::thread::JoinHandle<Vec<u8>>>| {
+    let collect = |thread: Option<std::thread::JoinHandle<Vec<u8>>>| {
         thread.and_then(|thread| thread.join().ok()).unwrap_or_default()
     };
-    let stderr = String::from_utf8_lossy(&collected(stderr)).into_owned();
-    Ok(ChildOutput { status, stdout: collected(stdout), stderr })
+    let stderr = String::from_utf8_lossy(&collect(stderr)).into_owned();
+    Ok(ChildOutput { status, stdout: collect(stdout), stderr })
 }
 
-/// Reads a pipe to its end on a thread of its own and keeps the beginning.
-fn drained(mut pipe: impl Read + Send + 'static, done: mpsc::Sender<()>) -> std::thread::JoinHandle<Vec<u8>> {
+/// Reads a pipe to its end on a new thread and keeps the first [`OUTPUT_BYTES_MAX`] bytes.
+fn drain(mut pipe: impl Read + Send + 'static, closed: mpsc::Sender<()>) -> std::thread::JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
         let mut kept = Vec::new();
-        // An error ends it as the end does; what was read until then is what there is.
+        // A read error ends the output as the end of the pipe does; the bytes read before it are kept.
         drop(pipe.by_ref().take(OUTPUT_BYTES_MAX).read_to_end(&mut kept));
         drop(io::copy(&mut pipe, &mut io::sink()));
-        // Nobody listens any more when the child took too long.
-        done.send(()).ok();
+        // The receiver is gone when the child was killed.
+        closed.send(()).ok();
         kept
     })
 }
 
-/// Called by a child before anything else: from here on it cannot take more than `limits`, gives way to everything
-/// else, writes no core dump, and ends with its parent.
+/// Applies limits to the calling process. A child calls this before anything else. From then on it cannot exceed `limits`,
+/// writes no core dump, and is killed when the thread that started it ends (`PR_SET_PDEATHSIG`).
 ///
 /// # Errors
 /// When the system refuses a limit that protects the node.
 pub fn limit_myself(limits: &ProcessLimits) -> io::Result<()> {
     let both = |value| Rlimit { current: Some(value), maximum: Some(value) };
     rustix::process::setrlimit(Resource::As, both(limits.memory_bytes))?;
-    // The first limit ends it with SIGXCPU, which tells why; the second is for a child that would not listen.
-    let cpu = Rlimit { current: Some(limits.cpu_seconds), maximum: Some(limits.cpu_seconds + 2) };
-    rustix::process::setrlimit(Resource::Cpu, cpu)?;
+    if let Some(seconds) = limits.cpu_seconds {
+        // The soft limit sends SIGXCPU, which shows the cause of death; the hard limit kills a child that ignores SIGXCPU.
+        let cpu = Rlimit { current: Some(seconds), maximum: Some(seconds.saturating_add(CPU_GRACE_SECONDS)) };
+        rustix::process::setrlimit(Resource::Cpu, cpu)?;
+    }
     rustix::process::setrlimit(Resource::Core, both(0))?;
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-    // The rest is courtesy: a system that does not let it through costs nothing but politeness.
-    rustix::process::nice(NICENESS).ok();
-    std::fs::write("/proc/self/oom_score_adj", OOM_SCORE).ok();
+    // A system that refuses the rest still protects the node by the limits above.
+    if limits.priority == ChildPriority::Background {
+        rustix::process::nice(BACKGROUND_NICENESS).ok();
+    }
+    std::fs::write("/proc/self/oom_score_adj", limits.priority.oom_score()).ok();
     Ok(())
 }
 
@@ -124,14 +179,27 @@ mod tests {
     }
 
     #[test]
-    fn output_and_status_come_back_and_a_child_that_hangs_is_killed() {
-        let ended =
+    fn output_and_status_are_returned() {
+        let output =
             run(shell("cat; echo err >&2; exit 3"), &[b"o", b"ut\n"], Duration::from_secs(30), || false).unwrap();
-        assert_eq!(ended.status.and_then(|status| status.code()), Some(3));
-        assert_eq!((ended.stdout.as_slice(), ended.stderr.as_str()), (&b"out\n"[..], "err\n"));
-        let ended = run(shell("exec sleep 1000"), &[&[0; 1 << 20]], Duration::from_millis(1), || false).unwrap();
-        assert!(ended.status.is_none());
-        let ended = run(shell("exec sleep 1000"), &[&[0; 1 << 20]], Duration::from_secs(1000), || true).unwrap();
-        assert!(ended.status.is_none());
+        assert_eq!(output.status.map(ChildExit::from), Some(ChildExit::Code(3)));
+        assert_eq!((output.stdout.as_slice(), output.stderr.as_str()), (&b"out\n"[..], "err\n"));
+    }
+
+    #[test]
+    fn a_child_past_its_deadline_or_cancelled_is_killed() {
+        let large: &[&[u8]] = &[&[0; 1 << 20]];
+        let output = run(shell("exec sleep 1000"), large, Duration::from_millis(1), || false).unwrap();
+        assert!(output.status.is_none());
+        let output = run(shell("exec sleep 1000"), large, Duration::from_secs(1000), || true).unwrap();
+        assert!(output.status.is_none());
+    }
+
+    #[test]
+    fn a_signal_is_distinguished_from_an_exit_code() {
+        let output = run(shell("kill -9 $$"), &[], Duration::from_secs(30), || false).unwrap();
+        let exit = output.status.map(ChildExit::from);
+        assert_eq!(exit, Some(ChildExit::Signal(9)));
+        assert_eq!(exit.unwrap().to_string(), "signal 9");
     }
 }

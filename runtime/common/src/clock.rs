@@ -1,19 +1,21 @@
-//! Wall-clock time as it stands in messages.
+//! Wall-clock time in the format of messages and status.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// 2026-01-01T00:00:00Z in seconds. This code did not exist before, so a clock that shows less was never set.
+/// 2026-01-01T00:00:00Z in seconds since 1970. This program did not exist before that date, so a clock with an earlier time was
+/// never set.
 const PLAUSIBLE_SINCE_SECONDS: u64 = 1_767_225_600;
 
-/// RFC 3339 in UTC with milliseconds, such as `2026-11-23T18:35:56.123Z`.
+/// Formats a time as RFC 3339 in UTC with milliseconds, such as `2026-11-23T18:35:56.123Z`. Times before 1970 and after 9999 are
+/// clamped to that range.
 pub fn rfc3339(time: SystemTime) -> String {
-    // The formatter knows years up to 9999; a clock beyond that, or before 1970, is shown as the nearest it can say.
+    // The formatter supports years up to 9999.
     let seconds_max = 253_402_300_799;
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default().min(std::time::Duration::from_secs(seconds_max));
     humantime::format_rfc3339_millis(UNIX_EPOCH + since).to_string()
 }
 
-/// Whether the wall clock can be right at all. A box without a battery starts in 1970 until it is told the time.
+/// Whether the wall clock may be correct. A device without a battery-backed clock starts in 1970 until NTP sets the time.
 pub fn is_plausible(time: SystemTime) -> bool {
     time.duration_since(UNIX_EPOCH).is_ok_and(|since| since.as_secs() >= PLAUSIBLE_SINCE_SECONDS)
 }
@@ -25,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_written_in_utc_with_milliseconds() {
+    fn times_are_formatted_in_utc_with_milliseconds() {
         let time = UNIX_EPOCH + Duration::from_millis(1_795_458_956_123);
         assert_eq!(rfc3339(time), "2026-11-23T18:35:56.123Z");
         assert!(is_plausible(time));

@@ -1,37 +1,37 @@
-//! Small files that must never be found half written.
+//! Durable replacement of small files, and bounded reads of regular files.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::path::Path;
 
-/// Replaces a file so that after a power cut either the old or the new content is there, whole: written beside it,
-/// synced, renamed over it, and the folder synced.
+/// Replaces a file atomically and durably: after a power cut the file has either the old or the new content, complete. The
+/// content is written to a temporary file in the same folder and synced, the file is renamed, and the folder is synced.
 ///
 /// # Errors
-/// Whatever the file system says.
+/// The error of the file system, such as `StorageFull`.
 pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".tmp");
-    let mut file = File::create(&beside)?;
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let mut file = File::create(&temporary)?;
     file.write_all(content)?;
     file.sync_all()?;
-    fs::rename(&beside, path)?;
+    fs::rename(&temporary, path)?;
     sync_parent(path)
 }
 
-/// Makes what was renamed, created or removed in a file's folder outlast a power cut.
+/// Syncs the folder of a file, so that files renamed, created or removed in it stay so after a power cut.
 ///
 /// # Errors
-/// Whatever the file system says.
+/// The error of the file system.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
-    let folder = path.parent().ok_or_else(|| io::Error::other("the file has no folder"))?;
+    let folder = path.parent().ok_or_else(|| io::Error::other("the path has no parent folder"))?;
     File::open(folder)?.sync_all()
 }
 
-/// Removes a file; one that is not there is no error.
+/// Removes a file. A file that does not exist is not an error.
 ///
 /// # Errors
-/// Whatever else the file system says.
+/// Any other error of the file system.
 pub fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -42,24 +42,24 @@ pub fn remove(path: &Path) -> io::Result<()> {
 /// Opens a regular file for reading.
 ///
 /// # Errors
-/// Whatever the file system says; also for anything that is no regular file.
+/// The error of the file system; also when the path is not a regular file.
 pub fn open_regular(path: &Path) -> io::Result<File> {
-    // The kind is looked at before the file is opened, because opening a pipe waits for its writer.
+    // The file type is checked before the file is opened, because opening a pipe waits for its writer.
     if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::other("it is no regular file"));
+        return Err(io::Error::other("not a regular file"));
     }
     File::open(path)
 }
 
-/// Reads a whole regular file of at most `bytes_max`.
+/// Reads a complete regular file of at most `bytes_max` bytes.
 ///
 /// # Errors
-/// Whatever the file system says; also for anything that is no regular file, and for one that is larger.
+/// The error of the file system; also when the path is not a regular file, or the file is larger than `bytes_max`.
 pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open_regular(path)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > bytes_max {
-        return Err(io::Error::other(format!("it has more than {bytes_max} bytes")));
+        return Err(io::Error::other(format!("the file has more than {bytes_max} bytes")));
     }
     Ok(bytes)
 }
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_replaced_whole_and_leaves_nothing_beside() {
+    fn a_file_is_replaced_and_no_temporary_file_remains() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("epoch");
         replace(&path, b"1").unwrap();
@@ -84,7 +84,7 @@ mod tests {
         let path = folder.path().join("file");
         fs::write(&path, b"123").unwrap();
         assert!(read_bounded(&path, 2).unwrap_err().to_string().contains("more than 2 bytes"));
-        assert!(read_bounded(folder.path(), 2).unwrap_err().to_string().contains("no regular file"));
+        assert!(read_bounded(folder.path(), 2).unwrap_err().to_string().contains("not a regular file"));
         assert!(read_bounded(Path::new("/dev/zero"), 2).is_err());
     }
 }

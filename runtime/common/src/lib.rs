@@ -1,4 +1,5 @@
-//! What every other crate may use and what uses none of them: backoff, clock, digests, durable files, child processes.
+//! The foundation of the workspace, which uses no other crate of it: backoff, clock, digests, durable files, supervised tasks and
+//! child processes, metrics, rate limits.
 
 pub mod allocator;
 pub mod backoff;
@@ -12,6 +13,7 @@ pub mod metrics;
 pub mod process_stats;
 pub mod secrets;
 pub mod shutdown;
+pub mod supervised_child;
 pub mod supervisor;
 mod token_bucket;
 

@@ -1,4 +1,4 @@
-//! Logging a lasting condition once, and once more when it ends or changes.
+//! Logs a lasting condition once, and again only when it changes or ends.
 
 /// The last value that was logged.
 #[derive(Debug, Clone)]

@@ -1,7 +1,7 @@
-//! Benchmark of this process and of runs of a model, for those who vet and those who check.
+//! Memory of this process, and percentiles of run times; used by admission and by `lineside check`.
 
-/// DesiredCache of this process in bytes by a field of `/proc/self/status`: `VmRSS` for now, `VmHWM` for the most there was; 0
-/// where there is none.
+/// Memory of this process in bytes, by the name of a field of `/proc/self/status`: `VmRSS` for the current resident memory,
+/// `VmHWM` for its peak. Returns 0 when the field does not exist.
 pub fn memory_bytes(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let kib = status
@@ -11,7 +11,7 @@ pub fn memory_bytes(field: &str) -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
-/// The median and the 99th percentile, by nearest rank; zeroes where there is nothing.
+/// The median and the 99th percentile by nearest rank; zero for an empty list. Sorts `times`.
 pub fn p50_p99(times: &mut [f64]) -> (f64, f64) {
     times.sort_by(f64::total_cmp);
     let rank = |fraction: f64| ((times.len() as f64 * fraction).ceil() as usize).max(1) - 1;
@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn percentiles_are_values_that_occurred() {
+    fn percentiles_are_observed_values() {
         let mut times: Vec<f64> = (1..=100).rev().map(f64::from).collect();
         assert_eq!(p50_p99(&mut times), (50.0, 99.0));
         assert_eq!(p50_p99(&mut [7.0]), (7.0, 7.0));

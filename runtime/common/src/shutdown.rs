@@ -1,29 +1,31 @@
-//! Ending in order: the first signal asks, the second one ends.
+//! Termination by signals. The first signal starts an orderly shutdown, the second one ends the process at once.
+//!
+//! This file has no unit tests: signals concern the whole process. The tests of the program send them.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Exit status of a process that was told twice.
+/// Exit status after a second signal.
 const ABORTED: i32 = 1;
 
 /// Cancels `stop` on the first SIGTERM or SIGINT and ends the process on the second.
 ///
 /// # Errors
-/// When the signals cannot be listened to.
+/// When a signal handler cannot be installed.
 pub fn on_signals(stop: CancellationToken) -> std::io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::spawn(async move {
-        for told in 1.. {
+        for received in 1.. {
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
             };
-            if told > 1 {
-                tracing::warn!(event = "shutdown_forced", signal = name, "told twice, ending at once");
+            if received > 1 {
+                tracing::warn!(event = "shutdown_forced", signal = name, "Second signal, ending at once");
                 std::process::exit(ABORTED);
             }
-            tracing::info!(event = "shutdown_requested", signal = name, "shutting down");
+            tracing::info!(event = "shutdown_requested", signal = name, "Shutting down");
             stop.cancel();
         }
     });

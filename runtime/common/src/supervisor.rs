@@ -3,7 +3,7 @@
 //! A supervised task runs until it is stopped. One that ends earlier, or panics, is logged with its name and counted in
 //! `lineside_task_restarts_total{task}`. What follows depends on its state:
 //!
-//! - [`OnFailure::Restart`]: it is started again after a backoff. For tasks whose state can be built anew.
+//! - [`OnFailure::Restart`]: it is started again after a backoff. For tasks whose state can be rebuilt.
 //! - [`OnFailure::Exit`]: [`Supervisor::failed`] resolves, and the process ends with an error, so that systemd or the kubelet
 //!   starts it again. For tasks whose state would be lost.
 //!
@@ -83,7 +83,7 @@ pub struct FailureReporter {
 }
 
 impl FailureReporter {
-    /// The thread ended as it should.
+    /// Reports that the thread ended as intended.
     pub fn done(mut self) {
         self.is_done = true;
     }
@@ -127,8 +127,10 @@ impl Supervisor {
     pub async fn failed(&self) -> TaskFailure {
         let mut failed = self.0.failed.subscribe();
         match failed.wait_for(Option::is_some).await {
-            Ok(failure) => failure.clone().unwrap_or_else(|| TaskFailure { task: String::new(), reason: String::new() }),
-            // We hold the sender ourselves.
+            Ok(failure) => {
+                failure.clone().unwrap_or_else(|| TaskFailure { task: String::new(), reason: String::new() })
+            }
+            // `self` holds the sender, so the channel is never closed.
             Err(_) => std::future::pending().await,
         }
     }
@@ -153,9 +155,9 @@ impl Supervisor {
         self.0.restarts.with_label_values(&[task]).inc();
         tracing::error!(event = "task_failed", task, reason, "Task failed and cannot be restarted; the process ends");
         let failure = TaskFailure { task: task.to_owned(), reason: reason.to_owned() };
-        self.0.failed.send_if_modified(|known| {
-            let is_first = known.is_none();
-            known.get_or_insert(failure);
+        self.0.failed.send_if_modified(|first| {
+            let is_first = first.is_none();
+            first.get_or_insert(failure);
             is_first
         });
     }
@@ -240,7 +242,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_task_that_panics_or_ends_is_started_again_and_counted() {
+    async fn a_task_that_panics_or_ends_is_restarted_and_counted() {
         let (supervisor, restarts) = supervisor();
         let starts = Arc::new(AtomicU32::new(0));
         let counted = starts.clone();
@@ -259,14 +261,14 @@ mod tests {
         assert_eq!(restarts.with_label_values(&["worker"]).get(), 2);
         assert_eq!(supervisor.failure(), None);
         task.stop().await;
-        assert_eq!(restarts.with_label_values(&["worker"]).get(), 2, "being stopped is no failure");
+        assert_eq!(restarts.with_label_values(&["worker"]).get(), 2, "stopping a task is not a failure");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_task_that_cannot_be_restarted_ends_the_process() {
         let (supervisor, restarts) = supervisor();
         let task = supervisor.spawn("reconciler", OnFailure::Exit, |stop| async move { stop.cancelled().await });
-        assert!(supervisor.inject_panic("reconciler") && !supervisor.inject_panic("nobody"));
+        assert!(supervisor.inject_panic("reconciler") && !supervisor.inject_panic("unknown"));
         let failure = supervisor.failed().await;
         assert_eq!(failure.to_string(), "the task reconciler panicked: injected for a test");
         assert_eq!(restarts.with_label_values(&["reconciler"]).get(), 1);

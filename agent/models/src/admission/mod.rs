@@ -51,8 +51,8 @@ impl AdmissionLimits {
     fn of_process(self) -> process::ProcessLimits {
         process::ProcessLimits {
             memory_bytes: self.memory_bytes,
-            cpu_seconds: self.seconds,
-            wall: Duration::from_secs(self.seconds),
+            cpu_seconds: Some(self.seconds),
+            priority: process::ChildPriority::Background,
         }
     }
 }
@@ -180,7 +180,7 @@ impl Admission {
         let mut request = serde_json::to_vec(&self.request).map_err(|error| unknown(error.to_string()))?;
         request.push(b'\n');
         let limits = self.request.limits;
-        let ended = process::run(command, &[&request, model], limits.of_process().wall, &cancelled)
+        let ended = process::run(command, &[&request, model], Duration::from_secs(limits.seconds), &cancelled)
             .map_err(|error| unknown(error.to_string()))?;
         if let Ok(answer) = serde_json::from_slice::<Answer>(&ended.stdout) {
             return match answer {

@@ -25,7 +25,8 @@ use std::time::Duration;
 
 use reqwest::{Certificate, Url};
 
-use lineside_common::secrets::Secret;
+use lineside_common::error_chain;
+use lineside_common::secrets::{Secret, SecretError};
 pub use policy::Policy;
 pub use progress::Progress;
 use transfer::{Failure, Origin, Terms, Throttle, authorization, basic};
@@ -230,7 +231,8 @@ impl Fetcher {
     ) -> Result<u64, Failure> {
         let policy = &self.policy;
         let ModelsConfig { secrets_dir, source_stall, .. } = &self.settings;
-        let secret = Secret::open(secrets_dir, manifest.secret.as_deref()).map_err(Failure::lasting)?;
+        let secret = Secret::open(secrets_dir, manifest.secret.as_deref())
+            .map_err(|error| Failure::lasting(error_chain(&error)))?;
         let client =
             policy.client(&self.roots().map_err(Failure::lasting)?, *source_stall).map_err(Failure::lasting)?;
         let origin = match &manifest.source {
@@ -300,12 +302,13 @@ fn finish(partial: Partial) -> Result<u64, crate::store::StoreError> {
 }
 
 fn web_login(secret: &Secret) -> Result<reqwest::header::HeaderMap, String> {
-    if let Some(token) = secret.get("token")? {
+    let text = |error: SecretError| error_chain(&error);
+    if let Some(token) = secret.get("token").map_err(text)? {
         return authorization(&format!("Bearer {token}"));
     }
-    match secret.login(None)? {
+    match secret.login(None).map_err(text)? {
         Some(login) => authorization(&basic(&login)),
-        None if secret.is_named() => Err(secret.require("token").err().unwrap_or_default()),
+        None if secret.is_named() => Err(text(secret.missing("token"))),
         None => Ok(reqwest::header::HeaderMap::new()),
     }
 }

@@ -13,7 +13,8 @@ use reqwest::Client;
 use super::policy::{Policy, describe};
 use super::transfer::Origin;
 use lineside_api::kinds::{ObjectAddress, Provider};
-use lineside_common::secrets::Secret;
+use lineside_common::error_chain;
+use lineside_common::secrets::{Secret, SecretError};
 
 /// Hands out our own client, so that the policy on addresses holds here too.
 #[derive(Debug, Clone)]
@@ -52,11 +53,11 @@ pub(super) fn origin(
             }
             builder = match secret.is_named() {
                 true => builder
-                    .with_access_key_id(secret.require("accessKeyId")?)
-                    .with_secret_access_key(secret.require("secretAccessKey")?),
+                    .with_access_key_id(secret.require("accessKeyId").map_err(text)?)
+                    .with_secret_access_key(secret.require("secretAccessKey").map_err(text)?),
                 false => builder.with_skip_signature(true),
             };
-            if let Some(token) = secret.get("sessionToken")? {
+            if let Some(token) = secret.get("sessionToken").map_err(text)? {
                 builder = builder.with_token(token);
             }
             builder.build().map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
@@ -71,7 +72,7 @@ pub(super) fn origin(
                 builder = builder.with_base_url(&endpoint);
             }
             builder = match secret.is_named() {
-                true => builder.with_service_account_key(secret.require("serviceAccount.json")?),
+                true => builder.with_service_account_key(secret.require("serviceAccount.json").map_err(text)?),
                 false => builder.with_skip_signature(true),
             };
             builder.build().map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
@@ -86,11 +87,11 @@ pub(super) fn origin(
             if let Some(endpoint) = endpoint {
                 builder = builder.with_endpoint(endpoint);
             }
-            builder = match (secret.get("accessKey")?, secret.get("sasToken")?) {
+            builder = match (secret.get("accessKey").map_err(text)?, secret.get("sasToken").map_err(text)?) {
                 (Some(key), _) => builder.with_access_key(key),
                 (None, Some(token)) => builder.with_sas_authorization(sas_pairs(&token)),
                 (None, None) if secret.is_named() => {
-                    return Err(secret.require("accessKey").err().unwrap_or_default());
+                    return Err(text(secret.missing("accessKey")));
                 }
                 (None, None) => builder.with_skip_signature(true),
             };
@@ -100,6 +101,10 @@ pub(super) fn origin(
     let store = store.map_err(|error| describe(&error))?;
     let key = ObjectPath::parse(&address.key).map_err(|error| error.to_string())?;
     Ok(Origin::Object { store, key })
+}
+
+fn text(error: SecretError) -> String {
+    error_chain(&error)
 }
 
 /// `?sv=...&sig=...` as pairs; escapes are resolved, since they are written anew.

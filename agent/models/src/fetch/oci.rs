@@ -59,7 +59,9 @@ pub(super) async fn origin(
     secret: &Secret,
     wanted: &Digest,
 ) -> Result<(Origin, u64), Failure> {
-    let login = secret.login(Some(&address.registry)).map_err(Failure::lasting)?;
+    let login = secret
+        .login(Some(&address.registry))
+        .map_err(|error| Failure::lasting(lineside_common::error_chain(&error)))?;
     let path = format!("v2/{}/manifests/{}", address.repository, address.reference);
     let (answer, base, headers) = ask(client, policy, address, &path, login.as_ref()).await?;
     let text = body(answer).await?;

@@ -179,11 +179,11 @@ impl Encoder {
             Self::Json { .. } => {
                 let payload = if historical { as_historical(record.payload) } else { record.payload };
                 let message = MqttMessage { topic: record.topic, payload, retain: false };
-                queued(sender.publish(message, AckToken::Record(record.place)))
+                queued(sender.publish(message, AckToken::Record(record.id)))
             }
             Self::Sparkplug { session, unfenced, .. } => {
                 publish_all_unacknowledged(sender, session.data(&record, historical))?;
-                unfenced.push(record.place);
+                unfenced.push(record.id);
                 Ok(())
             }
         }

@@ -63,7 +63,7 @@ impl SendWindow {
             return None;
         }
         if let Some((record, is_live)) = spool.take() {
-            self.in_flight.insert(record.place, InFlight { sent_at: now, is_backlog: false });
+            self.in_flight.insert(record.id, InFlight { sent_at: now, is_backlog: false });
             return Some((record, !is_live));
         }
         if !self.is_backlog_window_open() || self.rate_limit_delay(now) > Duration::ZERO {
@@ -74,7 +74,7 @@ impl SendWindow {
             limit.take(now);
         }
         self.backlog_in_flight += 1;
-        self.in_flight.insert(record.place, InFlight { sent_at: now, is_backlog: true });
+        self.in_flight.insert(record.id, InFlight { sent_at: now, is_backlog: true });
         Some((record, true))
     }
 
@@ -143,7 +143,7 @@ mod tests {
         let sent: Vec<RecordId> = std::iter::from_fn(|| window.next(&driven.spool, start))
             .map(|(record, historical)| {
                 assert!(historical);
-                record.place
+                record.id
             })
             .collect();
         assert_eq!(sent.len(), BACKLOG_WINDOW_INITIAL);

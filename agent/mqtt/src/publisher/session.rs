@@ -203,7 +203,7 @@ impl<'a> Session<'a> {
         while is_open && self.is_sending && Encoder::has_room(&self.sender) {
             let now = Instant::now().into_std();
             let Some((record, historical)) = self.window.next(&self.context.spool, now) else { break };
-            let id = record.place;
+            let id = record.id;
             if self.encoder.send_record(record, historical, &mut self.sender).is_err() {
                 self.window.requeue(id);
                 self.context.spool.requeue(id);

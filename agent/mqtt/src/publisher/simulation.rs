@@ -85,7 +85,7 @@ fn simulate_day(seed: u64) {
         let Some(window) = &mut window else { continue };
         while let Some((record, historical)) = window.next(&driven.spool, now) {
             let number: u64 = std::str::from_utf8(&record.payload).unwrap().trim().parse().unwrap();
-            broker.publishes.push_back((now_ms + latency_ms, record.place, number, historical));
+            broker.publishes.push_back((now_ms + latency_ms, record.id, number, historical));
         }
         while broker.publishes.front().is_some_and(|(at, ..)| *at <= now_ms) {
             let (_, record, number, historical) = broker.publishes.pop_front().unwrap();

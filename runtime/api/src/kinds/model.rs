@@ -123,7 +123,7 @@ fn provenance(
     source: Option<&ModelSource>,
     errors: &mut ConfigErrors,
 ) -> (Option<Digest>, Option<String>, Option<Envelope>) {
-    let digest = from.digest.as_ref().and_then(|text| errors.take(&at("source.digest"), Digest::parse(text)));
+    let digest = from.digest.as_ref().and_then(|text| errors.take(&at("source.digest"), Digest::parse(text).map_err(|error| error.to_string())));
     if from.digest.is_none() && source.is_some_and(|source| !matches!(source, ModelSource::File(_))) {
         errors.add(at("source.digest"), "is missing; `sha256sum model.onnx` tells it (sha256:...)");
     }

@@ -232,7 +232,7 @@ impl OciAddress {
         }
         let (repository, reference) = match rest.split_once('@') {
             Some((repository, digest)) => {
-                lineside_common::digest::Digest::parse(digest)?;
+                lineside_common::digest::Digest::parse(digest).map_err(|error| error.to_string())?;
                 (repository, digest)
             }
             None => rest.rsplit_once(':').ok_or_else(|| wrong("it has neither a tag nor a digest"))?,

@@ -8,8 +8,6 @@ use std::io::Cursor;
 
 use image::{ImageDecoder, ImageFormat, ImageReader};
 
-use crate::jpeg;
-use crate::jpeg::Extent;
 use crate::{Error, ErrorKind, Result};
 use lineside_ipc::frame::{Frame, FrameFormat, PixelLayout};
 use lineside_ipc::jpeg::{self, Extent};

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use lineside_api::state::ModelState;
 use serde::Serialize;
 
 /// The core loop beats twice a second; after this long without, something is badly wrong and a restart may help.
@@ -16,7 +17,7 @@ pub struct ModelHealth {
     /// The version that was asked for.
     pub version: u64,
     /// Where that version stands.
-    pub state: &'static str,
+    pub state: ModelState,
     /// The version that serves, where one does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serving: Option<u64>,
@@ -80,7 +81,7 @@ mod tests {
     use super::*;
 
     fn model(serving: Option<u64>) -> BTreeMap<String, ModelHealth> {
-        BTreeMap::from([("m".to_owned(), ModelHealth { version: 2, state: "Failed", serving, reason: None })])
+        BTreeMap::from([("m".to_owned(), ModelHealth { version: 2, state: ModelState::Failed, serving, reason: None })])
     }
 
     #[test]

@@ -1,95 +1,66 @@
-//! What an operator asks of the loop.
+//! Executes operator commands: reload, pause, resume, snapshot.
 
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-
-use super::Reconciler;
 use lineside_api::message::CommandOutcome;
 use lineside_common::clock;
+use lineside_ipc::frame::Frame;
 use lineside_mqtt::command::{Command, CommandError, CommandRequest};
+use tokio::sync::oneshot;
 
-/// Bytes of a frame that is shown at most; base64 makes four of three, and a message has to stay below 4 MiB.
+use super::{Reconciler, StreamRunner};
+
+/// Largest frame of a snapshot, in bytes. Base64 makes four bytes of three, and a message has at most 4 MiB.
 const SNAPSHOT_BYTES_MAX: usize = 3 << 20;
-/// How long to wait for a frame to be shown.
-const SNAPSHOT_WAIT: Duration = Duration::from_secs(8);
+/// Longest wait for the frame of a snapshot.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(8);
 
-impl Reconciler {
-    /// Carries out an command. Whoever gave it may have gone.
-    pub(super) fn on_command(&mut self, task: CommandRequest) {
-        let CommandRequest { command, reply } = task;
+impl<S: StreamRunner> Reconciler<S> {
+    /// Executes a command and replies. The requester may have given up.
+    pub(super) fn on_command(&mut self, request: CommandRequest) {
+        let CommandRequest { command, reply } = request;
         let outcome = match command {
             Command::Reload => {
-                self.reload();
+                self.relist.notify_one();
+                self.core.retry_now(Instant::now());
                 Ok(CommandOutcome::default())
             }
-            Command::Pause(stream) => self.pause(stream),
-            Command::Resume(stream) => self.resume(&stream),
-            Command::Snapshot(stream) => match self.captures.get(&stream) {
-                None => Err(self.no_such_stream(&stream)),
-                Some(capture) => {
-                    let frame = capture.next_frame();
-                    tokio::spawn(async move {
-                        let frame = match tokio::time::timeout(SNAPSHOT_WAIT, frame).await {
-                            Ok(Ok(frame)) if frame.encoded.len() <= SNAPSHOT_BYTES_MAX => Ok(CommandOutcome {
-                                stream: Some(stream),
-                                captured_at: Some(clock::rfc3339(frame.captured_at)),
-                                image: Some(BASE64.encode(&frame.encoded)),
-                                ..CommandOutcome::default()
-                            }),
-                            Ok(Ok(frame)) => {
-                                Err(CommandError::FrameTooLarge { bytes: frame.encoded.len(), max: SNAPSHOT_BYTES_MAX })
-                            }
-                            _ => Err(CommandError::NoFrame { stream }),
-                        };
-                        drop(reply.send(frame));
-                    });
+            Command::Pause(stream) => self.core.pause(&stream).then(|| self.paused()).ok_or(stream),
+            Command::Resume(stream) => self.core.resume(&stream).then(|| self.paused()).ok_or(stream),
+            Command::Snapshot(stream) => match self.streams.next_frame(&stream) {
+                Some(frame) => {
+                    tokio::spawn(snapshot(stream, frame, reply));
                     return;
                 }
+                None => Err(stream),
             },
         };
-        drop(reply.send(outcome));
-    }
-
-    /// Everything is looked at again at once: what is asked for, and models that failed.
-    fn reload(&mut self) {
-        self.again.notify_one();
-        let now = Instant::now();
-        for model in self.observed.models.values_mut() {
-            if let Some((_, Some(retry_at))) = &mut model.failed {
-                *retry_at = now;
-            }
-        }
-    }
-
-    fn pause(&mut self, stream: String) -> Result<CommandOutcome, CommandError> {
-        if !self.paused.contains(&stream) {
-            if self.desired.streams.remove(&stream).is_none() {
-                return Err(self.no_such_stream(&stream));
-            }
-            self.paused.insert(stream);
-        }
-        Ok(self.paused())
-    }
-
-    fn resume(&mut self, stream: &str) -> Result<CommandOutcome, CommandError> {
-        if self.paused.remove(stream) {
-            if let Some(desired_state) = self.asked.clone() {
-                self.gather(desired_state);
-            }
-        } else if !self.desired.streams.contains_key(stream) {
-            return Err(self.no_such_stream(stream));
-        }
-        Ok(self.paused())
+        let existing = || self.core.stream_names();
+        drop(reply.send(outcome.map_err(|stream| CommandError::UnknownStream { stream, existing: existing() })));
     }
 
     fn paused(&self) -> CommandOutcome {
-        CommandOutcome { paused: Some(self.paused.iter().cloned().collect()), ..CommandOutcome::default() }
+        CommandOutcome { paused: Some(self.core.paused()), ..CommandOutcome::default() }
     }
+}
 
-    fn no_such_stream(&self, stream: &str) -> CommandError {
-        let existing = self.desired.streams.keys().cloned().collect();
-        CommandError::UnknownStream { stream: stream.to_owned(), existing }
-    }
+/// Replies with the next frame of a stream.
+async fn snapshot(
+    stream: String,
+    frame: oneshot::Receiver<Frame>,
+    reply: oneshot::Sender<Result<CommandOutcome, CommandError>>,
+) {
+    let outcome = match tokio::time::timeout(SNAPSHOT_TIMEOUT, frame).await {
+        Ok(Ok(frame)) if frame.data.len() <= SNAPSHOT_BYTES_MAX => Ok(CommandOutcome {
+            stream: Some(stream),
+            captured_at: Some(clock::rfc3339(frame.captured_at)),
+            image: Some(BASE64.encode(&frame.data)),
+            ..CommandOutcome::default()
+        }),
+        Ok(Ok(frame)) => Err(CommandError::FrameTooLarge { bytes: frame.data.len(), max: SNAPSHOT_BYTES_MAX }),
+        _ => Err(CommandError::NoFrame { stream }),
+    };
+    drop(reply.send(outcome));
 }

@@ -28,6 +28,7 @@ use lineside_api::state::ModelState;
 use lineside_common::backoff::Backoff;
 use lineside_common::digest::Digest;
 use lineside_models::last_good::LastGood;
+use lineside_scheduler::VersionId;
 use tokio_util::sync::CancellationToken;
 
 use super::load_task::{LoadFailure, LoadProgress, LoadRequest, LoadedVersion};
@@ -416,6 +417,11 @@ impl Core {
         let Some(manifest) = self.observed.models.get_mut(name).and_then(|model| model.serving.take()) else { return };
         let failure = LoadFailure { reason: reason.to_owned(), quarantined_after: None, digest: None };
         self.on_failed(manifest, ModelState::Ready, failure, now);
+    }
+
+    /// The versions that serve, by model.
+    pub(super) fn serving_ids(&self) -> Vec<(String, VersionId)> {
+        self.serving.iter().map(|(name, loaded)| (name.clone(), loaded.id)).collect()
     }
 
     /// Tries failed models at once.

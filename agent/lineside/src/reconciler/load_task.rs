@@ -1,108 +1,141 @@
-//! One model version's way from its source to its slot.
+//! Loads one version of a model: from its source to a worker that serves.
 //!
 //! ```text
-//! signature -> Downloading -> quarantined? -> Verifying -> Admission -> Warming -> serving
-//!              (no network      (digest)      (the bytes   (a child;   (loaded beside what serves,
-//!               if stored)                     that load)   once)       run once, then the flip)
+//! signature -> Downloading -> Verifying -> quarantined? -> Vetting -> Warming -> serving
+//!              (no network     (the bytes    (digest and     (child     (loaded beside the
+//!               if stored)      that load)    manifest)       process)   version before)
 //! ```
 //!
-//! Downloads go side by side; from `Verifying` on, one model at a time. The bytes are read once: those whose digest was
-//! compared are those that are vetted and those that are loaded. Before each long step it is asked whether the manifest
-//! has changed meanwhile. Whatever fails leaves what serves alone, unless the manifest asked to stop that first.
+//! Downloads run in parallel; from `Verifying` on, one version at a time, because reading, admission and loading need memory.
+//! The bytes are read once: those whose digest was compared are those that are admitted and loaded. Before each long step the
+//! task checks whether the manifest has changed. A failure leaves the version that serves alone, unless the manifest asks for
+//! it to be stopped first.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use lineside_inference::pipeline::{Pipeline, engine_for};
-use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
-
-use crate::streams::inspector::{Inspector, StreamContext};
 use lineside_api::kinds::ModelManifest;
 use lineside_api::message::ModelInfo;
 use lineside_api::state::ModelState;
+use lineside_api::status::Download;
 use lineside_common::clock;
 use lineside_common::digest::Digest;
-use lineside_common::metrics::Metrics;
+use lineside_inference::pipeline::{Pipeline, engine_for};
 use lineside_models::admission::{Admission, AdmissionLimits, AdmissionRecord, Benchmark, Rejection};
 use lineside_models::fetch::{Fetcher, Progress};
 use lineside_models::signing::{Keyring, Statement, has_expired};
-use lineside_models::store;
-use lineside_models::store::{FailureRecord, NoteKind, Store, VersionRecord};
-use lineside_scheduler::slot::{Deployment, Ready};
+use lineside_models::store::{self, FailureRecord, NoteKind, Store, VersionRecord};
+use lineside_scheduler::{BatchPolicy, Deployment, VersionId, VersionSpec, WorkerFactory};
+use lineside_worker::{InProcessWorker, Worker};
+use parking_lot::Mutex;
+use prometheus::IntCounter;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
-/// RetryState of one digest, one after the other, after which it is not tried again.
-const TRIALS_MAX: u32 = 3;
+/// Failures of one digest in a row after which it is quarantined.
+const FAILURES_MAX: u32 = 3;
+/// Shortest execution limit of a batch. A worker that exceeds its limit is replaced.
+const EXECUTION_LIMIT_MIN: Duration = Duration::from_secs(10);
+/// The execution limit as a multiple of the 99th percentile that admission measured.
+const EXECUTION_LIMIT_P99: f64 = 20.0;
 
-/// What every version needs on its way.
-pub(super) struct LoadContext {
-    pub(super) store: Arc<Store>,
-    pub(super) fetcher: Fetcher,
-    pub(super) keys: Option<Keyring>,
-    pub(super) limits: AdmissionLimits,
-    pub(super) inspector: Arc<Inspector>,
-    pub(super) metrics: Metrics,
-    /// Taken from `Verifying` on: reading, admission and loading need memory.
-    pub(super) one_at_a_time: Arc<Semaphore>,
+/// Loads versions. The reconciler's tests have one of their own.
+pub trait VersionLoader: Send + Sync {
+    /// Loads a version and lets it take over in its deployment. `None` when the manifest changed before it could serve.
+    fn load(&self, request: LoadRequest, deployment: Arc<Deployment>) -> LoadFuture;
 }
 
-/// What one version brings along.
-pub(super) struct LoadRequest {
+/// The outcome of a load, in time.
+pub type LoadFuture = Pin<Box<dyn Future<Output = Result<Option<LoadedVersion>, LoadFailure>> + Send>>;
+
+/// What every load needs.
+pub struct LoadContext {
+    /// Model files and records.
+    pub store: Arc<Store>,
+    /// Downloads model files.
+    pub fetcher: Fetcher,
+    /// Trusted keys; without them signatures are not checked.
+    pub keys: Option<Keyring>,
+    /// Limits of the admission child.
+    pub limits: AdmissionLimits,
+    /// Counts admissions that failed.
+    pub admission_failures: IntCounter,
+    /// Held from `Verifying` on.
+    pub turn: Arc<Semaphore>,
+}
+
+/// A version to load.
+pub struct LoadRequest {
     pub(super) manifest: ModelManifest,
-    pub(super) slot: Arc<Deployment<StreamContext>>,
-    /// The digest under which this very version has served before: it is taken from the store, and its signature may
-    /// have expired since.
+    /// The digest under which this very version has served before: it is taken from the store, and its signature may have
+    /// expired since.
     pub(super) known_good: Option<Digest>,
-    /// Whether it is only to be taken from the store.
+    /// Whether it may be taken from the store only.
     pub(super) is_restored: bool,
-    /// Whether something else could serve in its place.
+    /// Whether another version could serve instead.
     pub(super) has_alternative: bool,
-    /// Digests that must not give way to it.
+    /// Digests that must not be evicted for it.
     pub(super) protected: BTreeSet<Digest>,
     /// Cancelled when the manifest has changed.
     pub(super) superseded: CancellationToken,
-    pub(super) stage: Arc<Stage>,
+    pub(super) progress: Arc<LoadProgress>,
 }
 
-/// Where a version is on its way.
-pub(super) struct Stage {
+/// How far a load has come.
+pub struct LoadProgress {
     state: Mutex<ModelState>,
-    pub(super) progress: Progress,
+    download: Progress,
 }
 
-impl Stage {
+impl LoadProgress {
     pub(super) fn new(manifest: &ModelManifest) -> Self {
-        Self { state: Mutex::new(ModelState::Pending), progress: Progress::new(&manifest.name, manifest.version) }
+        Self { state: Mutex::new(ModelState::Pending), download: Progress::new(&manifest.name, manifest.version) }
     }
 
-    pub(super) fn get(&self) -> ModelState {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The state of the version.
+    pub(super) fn state(&self) -> ModelState {
+        *self.state.lock()
     }
 
-    fn set(&self, state: ModelState) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    /// The progress of the download.
+    pub(super) fn download(&self) -> Download {
+        self.download.snapshot()
+    }
+
+    pub(super) fn set(&self, state: ModelState) {
+        *self.state.lock() = state;
     }
 }
 
-/// A version that serves now.
+/// A version that serves.
 #[derive(Debug, Clone)]
-pub(super) struct LoadedVersion {
-    pub(super) info: Arc<ModelInfo>,
-    pub(super) digest: Digest,
-    pub(super) benchmark: Benchmark,
-    pub(super) expires: Option<SystemTime>,
-    pub(super) took: Duration,
+pub struct LoadedVersion {
+    /// What results say of it.
+    pub info: Arc<ModelInfo>,
+    /// Its id in the deployment.
+    pub id: VersionId,
+    /// SHA-256 of its file.
+    pub digest: Digest,
+    /// What admission measured.
+    pub benchmark: Benchmark,
+    /// When its signature expires.
+    pub expires: Option<SystemTime>,
+    /// Time from the start of the load to serving.
+    pub took: Duration,
 }
 
 /// Why a version does not serve.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct LoadFailure {
-    pub(super) reason: String,
-    /// How often it has failed, where it is not tried again.
-    pub(super) quarantined_after: Option<u32>,
-    /// Its file, where that is known.
-    pub(super) digest: Option<Digest>,
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{reason}")]
+pub struct LoadFailure {
+    /// The reason, for people.
+    pub reason: String,
+    /// The number of failures, where the digest is quarantined.
+    pub quarantined_after: Option<u32>,
+    /// SHA-256 of its file, where it is known.
+    pub digest: Option<Digest>,
 }
 
 impl From<String> for LoadFailure {
@@ -117,63 +150,86 @@ impl From<store::StoreError> for LoadFailure {
     }
 }
 
-/// Goes the whole way. `None` when the manifest had changed before the version could serve.
-pub(super) async fn bring(way: Arc<LoadContext>, request: LoadRequest) -> Result<Option<LoadedVersion>, LoadFailure> {
-    let started = Instant::now();
-    let (manifest, stage) = (&request.manifest, &request.stage);
-    let statement = statement(&way, &request)?;
-    stage.set(ModelState::Downloading);
-    let digest = match request.known_good.filter(|_| request.is_restored) {
-        Some(digest) => digest,
-        None => {
-            let fetched = tokio::select! {
-                fetched = way.fetcher.fetch(manifest, &request.protected, &stage.progress) => fetched?,
-                () = request.superseded.cancelled() => return Ok(None),
-            };
-            if let Some(from) = &fetched.from {
-                tracing::info!(
-                    event = "model_downloaded", model = manifest.name,
-                    version = manifest.version,
-                    digest = %fetched.digest,
-                    bytes = fetched.bytes,
-                    took_ms = started.elapsed().as_millis() as u64,
-                    from,
-                    "model downloaded"
-                );
-            }
-            let record = VersionRecord {
-                name: manifest.name.clone(),
-                version: manifest.version,
-                digest: fetched.digest,
-                size: fetched.bytes,
-                source: manifest.source.to_string(),
-                fetched: clock::rfc3339(SystemTime::now()),
-                pinned: false,
-                signature: manifest.signature.clone(),
-            };
-            tokio::task::block_in_place(|| way.store.record(record))?;
-            fetched.digest
-        }
-    };
-    let turn = tokio::select! {
-        turn = way.one_at_a_time.clone().acquire_owned() => turn,
-        () = request.superseded.cancelled() => return Ok(None),
-    };
-    let work = tokio::task::spawn_blocking(move || {
-        let loaded = settle(&way, &request, &digest, statement.as_ref(), started);
-        drop(turn);
-        let source = &request.manifest.source;
-        loaded.map_err(|failure| LoadFailure { reason: format!("{source}: {}", failure.reason), ..failure })
-    });
-    work.await.unwrap_or_else(|error| Err(format!("loading it panicked: {error}").into()))
+impl VersionLoader for Arc<LoadContext> {
+    fn load(&self, request: LoadRequest, deployment: Arc<Deployment>) -> LoadFuture {
+        Box::pin(load(self.clone(), request, deployment))
+    }
 }
 
-/// What is vouched for, where keys are configured; a version that nobody vouches for goes no further.
-fn statement(way: &LoadContext, request: &LoadRequest) -> Result<Option<Statement>, String> {
-    let Some(keys) = &way.keys else { return Ok(None) };
+async fn load(
+    context: Arc<LoadContext>,
+    request: LoadRequest,
+    deployment: Arc<Deployment>,
+) -> Result<Option<LoadedVersion>, LoadFailure> {
+    let started = Instant::now();
+    let manifest = &request.manifest;
+    let statement = statement(&context, &request)?;
+    request.progress.set(ModelState::Downloading);
+    let digest = match request.known_good.filter(|_| request.is_restored) {
+        Some(digest) => digest,
+        None => match fetch(&context, &request, started).await? {
+            Some(digest) => digest,
+            None => return Ok(None),
+        },
+    };
+    let turn = tokio::select! {
+        turn = context.turn.clone().acquire_owned() => turn,
+        () = request.superseded.cancelled() => return Ok(None),
+    };
+    let source = manifest.source.to_string();
+    let work = tokio::task::spawn_blocking(move || {
+        let loaded = admit_and_serve(&context, &request, &deployment, &digest, statement.as_ref());
+        drop(turn);
+        loaded.map(|loaded| loaded.map(|loaded| LoadedVersion { took: started.elapsed(), ..loaded }))
+    });
+    work.await
+        .unwrap_or_else(|error| Err(format!("loading panicked: {error}").into()))
+        .map_err(|failure| LoadFailure { reason: format!("{source}: {}", failure.reason), ..failure })
+}
+
+/// Brings the file into the store. `None` when the manifest changed meanwhile.
+async fn fetch(
+    context: &LoadContext,
+    request: &LoadRequest,
+    started: Instant,
+) -> Result<Option<Digest>, LoadFailure> {
+    let manifest = &request.manifest;
+    let fetched = tokio::select! {
+        fetched = context.fetcher.fetch(manifest, &request.protected, &request.progress.download) => fetched?,
+        () = request.superseded.cancelled() => return Ok(None),
+    };
+    if let Some(from) = &fetched.from {
+        tracing::info!(
+            event = "model_downloaded",
+            model = manifest.name,
+            version = manifest.version,
+            digest = %fetched.digest,
+            bytes = fetched.bytes,
+            took_ms = started.elapsed().as_millis() as u64,
+            from,
+            "Model downloaded"
+        );
+    }
+    let record = VersionRecord {
+        name: manifest.name.clone(),
+        version: manifest.version,
+        digest: fetched.digest,
+        size: fetched.bytes,
+        source: manifest.source.to_string(),
+        fetched: clock::rfc3339(SystemTime::now()),
+        pinned: false,
+        signature: manifest.signature.clone(),
+    };
+    tokio::task::block_in_place(|| context.store.record(record))?;
+    Ok(Some(fetched.digest))
+}
+
+/// The verified statement of the signature, where keys are configured; an unsigned version is refused.
+fn statement(context: &LoadContext, request: &LoadRequest) -> Result<Option<Statement>, String> {
+    let Some(keys) = &context.keys else { return Ok(None) };
     let manifest = &request.manifest;
     let envelope = manifest.signature.as_ref().ok_or(
-        "it is not signed, and --trusted-keys are configured; sign it with `lineside sign` and put the result into \
+        "it is not signed, and --trusted-keys is set; sign it with `lineside sign` and put the output into \
          source.signature",
     )?;
     let statement = keys
@@ -181,13 +237,13 @@ fn statement(way: &LoadContext, request: &LoadRequest) -> Result<Option<Statemen
         .map_err(|reason| format!("its signature is refused: {reason}"))?;
     if let Some(digest) = manifest.digest.filter(|digest| *digest != statement.digest) {
         return Err(format!(
-            "its signature is refused: it is signed for {}, and source.digest asks for {digest}",
+            "its signature is refused: it is for {}, but source.digest is {digest}",
             statement.digest
         ));
     }
     if let Some(size) = manifest.size.filter(|size| *size != statement.size) {
         return Err(format!(
-            "its signature is refused: it is signed for {} bytes, and source.size asks for {size}",
+            "its signature is refused: it is for {} bytes, but source.size is {size}",
             statement.size
         ));
     }
@@ -202,112 +258,114 @@ fn statement(way: &LoadContext, request: &LoadRequest) -> Result<Option<Statemen
     }
 }
 
-/// From the file in the store to the slot, on a thread that may block.
-fn settle(
-    way: &LoadContext,
+/// From the file in the store to a worker that serves, on a thread that may block.
+fn admit_and_serve(
+    context: &LoadContext,
     request: &LoadRequest,
+    deployment: &Deployment,
     digest: &Digest,
     statement: Option<&Statement>,
-    started: Instant,
 ) -> Result<Option<LoadedVersion>, LoadFailure> {
-    let (manifest, stage) = (&request.manifest, &request.stage);
+    let (manifest, progress) = (&request.manifest, &request.progress);
     let is_superseded = || request.superseded.is_cancelled();
     if is_superseded() {
         return Ok(None);
     }
-    stage.set(ModelState::Verifying);
-    let bytes = way.store.read(digest, way.fetcher.bytes_max())?;
+    progress.set(ModelState::Verifying);
+    let bytes = context.store.read(digest, context.fetcher.bytes_max())?;
     if let Some(statement) =
         statement.filter(|statement| (statement.digest, statement.size) != (*digest, bytes.len() as u64))
     {
         return Err(format!(
-            "its signature is refused: it is signed for {} with {} bytes, and this is {digest} with {} bytes",
+            "its signature is refused: it is for {} with {} bytes, but the file is {digest} with {} bytes",
             statement.digest,
             statement.size,
             bytes.len()
         )
         .into());
     }
-    // From here on it is the model, its manifest or its golden samples.
-    stage.set(ModelState::Vetting);
-    let admission = Admission::new(manifest, digest, way.limits)
-        .map_err(|rejection| refused(way, request, digest, None, rejection))?;
-    let failures_on_record: FailureRecord = way.store.recall(NoteKind::FailureRecord, digest).unwrap_or_default();
-    if failures_on_record.quarantined && failures_on_record.key.as_ref() == Some(admission.key()) {
-        return Err(given_up(&failures_on_record, digest));
+    // Whatever fails from here on is a fault of the model, its manifest or its golden samples.
+    progress.set(ModelState::Vetting);
+    let admission = Admission::new(manifest, digest, context.limits)
+        .map_err(|rejection| refused(context, request, digest, None, rejection))?;
+    let record: FailureRecord = context.store.recall(NoteKind::FailureRecord, digest).unwrap_or_default();
+    if record.quarantined && record.key.as_ref() == Some(admission.key()) {
+        return Err(quarantined(&record, digest));
     }
-    if failures_on_record.unfinished_loads >= TRIALS_MAX && request.has_alternative {
-        let reason = format!("the agent ended {} times while it was loading it", failures_on_record.unfinished_loads);
-        return Err(count(way, digest, Some(admission.key()), reason, TRIALS_MAX));
+    if record.unfinished_loads >= FAILURES_MAX && request.has_alternative {
+        let reason = format!("the agent ended {} times while it loaded this file", record.unfinished_loads);
+        return Err(record_failure(context, digest, Some(admission.key()), reason, FAILURES_MAX));
     }
     let known: Option<AdmissionRecord> =
-        way.store.recall(NoteKind::Verdicts, admission.key()).filter(|verdict: &AdmissionRecord| {
-            // After a load that never ended the verdict is doubted.
-            verdict.digest == *digest && failures_on_record.unfinished_loads == 0
+        context.store.recall(NoteKind::Verdicts, admission.key()).filter(|verdict: &AdmissionRecord| {
+            // After a load that never finished, the earlier admission is not trusted.
+            verdict.digest == *digest && record.unfinished_loads == 0
         });
     let benchmark = match known {
         Some(verdict) => verdict.benchmark,
-        None => match vet(way, request, digest, &admission, &bytes)? {
+        None => match run_admission(context, request, digest, &admission, &bytes)? {
             Some(benchmark) => benchmark,
             None => return Ok(None),
         },
     };
-    stage.set(ModelState::Warming);
+    progress.set(ModelState::Warming);
     if is_superseded() {
         return Ok(None);
     }
     let loading =
-        FailureRecord { unfinished_loads: failures_on_record.unfinished_loads + 1, ..failures_on_record.clone() };
-    way.store.remember(NoteKind::FailureRecord, digest, &loading)?;
-    if manifest.stop_first && request.slot.serving().is_some() {
-        tracing::info!(model = manifest.name, version = manifest.version, "the version before is stopped first");
-        request.slot.stop();
+        FailureRecord { unfinished_loads: record.unfinished_loads + 1, ..record.clone() };
+    context.store.remember(NoteKind::FailureRecord, digest, &loading)?;
+    if manifest.stop_first && deployment.serving().is_some() {
+        tracing::info!(
+            event = "version_stopped_first",
+            model = manifest.name,
+            version = manifest.version,
+            "The version before is stopped first"
+        );
+        deployment.stop();
     }
-    let loaded = load(manifest, digest, &bytes);
+    let loaded = version_spec(manifest, digest, &bytes, &benchmark);
     drop(bytes);
-    let ready = match loaded {
-        Ok(ready) => ready,
-        Err(reason) => {
-            return Err(refused(way, request, digest, Some(admission.key()), Rejection::Model(reason)));
+    let spec = match loaded {
+        Ok(spec) => spec,
+        Err(error) => {
+            let rejection = Rejection::Model(error.to_string());
+            return Err(refused(context, request, digest, Some(admission.key()), rejection));
         }
     };
-    // A success clears what went wrong before with this manifest; what went wrong with another one is remembered.
-    match failures_on_record.key.is_none() || failures_on_record.key.as_ref() == Some(admission.key()) {
-        true => way.store.forget(NoteKind::FailureRecord, digest).map(drop)?,
-        false => way.store.remember(
+    // A success clears the failures of this manifest; those of another manifest are kept.
+    match record.key.is_none() || record.key.as_ref() == Some(admission.key()) {
+        true => context.store.forget(NoteKind::FailureRecord, digest).map(drop)?,
+        false => context.store.remember(
             NoteKind::FailureRecord,
             digest,
-            &FailureRecord { unfinished_loads: 0, ..failures_on_record },
+            &FailureRecord { unfinished_loads: 0, ..record },
         )?,
     }
     if is_superseded() {
         return Ok(None);
     }
-    let info = ready.info.clone();
-    let inspector = way.inspector.clone();
-    request
-        .slot
-        .serve(ready, move |pipeline, info, taken| inspector.inspect(pipeline, info, &taken))
-        .map_err(|error| format!("its threads cannot be started: {error}"))?;
-    way.store.touch(digest);
+    let info = spec.info.clone();
+    let id = deployment.replace(spec).map_err(|error| format!("the worker cannot be started: {error}"))?;
+    context.store.touch(digest);
     let expires = statement.and_then(|statement| statement.expiry().ok().flatten());
-    Ok(Some(LoadedVersion { info, digest: *digest, benchmark, expires, took: started.elapsed() }))
+    Ok(Some(LoadedVersion { info, id, digest: *digest, benchmark, expires, took: Duration::ZERO }))
 }
 
-fn vet(
-    way: &LoadContext,
+fn run_admission(
+    context: &LoadContext,
     request: &LoadRequest,
     digest: &Digest,
     admission: &Admission,
     bytes: &[u8],
 ) -> Result<Option<Benchmark>, LoadFailure> {
     let manifest = &request.manifest;
-    request.stage.set(ModelState::Vetting);
+    request.progress.set(ModelState::Vetting);
     let started = Instant::now();
     let benchmark = match admission.run(bytes, || request.superseded.is_cancelled()) {
         Ok(benchmark) => benchmark,
         Err(_) if request.superseded.is_cancelled() => return Ok(None),
-        Err(rejection) => return Err(refused(way, request, digest, Some(admission.key()), rejection)),
+        Err(rejection) => return Err(refused(context, request, digest, Some(admission.key()), rejection)),
     };
     tracing::info!(
         event = "model_admitted", model = manifest.name,
@@ -317,7 +375,7 @@ fn vet(
         p99_ms = benchmark.p99_ms,
         peak_memory_mib = benchmark.peak_memory_bytes >> 20,
         took_ms = started.elapsed().as_millis() as u64,
-        "model vetted"
+        "Model admitted"
     );
     let verdict = AdmissionRecord {
         digest: *digest,
@@ -325,14 +383,14 @@ fn vet(
         benchmark: benchmark.clone(),
         at: clock::rfc3339(SystemTime::now()),
     };
-    way.store.remember(NoteKind::Verdicts, admission.key(), &verdict)?;
+    context.store.remember(NoteKind::Verdicts, admission.key(), &verdict)?;
     Ok(Some(benchmark))
 }
 
-/// Writes a failure down, and sees whether it was the last one. What has served before is not counted against: its
+/// Records a failure, and quarantines the digest after the last one. A version that has served before is not counted: its
 /// failures come from the node, which may be short of memory or busy, and not from the model.
 fn refused(
-    way: &LoadContext,
+    context: &LoadContext,
     request: &LoadRequest,
     digest: &Digest,
     key: Option<&Digest>,
@@ -341,51 +399,56 @@ fn refused(
     let reason = match rejection {
         Rejection::Unknown(reason) => return reason.into(),
         Rejection::Manifest(reason) => {
-            way.metrics.admission_failures.inc();
+            context.admission_failures.inc();
             return reason.into();
         }
         Rejection::Model(reason) => reason,
     };
-    way.metrics.admission_failures.inc();
+    context.admission_failures.inc();
     if request.known_good.as_ref() == Some(digest) {
         return reason.into();
     }
-    let before: FailureRecord = way.store.recall(NoteKind::FailureRecord, digest).unwrap_or_default();
-    // Another manifest may fare better, so its failures are counted by themselves.
+    let before: FailureRecord = context.store.recall(NoteKind::FailureRecord, digest).unwrap_or_default();
+    // Another manifest may succeed, so its failures are counted separately.
     let failures = if before.key.as_ref() == key { before.failures } else { 0 } + 1;
-    count(way, digest, key, reason, failures)
+    record_failure(context, digest, key, reason, failures)
 }
 
-fn count(way: &LoadContext, digest: &Digest, key: Option<&Digest>, reason: String, failures: u32) -> LoadFailure {
-    let failures_on_record = FailureRecord {
+fn record_failure(context: &LoadContext, digest: &Digest, key: Option<&Digest>, reason: String, failures: u32) -> LoadFailure {
+    let record = FailureRecord {
         failures,
         reason: reason.clone(),
         at: clock::rfc3339(SystemTime::now()),
-        quarantined: failures >= TRIALS_MAX,
+        quarantined: failures >= FAILURES_MAX,
         key: key.copied(),
         unfinished_loads: 0,
     };
-    if let Err(error) = way.store.remember(NoteKind::FailureRecord, digest, &failures_on_record) {
-        tracing::error!(%error, "a failed attempt could not be written down");
+    if let Err(error) = context.store.remember(NoteKind::FailureRecord, digest, &record) {
+        tracing::error!(event = "failure_not_recorded", %error, "A failure cannot be recorded");
     }
-    match failures_on_record.quarantined {
-        true => given_up(&failures_on_record, digest),
+    match record.quarantined {
+        true => quarantined(&record, digest),
         false => reason.into(),
     }
 }
 
-fn given_up(failures_on_record: &FailureRecord, digest: &Digest) -> LoadFailure {
+fn quarantined(record: &FailureRecord, digest: &Digest) -> LoadFailure {
     let reason = format!(
-        "it failed {} times and is in quarantine (`lineside store release {digest}` ends it): {}",
-        failures_on_record.failures, failures_on_record.reason
+        "it failed {} times and is quarantined (`lineside store release {digest}` releases it): {}",
+        record.failures, record.reason
     );
-    LoadFailure { reason, quarantined_after: Some(failures_on_record.failures), digest: Some(*digest) }
+    LoadFailure { reason, quarantined_after: Some(record.failures), digest: Some(*digest) }
 }
 
-/// Loads a model, with a warm pipeline for each instance.
-fn load(manifest: &ModelManifest, digest: &Digest, bytes: &[u8]) -> Result<Ready, String> {
-    let engine = engine_for(&manifest.spec).map_err(|error| error.to_string())?;
-    let first = Pipeline::load(engine, bytes, &manifest.spec).map_err(|error| error.to_string())?;
+/// Loads a model. Its first worker gets the warm pipeline; a worker that replaces it gets forks.
+fn version_spec(
+    manifest: &ModelManifest,
+    digest: &Digest,
+    bytes: &[u8],
+    benchmark: &Benchmark,
+) -> lineside_inference::Result<VersionSpec> {
+    let engine = engine_for(&manifest.spec)?;
+    let first = Pipeline::load(engine, bytes, &manifest.spec)?;
     let info = ModelInfo {
         name: manifest.name.clone(),
         version: manifest.version,
@@ -393,10 +456,23 @@ fn load(manifest: &ModelManifest, digest: &Digest, bytes: &[u8]) -> Result<Ready
         engine: first.engine().to_owned(),
         device: "cpu".to_owned(),
     };
-    let mut pipelines = vec![first];
-    for _ in 1..manifest.instances {
-        let fork = pipelines[0].fork().map_err(|error| error.to_string())?;
-        pipelines.push(fork);
-    }
-    Ok(Ready { info: Arc::new(info), pipelines })
+    let pipelines = Mutex::new((first.fork()?, Some(first)));
+    let (name, instances) = (manifest.name.clone(), manifest.instances);
+    let worker: WorkerFactory = Box::new(move |sink| {
+        let mut pipelines = pipelines.lock();
+        let warm = pipelines.1.take();
+        let missing = instances.saturating_sub(u32::from(warm.is_some()));
+        let forks = (0..missing).map(|_| pipelines.0.fork().map_err(std::io::Error::other));
+        let all: Vec<Pipeline> = warm.into_iter().map(Ok).chain(forks).collect::<std::io::Result<_>>()?;
+        Ok(Box::new(InProcessWorker::start(&name, all, sink)?) as Box<dyn Worker>)
+    });
+    let runtime = &manifest.spec.runtime;
+    let delay = runtime.max_queue_delay_microseconds.unwrap_or(0);
+    let measured = Duration::from_secs_f64((benchmark.p99_ms * EXECUTION_LIMIT_P99 / 1e3).clamp(0.0, 86_400.0));
+    let policy = BatchPolicy {
+        max_batch_size: runtime.max_batch_size.unwrap_or(1) as usize,
+        max_queue_delay: Duration::from_micros(u64::from(delay)),
+        execution_limit: EXECUTION_LIMIT_MIN.max(measured),
+    };
+    Ok(VersionSpec { info: Arc::new(info), weight: 1, policy, worker })
 }

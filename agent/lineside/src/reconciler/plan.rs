@@ -1,15 +1,4 @@
-//! From what should be and what is to the next steps.
-//!
-//! A model version moves like this; the deploy task carries the steps out and reports back what came of them:
-//!
-//! ```text
-//!            Load                    loaded
-//!  (absent) ------> Loading ------------------> Serving --- Unload ---> (absent)
-//!                    |   ^                         |
-//!             failed |   | Load, after the delay   | Load of a newer manifest; the old one serves on
-//!                    v   |                         v     until the new one is loaded
-//!                   Failed                      Loading beside Serving
-//! ```
+//! From the desired and the observed state to the next steps. A pure function.
 //!
 //! A model that fails to load leaves whatever served before it in place. A version below the highest that ever served on
 //! this node is refused unless its manifest says `rollback: true`. Where nothing serves, what served last (`last_good`) is
@@ -80,7 +69,7 @@ pub enum Step {
 }
 
 /// The steps from `observed` to `desired`. StreamStates stop before anything else, and start last.
-pub fn diff(desired: &Assignment, observed: &ObservedState, now: Instant) -> Vec<Step> {
+pub fn plan(desired: &Assignment, observed: &ObservedState, now: Instant) -> Vec<Step> {
     let mut steps = Vec::new();
     for (name, running) in &observed.streams {
         if desired.streams.get(name) != Some(running) {
@@ -168,14 +157,14 @@ mod tests {
     #[test]
     fn what_is_as_it_should_be_needs_no_step() {
         let text = model(1, "") + &stream("s", "");
-        assert_eq!(diff(&desired(&text), &serving(&text), Instant::now()), []);
+        assert_eq!(plan(&desired(&text), &serving(&text), Instant::now()), []);
     }
 
     #[test]
     fn only_what_changed_is_touched() {
         let before = model(1, "") + &stream("a", "") + &stream("b", "");
         let after = model(2, "") + &stream("a", "") + &stream("b", ", fps: 5") + &stream("c", "");
-        let steps = diff(&desired(&after), &serving(&before), Instant::now());
+        let steps = plan(&desired(&after), &serving(&before), Instant::now());
         let names: Vec<String> = steps
             .iter()
             .map(|step| match step {
@@ -186,7 +175,7 @@ mod tests {
             })
             .collect();
         assert_eq!(names, ["stop b", "load 2", "start b", "start c"]);
-        let gone = diff(&Assignment::default(), &serving(&before), Instant::now());
+        let gone = plan(&Assignment::default(), &serving(&before), Instant::now());
         assert_eq!(gone, [Step::Stop("a".into()), Step::Stop("b".into()), Step::Unload("m".into())]);
     }
 
@@ -194,11 +183,11 @@ mod tests {
     fn a_lower_version_is_refused_once_unless_it_is_a_rollback() {
         let mut observed = serving(&model(3, ""));
         let lower = desired(&model(2, ""));
-        let steps = diff(&lower, &observed, Instant::now());
+        let steps = plan(&lower, &observed, Instant::now());
         assert!(matches!(steps.as_slice(), [Step::Refuse { highest: 3, .. }]), "{steps:?}");
         observed.models.get_mut("m").unwrap().refused = lower.models.get("m").cloned();
-        assert_eq!(diff(&lower, &observed, Instant::now()), []);
-        let back = diff(&desired(&model(2, ", rollback: true")), &observed, Instant::now());
+        assert_eq!(plan(&lower, &observed, Instant::now()), []);
+        let back = plan(&desired(&model(2, ", rollback: true")), &observed, Instant::now());
         assert!(matches!(back.as_slice(), [Step::Load(_)]), "{back:?}");
     }
 
@@ -209,10 +198,10 @@ mod tests {
         let mut observed = ObservedState::default();
         let failed = Some((wanted.models["m"].clone(), Some(now + Duration::from_secs(5))));
         observed.models.insert("m".to_owned(), ObservedModel { failed, ..Default::default() });
-        assert_eq!(diff(&wanted, &observed, now), []);
-        assert_eq!(diff(&wanted, &observed, now + Duration::from_secs(6)).len(), 1);
-        assert_eq!(diff(&desired(&model(1, ", task: detect")), &observed, now).len(), 1);
-        assert_eq!(diff(&Assignment::default(), &observed, now), [Step::Unload("m".into())]);
+        assert_eq!(plan(&wanted, &observed, now), []);
+        assert_eq!(plan(&wanted, &observed, now + Duration::from_secs(6)).len(), 1);
+        assert_eq!(plan(&desired(&model(1, ", task: detect")), &observed, now).len(), 1);
+        assert_eq!(plan(&Assignment::default(), &observed, now), [Step::Unload("m".into())]);
     }
 
     #[test]
@@ -226,7 +215,7 @@ mod tests {
             ObservedState { models: BTreeMap::from([("m".to_owned(), model)]), ..Default::default() }
         };
         let (one, two, three) = (model(1, ""), model(2, ""), model(3, ""));
-        let steps = |wanted: &str, observed: &ObservedState| diff(&desired(wanted), observed, now);
+        let steps = |wanted: &str, observed: &ObservedState| plan(&desired(wanted), observed, now);
         assert_eq!(steps(&three, &observed(&two, None)), [Step::Restore(manifest(&two))]);
         assert_eq!(steps(&two, &observed(&two, None)), [Step::Load(manifest(&two))], "the same is loaded");
         assert_eq!(steps(&two, &observed(&two, Some(&two))), [Step::Restore(manifest(&two))], "until that fails");
@@ -248,8 +237,8 @@ mod tests {
     fn nothing_is_decided_while_a_model_loads() {
         let mut observed = serving(&model(1, ""));
         observed.models.get_mut("m").unwrap().loading = desired(&model(2, "")).models.get("m").cloned();
-        assert_eq!(diff(&desired(&model(3, "")), &observed, Instant::now()), []);
-        assert_eq!(diff(&Assignment::default(), &observed, Instant::now()), []);
+        assert_eq!(plan(&desired(&model(3, "")), &observed, Instant::now()), []);
+        assert_eq!(plan(&Assignment::default(), &observed, Instant::now()), []);
     }
 
     #[test]

@@ -1,346 +1,363 @@
-//! What the loop tells the probes, the metrics and the operators.
+//! Builds the node's status from a snapshot of the reconciler and the states of everything around it. Pure functions.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
-use super::{LOWER_VERSION, Reconciler};
-use crate::desired::{Identity, Refused};
-use crate::http::health::ModelHealth;
-use crate::http::status_store::NodeState;
 use lineside_api::condition::{Condition, ConditionType, Reason, add_degraded};
-use lineside_api::kinds::ModelManifest;
-use lineside_api::message::Event;
-use lineside_api::state::ModelState;
+use lineside_api::state::{ModelState, StreamStates};
 use lineside_api::status::{ITEMS_MAX, ModelStatus, Serving, SpoolStatus, StreamStatus, truncated};
 use lineside_common::clock;
 use lineside_models::signing::has_expired;
+use lineside_mqtt::broker_state::BrokerState;
+use lineside_spool::Stats;
 
-impl Reconciler {
-    /// Tells everybody how the models stand.
-    pub(super) fn report(&mut self) {
-        let mut statuses = Vec::new();
-        let mut healths = BTreeMap::new();
-        let mut states = BTreeMap::new();
-        // What is desired does not change meanwhile; it is taken out so that the rest may.
-        let models = std::mem::take(&mut self.desired.models);
-        for (name, wanted) in &models {
-            let (state, reason) = self.state(wanted);
-            let status = self.status(wanted, state, reason.clone());
-            let serving = status.serving.as_ref().map(|serving| serving.version);
-            self.say(name, wanted, state, serving, &reason);
-            statuses.push(status);
-            healths.insert(name.clone(), ModelHealth { version: wanted.version, state: state.name(), serving, reason });
-            states.insert(name.clone(), (wanted.version, state));
-        }
-        self.desired.models = models;
-        self.said.retain(|name, _| states.contains_key(name));
-        if self.reported != states {
-            for (name, (version, state)) in &self.reported {
-                drop(self.metrics.model_state.remove_label_values(&[name, &version.to_string(), state.name()]));
-            }
-            for (name, (version, state)) in &states {
-                self.metrics.model_state.with_label_values(&[name, &version.to_string(), state.name()]).set(1);
-            }
-            self.reported = states;
-        }
-        let refused = self.refused();
-        for refused in refused.iter().filter(|refused| refused.kind == "EdgeModel") {
-            tell_refused(&mut statuses, refused);
-        }
-        let mut streams = self.streams(&refused);
-        let stats = self.spool.stats();
-        let spool = SpoolStatus {
-            records: stats.records,
-            bytes: stats.bytes,
-            bytes_max: stats.bytes_max,
-            oldest_seconds: stats.oldest.unwrap_or_default().as_secs(),
-        };
-        let conditions = self.conditions(&mut statuses, &streams);
-        streams.truncate(ITEMS_MAX);
-        let labels = self.node.labels.clone();
-        self.board.set(NodeState { labels, models: statuses, streams, spool, conditions });
-        self.health.beat(Instant::now(), self.asked.is_some(), healths);
+use super::load_task::LoadedVersion;
+use super::snapshot::{ModelSnapshot, Snapshot, StreamSnapshot};
+use crate::desired::{Identity, Refused};
+use crate::http::status_store::NodeState;
+
+/// The states around the reconciler.
+pub(super) struct Surroundings<'a> {
+    /// The running streams.
+    pub(super) streams: &'a StreamStates,
+    /// The connection to the broker.
+    pub(super) broker: &'a BrokerState,
+    /// Whether the cluster is connected; `None` for an agent that follows no cluster.
+    pub(super) is_cluster_connected: Option<bool>,
+    /// The spool.
+    pub(super) spool: &'a Stats,
+    /// Wall-clock time, to compare with the expiry of signatures.
+    pub(super) now: SystemTime,
+}
+
+/// The node's status.
+pub(super) fn build(snapshot: &Snapshot, around: &Surroundings<'_>) -> NodeState {
+    let mut models: Vec<ModelStatus> =
+        snapshot.models.iter().map(|model| model_status(model, snapshot.serving.get(&model.name))).collect();
+    for refused in snapshot.refused.iter().filter(|refused| refused.kind == "EdgeModel") {
+        mark_refused(&mut models, refused);
     }
-
-    /// What is meant for this node and cannot be followed.
-    fn refused(&self) -> Vec<Refused> {
-        let refused = self.asked.iter().flat_map(|desired_state| &desired_state.refused);
-        refused.filter(|refused| refused.concerns(&self.node)).cloned().collect()
+    let mut streams = stream_statuses(snapshot, around.streams);
+    let mut conditions = vec![ready(snapshot, &models), broker(around.broker)];
+    conditions.extend(around.is_cluster_connected.map(cluster));
+    conditions.push(Condition::new(ConditionType::Degraded, false, Reason::AsExpected, ""));
+    for (reason, message) in problems(snapshot, &models, &streams, around) {
+        add_degraded(&mut conditions, reason, &message);
     }
+    if let Some(degraded) = conditions.last_mut() {
+        degraded.message = truncated(&degraded.message);
+    }
+    models.truncate(ITEMS_MAX);
+    streams.truncate(ITEMS_MAX);
+    let spool = SpoolStatus {
+        records: around.spool.records,
+        bytes: around.spool.bytes,
+        bytes_max: around.spool.bytes_max,
+        oldest_seconds: around.spool.oldest.unwrap_or_default().as_secs(),
+    };
+    NodeState { labels: snapshot.labels.clone(), models, streams, spool, conditions }
+}
 
-    /// How the streams stand that are asked for.
-    fn streams(&self, refused: &[Refused]) -> Vec<StreamStatus> {
-        let members = self.members.borrow();
-        let paused = self.paused.iter().map(|name| {
-            let Identity { uid, generation } = self.identity("CameraStream", name);
-            StreamStatus {
-                name: name.clone(),
-                uid,
-                observed_generation: generation,
-                reason: Some("an operator has paused it".to_owned()),
-                ..StreamStatus::default()
-            }
+fn model_status(model: &ModelSnapshot, serving: Option<&LoadedVersion>) -> ModelStatus {
+    let Identity { uid, generation } = model.identity.clone();
+    let benchmark = serving.map(|serving| &serving.benchmark);
+    ModelStatus {
+        name: model.name.clone(),
+        version: model.version,
+        failed_phase: model.failed_phase,
+        digest: match (model.digest, serving) {
+            (None, Some(serving)) if model.state == ModelState::Ready => Some(serving.digest.to_string()),
+            (digest, _) => digest.map(|digest| digest.to_string()),
+        },
+        state: model.state,
+        uid,
+        observed_generation: generation,
+        serving: serving.map(|serving| Serving {
+            version: serving.info.version,
+            digest: serving.info.digest.clone(),
+            engine: serving.info.engine.clone(),
+            device: serving.info.device.clone(),
+        }),
+        p50_ms: benchmark.map(|benchmark| benchmark.p50_ms),
+        p99_ms: benchmark.map(|benchmark| benchmark.p99_ms),
+        peak_memory_mib: benchmark.map(|benchmark| (benchmark.peak_memory_bytes as f64 / 1048.576).round() / 1e3),
+        reason: model.reason.as_deref().map(truncated),
+        progress: model.download.clone(),
+        signature_expires: serving.and_then(|serving| serving.expires).map(clock::rfc3339),
+    }
+}
+
+/// The status of a model whose object is invalid: it describes the invalid object, not the content that stays in force.
+fn mark_refused(models: &mut Vec<ModelStatus>, refused: &Refused) {
+    let index = models.iter().position(|model| model.name == refused.name).unwrap_or_else(|| {
+        models.push(ModelStatus { name: refused.name.clone(), ..ModelStatus::default() });
+        models.len() - 1
+    });
+    let model = &mut models[index];
+    let Identity { uid, generation } = refused.identity.clone();
+    model.state = ModelState::Failed;
+    model.version = refused.version.unwrap_or(model.version);
+    (model.uid, model.observed_generation) = (uid, generation);
+    (model.digest, model.failed_phase) = (None, None);
+    model.reason = Some(refusal(refused));
+}
+
+fn refusal(refused: &Refused) -> String {
+    truncated(&format!("refused: {}", refused.reasons.join("; ")))
+}
+
+fn stream_statuses(snapshot: &Snapshot, states: &StreamStates) -> Vec<StreamStatus> {
+    let mut streams: Vec<StreamStatus> =
+        snapshot.streams.iter().map(|stream| stream_status(stream, states)).collect();
+    for refused in snapshot.refused.iter().filter(|refused| refused.kind == "CameraStream") {
+        let index = streams.iter().position(|stream| stream.name == refused.name).unwrap_or_else(|| {
+            streams.push(StreamStatus { name: refused.name.clone(), ..StreamStatus::default() });
+            streams.len() - 1
         });
-        let desired = self.desired.streams.values().map(|stream| {
-            let member = members.get(&stream.name);
-            let up = member.is_some_and(|member| member.up);
-            let reason = match member {
-                _ if !self.desired.models.contains_key(&stream.model) => {
-                    Some(format!("the model {} is not asked for on this node", stream.model))
-                }
-                Some(member) if !up => member.reason.clone(),
-                _ => None,
-            };
-            let Identity { uid, generation } = self.identity("CameraStream", &stream.name);
-            StreamStatus {
-                name: stream.name.clone(),
-                model: stream.model.clone(),
-                uid,
-                observed_generation: generation,
-                up,
-                reason: reason.as_deref().map(truncated),
-            }
-        });
-        let mut streams: Vec<StreamStatus> = desired.chain(paused).collect();
-        for refused in refused.iter().filter(|refused| refused.kind == "CameraStream") {
-            let reason = Some(truncated(&format!("refused: {}", refused.reasons.join("; "))));
-            let index = streams.iter().position(|stream| stream.name == refused.name).unwrap_or_else(|| {
-                streams.push(StreamStatus { name: refused.name.clone(), ..StreamStatus::default() });
-                streams.len() - 1
-            });
-            let stream = &mut streams[index];
-            let Identity { uid, generation } = refused.identity.clone();
-            (stream.reason, stream.uid, stream.observed_generation) = (reason, uid, generation);
-        }
-        streams.sort_by(|one, other| one.name.cmp(&other.name));
-        streams
+        let Identity { uid, generation } = refused.identity.clone();
+        let stream = &mut streams[index];
+        (stream.reason, stream.uid, stream.observed_generation) = (Some(refusal(refused)), uid, generation);
     }
+    streams.sort_by(|one, other| one.name.cmp(&other.name));
+    streams
+}
 
-    /// Where the version that is asked for stands, and why it is not ready.
-    fn state(&self, wanted: &ModelManifest) -> (ModelState, Option<String>) {
-        let Some(observed) = self.observed.models.get(&wanted.name) else { return (ModelState::Pending, None) };
-        if observed.serving.as_ref() == Some(wanted) {
-            return (ModelState::Ready, None);
-        }
-        if observed.loading.as_ref() == Some(wanted)
-            && let Some(request) = self.running_loads.get(&wanted.name)
-        {
-            return (request.stage.get(), None);
-        }
-        if observed.failed.as_ref().is_some_and(|(failed, _)| failed == wanted) {
-            let failure = self.failures.get(&wanted.name).map(|failures| &failures.failure);
-            let is_quarantined = failure.is_some_and(|failure| failure.quarantined_after.is_some());
-            let state = if is_quarantined { ModelState::Quarantined } else { ModelState::Failed };
-            return (state, failure.map(|failure| failure.reason.clone()));
-        }
-        match observed.refused.as_ref() == Some(wanted) {
-            true => (ModelState::Failed, Some(LOWER_VERSION.to_owned())),
-            false => (ModelState::Pending, None),
-        }
+fn stream_status(stream: &StreamSnapshot, states: &StreamStates) -> StreamStatus {
+    let state = states.get(&stream.name).filter(|_| !stream.is_paused);
+    let up = state.is_some_and(|state| state.up);
+    let model = stream.model.clone().unwrap_or_default();
+    let reason = if stream.is_paused {
+        Some("paused by an operator".to_owned())
+    } else if !stream.has_model {
+        Some(format!("the model {model} is not assigned to this node"))
+    } else {
+        state.filter(|_| !up).and_then(|state| state.reason.clone())
+    };
+    let Identity { uid, generation } = stream.identity.clone();
+    StreamStatus {
+        name: stream.name.clone(),
+        model,
+        uid,
+        observed_generation: generation,
+        up,
+        reason: reason.as_deref().map(truncated),
     }
+}
 
-    /// Which object of the cluster is followed; nothing without one.
-    fn identity(&self, kind: &'static str, name: &str) -> Identity {
-        self.identities.get(&(kind, name.to_owned())).cloned().unwrap_or_default()
+/// Whether every desired model has a version that serves.
+fn ready(snapshot: &Snapshot, models: &[ModelStatus]) -> Condition {
+    let missing: Vec<&str> =
+        models.iter().filter(|model| model.serving.is_none()).map(|model| model.name.as_str()).collect();
+    if !snapshot.is_configured {
+        let message = "the desired state is not known yet";
+        Condition::new(ConditionType::Ready, false, Reason::ConfigPending, message)
+    } else if missing.is_empty() {
+        let message = format!("{} models are serving", models.len());
+        Condition::new(ConditionType::Ready, true, Reason::ModelsReady, message)
+    } else {
+        let message = format!("no version is serving of: {}", missing.join(", "));
+        Condition::new(ConditionType::Ready, false, Reason::ModelsNotReady, truncated(&message))
     }
+}
 
-    fn status(&self, wanted: &ModelManifest, state: ModelState, reason: Option<String>) -> ModelStatus {
-        let Identity { uid, generation } = self.identity("EdgeModel", &wanted.name);
-        let loaded = self.serving.get(&wanted.name);
-        let benchmark = loaded.map(|loaded| &loaded.benchmark);
-        let request = self.running_loads.get(&wanted.name).filter(|_| state == ModelState::Downloading);
-        let failed = self.failures.get(&wanted.name).filter(|failures| failures.version == wanted.version);
-        ModelStatus {
-            name: wanted.name.clone(),
-            version: wanted.version,
-            failed_phase: failed.map(|failures| failures.stage),
-            digest: match (wanted.digest, loaded) {
-                (None, Some(loaded)) if state == ModelState::Ready => Some(loaded.digest.to_string()),
-                (digest, _) => digest.map(|digest| digest.to_string()),
-            },
-            state,
-            uid,
-            observed_generation: generation,
-            serving: loaded.map(|loaded| Serving {
-                version: loaded.info.version,
-                digest: loaded.info.digest.clone(),
-                engine: loaded.info.engine.clone(),
-                device: loaded.info.device.clone(),
-            }),
-            p50_ms: benchmark.map(|benchmark| benchmark.p50_ms),
-            p99_ms: benchmark.map(|benchmark| benchmark.p99_ms),
-            peak_memory_mib: benchmark.map(|benchmark| (benchmark.peak_memory_bytes as f64 / 1048.576).round() / 1e3),
-            reason: reason.as_deref().map(truncated),
-            progress: request.map(|request| request.stage.progress.snapshot()),
-            signature_expires: loaded.and_then(|loaded| loaded.expires).map(clock::rfc3339),
+fn broker(state: &BrokerState) -> Condition {
+    match state {
+        BrokerState::Connected { broker, .. } => {
+            Condition::new(ConditionType::BrokerConnected, true, Reason::Connected, broker.clone())
         }
-    }
-
-    /// What an operator should know. An expired signature is said, and stops nothing.
-    fn conditions(&mut self, models: &mut Vec<ModelStatus>, streams: &[StreamStatus]) -> Vec<Condition> {
-        let mut conditions = vec![self.ready(models), self.broker()];
-        if self.has_cluster {
-            conditions.push(self.cluster());
-        }
-        let mut troubles: Vec<(Reason, String)> = Vec::new();
-        self.metrics.signature_expiry.reset();
-        let mut expired = BTreeSet::new();
-        for (name, loaded) in &self.serving {
-            let Some(expires) = loaded.expires else { continue };
-            let seconds = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-            let version = loaded.info.version;
-            let labels = [name.as_str(), &version.to_string()];
-            let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
-            self.metrics.signature_expiry.with_label_values(&labels).set(seconds);
-            if has_expired(expires, SystemTime::now()) {
-                let expires = clock::rfc3339(expires);
-                if !self.expired.contains(name) {
-                    tracing::warn!(
-                        event = "signature_expired",
-                        model = name,
-                        version,
-                        expires,
-                        "signature has expired, the running version goes on"
-                    );
-                }
-                expired.insert(name.clone());
-                let message = format!("the signature of {name} version {version} ended at {expires}; sign it again");
-                troubles.push((Reason::SignatureExpired, message));
-            }
-        }
-        self.expired = expired;
-        troubles.extend(self.spool_troubles());
-        for model in models.iter().filter(|model| model.state.has_failed()) {
-            let is_quarantined = model.state == ModelState::Quarantined;
-            let reason = if is_quarantined { Reason::ModelQuarantined } else { Reason::ModelFailed };
-            let why = model.reason.as_deref().unwrap_or_default();
-            troubles.push((reason, format!("{} version {}: {why}", model.name, model.version)));
-        }
-        for stream in streams.iter().filter(|stream| !stream.up) {
-            let why = stream.reason.as_deref().unwrap_or("no frames come");
-            troubles.push((Reason::StreamDown, format!("{}: {why}", stream.name)));
-        }
-        if models.len() > ITEMS_MAX || streams.len() > ITEMS_MAX {
-            troubles.push((Reason::LimitExceeded, format!("only {ITEMS_MAX} models and streams of a node are shown")));
-            models.truncate(ITEMS_MAX);
-        }
-        conditions.push(Condition::new(ConditionType::Degraded, false, Reason::AsExpected, ""));
-        for (reason, message) in troubles {
-            add_degraded(&mut conditions, reason, &message);
-        }
-        if let Some(degraded) = conditions.last_mut() {
-            degraded.message = truncated(&degraded.message);
-        }
-        conditions
-    }
-
-    /// Whether every model that is asked for has a version that serves.
-    fn ready(&self, models: &[ModelStatus]) -> Condition {
-        let missing: Vec<&str> =
-            models.iter().filter(|model| model.serving.is_none()).map(|model| model.name.as_str()).collect();
-        match (&self.asked, missing.as_slice()) {
-            (None, _) => Condition::new(
-                ConditionType::Ready,
-                false,
-                Reason::ConfigPending,
-                "nobody has said yet what is to run here",
-            ),
-            (Some(_), []) => Condition::new(
-                ConditionType::Ready,
-                true,
-                Reason::ModelsReady,
-                format!("{} models serve", models.len()),
-            ),
-            (Some(_), missing) => {
-                let message = format!("no version serves of {}", missing.join(", "));
-                Condition::new(ConditionType::Ready, false, Reason::ModelsNotReady, truncated(&message))
-            }
-        }
-    }
-
-    /// Whether results reach a broker.
-    fn broker(&self) -> Condition {
-        match self.metrics.mqtt_connected.get() {
-            1 => Condition::new(ConditionType::BrokerConnected, true, Reason::Connected, ""),
-            _ => Condition::new(
-                ConditionType::BrokerConnected,
-                false,
-                Reason::Disconnected,
-                "results wait on disk; see the agent's log for why",
-            ),
-        }
-    }
-
-    /// Whether the cluster is heard. In the cluster itself this says True, since else nobody can write it there; it matters
-    /// to whoever looks at the node.
-    fn cluster(&self) -> Condition {
-        match self.metrics.cluster_connected.get() {
-            1 => Condition::new(ConditionType::ClusterConnected, true, Reason::Connected, ""),
-            _ => Condition::new(
-                ConditionType::ClusterConnected,
-                false,
-                Reason::Disconnected,
-                "what the cluster asked for last stays in force",
-            ),
-        }
-    }
-
-    /// What an operator should know of the results that wait.
-    fn spool_troubles(&self) -> Vec<(Reason, String)> {
-        let stats = self.spool.stats();
-        self.metrics.spool_degraded.set(i64::from(stats.degraded.is_some()));
-        let trouble = stats.degraded.map(|trouble| {
-            let message = format!("the disk does not take results ({trouble}); they wait in memory, which holds few");
-            (Reason::SpoolDegraded, message)
-        });
-        let overflow = stats.is_overflowing.then(|| {
-            let message = format!(
-                "results gave way for room within the last minute: {} bytes may wait; is a broker reached?",
-                stats.bytes_max
-            );
-            (Reason::SpoolFull, message)
-        });
-        trouble.into_iter().chain(overflow).collect()
-    }
-
-    /// Says where a model stands, when that is news.
-    fn say(
-        &mut self,
-        name: &str,
-        wanted: &ModelManifest,
-        state: ModelState,
-        serving: Option<u64>,
-        reason: &Option<String>,
-    ) {
-        let event = Event::ModelState {
-            model: name.to_owned(),
-            version: wanted.version,
-            state: state.name().into(),
-            serving,
-            reason: reason.clone(),
-        };
-        if self.said.get(name) != Some(&event) {
-            self.said.insert(name.to_owned(), event.clone());
-            self.message_writer.event(event);
+        BrokerState::Disconnected { reason, .. } => {
+            let reason = reason.as_deref().unwrap_or("not connected yet");
+            let message = truncated(&format!("{reason}; results wait on disk"));
+            Condition::new(ConditionType::BrokerConnected, false, Reason::Disconnected, message)
         }
     }
 }
 
-/// A refused object overrides what is said of the content that is still followed.
-fn tell_refused(models: &mut Vec<ModelStatus>, refused: &Refused) {
-    let index = match models.iter().position(|model| model.name == refused.name) {
-        Some(index) => index,
-        None => {
-            models.push(ModelStatus { name: refused.name.clone(), ..ModelStatus::default() });
-            models.len() - 1
+/// Whether the cluster is connected. Within the cluster this always reads True, since it could not be written otherwise; it
+/// matters to those who ask the node itself.
+fn cluster(is_connected: bool) -> Condition {
+    if is_connected {
+        Condition::new(ConditionType::ClusterConnected, true, Reason::Connected, "")
+    } else {
+        let message = "the last known desired state stays in force";
+        Condition::new(ConditionType::ClusterConnected, false, Reason::Disconnected, message)
+    }
+}
+
+/// What works less well than it should.
+fn problems(
+    snapshot: &Snapshot,
+    models: &[ModelStatus],
+    streams: &[StreamStatus],
+    around: &Surroundings<'_>,
+) -> Vec<(Reason, String)> {
+    let mut problems = Vec::new();
+    for (name, serving) in &snapshot.serving {
+        if let Some(expires) = serving.expires.filter(|expires| has_expired(*expires, around.now)) {
+            let (version, expires) = (serving.info.version, clock::rfc3339(expires));
+            let message = format!("the signature of {name} version {version} expired at {expires}; sign it again");
+            problems.push((Reason::SignatureExpired, message));
         }
-    };
-    let model = &mut models[index];
-    model.state = ModelState::Failed;
-    model.version = refused.version.unwrap_or(model.version);
-    let Identity { uid, generation } = refused.identity.clone();
-    (model.uid, model.observed_generation) = (uid, generation);
-    // These are of what it said before.
-    (model.digest, model.failed_phase) = (None, None);
-    model.reason = Some(truncated(&format!("refused: {}", refused.reasons.join("; "))));
+    }
+    if let Some(failure) = &around.spool.degraded {
+        let message = format!("the disk rejects results ({failure}); a few are kept in memory");
+        problems.push((Reason::SpoolDegraded, message));
+    }
+    if around.spool.is_overflowing {
+        let message = format!(
+            "results were dropped within the last minute: the spool is full ({} bytes); check the broker",
+            around.spool.bytes_max
+        );
+        problems.push((Reason::SpoolFull, message));
+    }
+    for model in models.iter().filter(|model| model.state.has_failed()) {
+        let is_quarantined = model.state == ModelState::Quarantined;
+        let reason = if is_quarantined { Reason::ModelQuarantined } else { Reason::ModelFailed };
+        let why = model.reason.as_deref().unwrap_or_default();
+        problems.push((reason, format!("{} version {}: {why}", model.name, model.version)));
+    }
+    for stream in streams.iter().filter(|stream| !stream.up) {
+        let why = stream.reason.as_deref().unwrap_or("no frames are received");
+        problems.push((Reason::StreamDown, format!("{}: {why}", stream.name)));
+    }
+    if models.len() > ITEMS_MAX || streams.len() > ITEMS_MAX {
+        problems.push((Reason::LimitExceeded, format!("only {ITEMS_MAX} models and streams of a node are listed")));
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    use lineside_api::condition::ConditionStatus;
+    use lineside_api::state::StreamState;
+
+    use super::*;
+
+    fn stream(name: &str) -> StreamSnapshot {
+        StreamSnapshot {
+            name: name.into(),
+            model: Some("m".into()),
+            identity: Identity::default(),
+            has_model: true,
+            is_paused: false,
+        }
+    }
+
+    fn model(state: ModelState, reason: Option<&str>) -> ModelSnapshot {
+        ModelSnapshot {
+            name: "m".into(),
+            version: 2,
+            digest: None,
+            identity: Identity::default(),
+            state,
+            reason: reason.map(str::to_owned),
+            failed_phase: None,
+            download: None,
+        }
+    }
+
+    fn disconnected(reason: Option<&str>) -> BrokerState {
+        BrokerState::Disconnected { reason: reason.map(str::to_owned), since: SystemTime::UNIX_EPOCH }
+    }
+
+    fn built(snapshot: &Snapshot, streams: &StreamStates, broker: &BrokerState, spool: &Stats) -> NodeState {
+        let around = Surroundings {
+            streams,
+            broker,
+            is_cluster_connected: Some(false),
+            spool,
+            now: SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000),
+        };
+        build(snapshot, &around)
+    }
+
+    fn condition(state: &NodeState, kind: ConditionType) -> &Condition {
+        state.conditions.iter().find(|condition| condition.kind == kind).unwrap()
+    }
+
+    #[test]
+    fn a_node_without_a_desired_state_is_not_ready() {
+        let state = built(&Snapshot::default(), &StreamStates::new(), &disconnected(None), &Stats::default());
+        let ready = condition(&state, ConditionType::Ready);
+        assert_eq!((ready.status, &ready.reason), (ConditionStatus::False, &Reason::ConfigPending));
+        let broker = condition(&state, ConditionType::BrokerConnected);
+        assert!(broker.message.contains("not connected yet"), "{}", broker.message);
+        assert_eq!(condition(&state, ConditionType::ClusterConnected).reason, Reason::Disconnected);
+    }
+
+    #[test]
+    fn a_failed_model_is_degraded_and_not_ready() {
+        let snapshot = Snapshot {
+            is_configured: true,
+            models: vec![model(ModelState::Quarantined, Some("it failed 3 times"))],
+            ..Snapshot::default()
+        };
+        let state = built(&snapshot, &StreamStates::new(), &disconnected(None), &Stats::default());
+        assert_eq!(condition(&state, ConditionType::Ready).reason, Reason::ModelsNotReady);
+        let degraded = condition(&state, ConditionType::Degraded);
+        assert_eq!(degraded.reason, Reason::ModelQuarantined);
+        assert!(degraded.message.contains("m version 2: it failed 3 times"), "{}", degraded.message);
+    }
+
+    #[test]
+    fn streams_state_why_they_are_down() {
+        let paused = StreamSnapshot { is_paused: true, model: None, ..stream("paused") };
+        let orphan = StreamSnapshot { has_model: false, ..stream("orphan") };
+        let snapshot = Snapshot {
+            is_configured: true,
+            streams: vec![stream("up"), stream("down"), paused, orphan],
+            ..Snapshot::default()
+        };
+        let state = |up, reason: Option<&str>| StreamState { model: "m".into(), up, reason: reason.map(str::to_owned) };
+        let states: StreamStates = BTreeMap::from([
+            ("up".into(), state(true, None)),
+            ("down".into(), state(false, Some("connection refused"))),
+            ("orphan".into(), state(true, None)),
+        ]);
+        let state = built(&snapshot, &states, &disconnected(None), &Stats::default());
+        let reasons: Vec<(&str, bool, Option<&str>)> =
+            state.streams.iter().map(|one| (one.name.as_str(), one.up, one.reason.as_deref())).collect();
+        assert_eq!(
+            reasons,
+            [
+                ("down", false, Some("connection refused")),
+                ("orphan", true, Some("the model m is not assigned to this node")),
+                ("paused", false, Some("paused by an operator")),
+                ("up", true, None),
+            ]
+        );
+        let degraded = condition(&state, ConditionType::Degraded);
+        assert!(degraded.message.contains("down: connection refused") && degraded.message.contains("paused:"));
+    }
+
+    #[test]
+    fn an_invalid_object_is_shown_as_failed() {
+        let identity = Identity { uid: Some("u2".into()), generation: Some(7) };
+        let document = serde_json::json!({"spec": {"version": 3}});
+        let reasons = vec!["spec.version: is wrong".to_owned()];
+        let refused = Refused::new("EdgeModel", "m", identity, &document, reasons);
+        let snapshot = Snapshot {
+            is_configured: true,
+            models: vec![model(ModelState::Ready, None)],
+            refused: vec![refused],
+            ..Snapshot::default()
+        };
+        let state = built(&snapshot, &StreamStates::new(), &disconnected(None), &Stats::default());
+        let model = &state.models[0];
+        assert_eq!((model.version, model.state, model.observed_generation), (3, ModelState::Failed, Some(7)));
+        assert_eq!(model.reason.as_deref(), Some("refused: spec.version: is wrong"));
+    }
+
+    #[test]
+    fn spool_problems_are_degraded() {
+        let failure = lineside_spool::DiskFailure { kind: std::io::ErrorKind::StorageFull, message: "disk full".into() };
+        let spool = Stats { degraded: Some(failure), is_overflowing: true, bytes_max: 7, ..Stats::default() };
+        let state = built(&Snapshot::default(), &StreamStates::new(), &disconnected(Some("refused")), &spool);
+        let degraded = condition(&state, ConditionType::Degraded);
+        assert_eq!(degraded.reason, Reason::SpoolDegraded);
+        assert!(degraded.message.contains("disk full") && degraded.message.contains("SpoolFull"), "{}", degraded.message);
+        assert!(condition(&state, ConditionType::BrokerConnected).message.starts_with("refused"));
+    }
 }

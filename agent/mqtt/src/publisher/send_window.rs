@@ -62,9 +62,9 @@ impl SendWindow {
         if self.in_flight.len() >= WINDOW {
             return None;
         }
-        if let Some((record, is_live)) = spool.take() {
+        if let Some((record, origin)) = spool.take() {
             self.in_flight.insert(record.id, InFlight { sent_at: now, is_backlog: false });
-            return Some((record, !is_live));
+            return Some((record, origin != lineside_spool::RecordOrigin::Live));
         }
         if !self.is_backlog_window_open() || self.rate_limit_delay(now) > Duration::ZERO {
             return None;
@@ -120,7 +120,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use lineside_spool::model_test::{DrivenSpool, options};
+    use lineside_spool::simulation::{DrivenSpool, options};
     use lineside_spool::{AppendOutcome, RecordKind};
 
     /// A spool with this many records of backlog that are ready to be taken.
@@ -128,11 +128,11 @@ mod tests {
         let mut driven = DrivenSpool::new(options(1 << 20));
         for _ in 0..records {
             let outcome = driven.append(RecordKind::Result, Bytes::from_static(b"x"), 0);
-            assert!(matches!(outcome, AppendOutcome::Kept(_)));
+            assert!(matches!(outcome, AppendOutcome::Appended(_)));
         }
-        driven.pass(0);
+        driven.advance(0);
         driven.spool.connected();
-        driven.pass(0);
+        driven.advance(0);
         driven
     }
 

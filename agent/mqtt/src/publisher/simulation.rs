@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::send_window::SendWindow;
-use lineside_spool::model_test::{DrivenSpool, options};
+use lineside_spool::simulation::{DrivenSpool, options};
 use lineside_spool::{AppendOutcome, Options, RecordId, RecordKind};
 
 const DAY_MS: u64 = 24 * 3600 * 1000;
@@ -49,7 +49,7 @@ fn simulate_day(seed: u64) {
             produced += 1;
             next_result_ms = now_ms + random.u64(1..2 * RESULT_INTERVAL_MS);
             let payload = Bytes::from(format!("{produced:>200}"));
-            kept += u64::from(matches!(driven.append(RecordKind::Result, payload, 0), AppendOutcome::Kept(_)));
+            kept += u64::from(matches!(driven.append(RecordKind::Result, payload, 0), AppendOutcome::Appended(_)));
             produced_at.insert(produced, now_ms);
         }
         if now_ms >= next_change_ms {
@@ -69,14 +69,14 @@ fn simulate_day(seed: u64) {
             }
             if random.u8(0..12) == 0 {
                 // The agent is killed, or stops in order. Records that are only in memory would be lost, so write them first.
-                driven.pass(0);
-                driven = if random.bool() { driven.reopen() } else { driven.restart() };
+                driven.advance(0);
+                driven = if random.bool() { driven.kill() } else { driven.restart() };
                 broker.publishes.clear();
                 broker.acknowledgements.clear();
                 window = None;
             }
         }
-        driven.pass(STEP_MS);
+        driven.advance(STEP_MS);
         let now = start + Duration::from_millis(now_ms);
         if broker.is_up && window.is_none() {
             driven.spool.connected();
@@ -101,7 +101,7 @@ fn simulate_day(seed: u64) {
             driven.spool.acknowledge(record);
         }
     }
-    let dropped: u64 = ["full", "expired", "damaged", "disk"].iter().map(|reason| driven.dropped(reason)).sum();
+    let dropped = driven.dropped_total();
     let received = broker.received.len() as u64;
     let repeats: u64 = broker.received.values().sum::<u64>() - received;
     assert_eq!(kept, produced);

@@ -1,5 +1,6 @@
 //! A file system in memory for tests, with faults and power cuts. In a power cut, writes that are not synced are kept, lost,
-//! torn or reordered at random, and so are changes of names. The disk can refuse writes and syncs, and panic.
+//! torn or reordered at random, and so are changes of names. The disk can refuse writes and syncs, and panic. It has no tests
+//! of its own: the tests of the spool fail when a power cut loses what was synced.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -105,7 +105,10 @@ mod tests {
     #[test]
     fn the_format_is_stable() {
         let hex: String = cursor(3, 1).encode().iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(hex, "X");
+        let marker_generation_clock = "4c53433103000000000000000500000000000000";
+        let next_floor = "e8030000000000005a00000000000000";
+        let one_range_and_checksum = "010000006400000000000000650000000000000016fd3ff7";
+        assert_eq!(hex, [marker_generation_clock, next_floor, one_range_and_checksum].concat());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! A file system in memory for tests, with faults and power cuts. In a power cut, writes that are not synced are kept, lost,
-//! torn or reordered at random, and so are changes of names. The disk can refuse writes and syncs, and panic.
+//! torn or reordered at random, and so are changes of names. The disk can refuse reads, writes and syncs, and panic. It has no tests
+//! of its own: the tests of the spool fail when a power cut loses what was synced.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,6 +20,8 @@ pub(crate) struct FaultMode {
     pub(crate) refuses_syncs: bool,
     /// Nothing can be written, created, renamed or removed, as on a file system that turned read-only.
     pub(crate) is_read_only: bool,
+    /// Reads fail, as on a damaged medium.
+    pub(crate) refuses_reads: bool,
     /// Writes panic, as a defect in the writer would.
     pub(crate) panics_on_write: bool,
 }
@@ -219,6 +222,9 @@ impl Disk for FakeDisk {
     fn read(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
         let state = self.state();
         let id = *state.names.get(path).ok_or(io::ErrorKind::NotFound)?;
+        if state.faults.refuses_reads {
+            return Err(io::Error::other("injected read error"));
+        }
         let bytes = &state.files[id].current;
         Ok(bytes[..bytes.len().min(bytes_max as usize)].to_vec())
     }

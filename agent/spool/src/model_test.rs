@@ -202,7 +202,7 @@ fn sequence(seed: u64) {
                     refuses_writes: random.bool(),
                     refuses_syncs: random.bool(),
                     is_read_only: random.u8(0..4) == 0,
-                    panics_on_write: false,
+                    ..FaultMode::default()
                 };
                 driven.disk.set_faults(if random.bool() { FaultMode::default() } else { random_faults });
             }

@@ -156,7 +156,11 @@ mod tests {
     #[test]
     fn the_format_is_stable() {
         let hex: String = segment(&[record(5, "one")]).iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(hex, "X");
+        let header_and_marker = "4c5353454730310a4c535231";
+        let length_and_checksum = "1c00000053f6f0a5";
+        let position_created_ttl = "0500000000000000070000000000000000000000";
+        let topic_and_payload = "0300612f626f6e65";
+        assert_eq!(hex, [header_and_marker, length_and_checksum, position_created_ttl, topic_and_payload].concat());
     }
 
     #[test]

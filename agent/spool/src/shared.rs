@@ -1,4 +1,4 @@
-//! The state that the handle of the spool and its writer share.
+//! The state that the handle of the spool and its writer share. Tested through both, in `tests.rs` and `model_test.rs`.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -348,6 +348,24 @@ fn damage_loses_only_damaged_records_and_is_counted() {
 }
 
 #[test]
+fn an_unreadable_segment_is_dropped_after_three_attempts() {
+    let mut driven = DrivenSpool::new(unbounded());
+    fill(&driven, 1..=10);
+    driven.advance(1);
+    let mut driven = driven.restart();
+    driven.spool.connected();
+    driven.disk.set_faults(FaultMode { refuses_reads: true, ..FaultMode::default() });
+    for _ in 0..2 {
+        driven.advance(1);
+        assert_eq!((driven.spool.stats().records, driven.dropped(DropReason::Damaged)), (10, 0));
+    }
+    fill(&driven, 11..=12);
+    driven.advance(1);
+    assert_eq!((driven.spool.stats().records, driven.dropped(DropReason::Damaged)), (2, 10));
+    assert_eq!(texts(&driven.drain()), [11, 12], "records in memory are delivered");
+}
+
+#[test]
 fn foreign_and_empty_files_are_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let partition = folder.path().join("result");

@@ -1,4 +1,4 @@
-//! The state of one partition in memory: its records, the place of each one, and which are completed. A partition performs
+//! The state of one partition in memory: its records, where each one is held, and which are completed. A partition performs
 //! no I/O; the writer brings to the disk what the partition selects.
 //!
 //! ```text

@@ -215,7 +215,11 @@ fn set_disk_state(shared: &Shared, failure: Option<&io::Error>) {
     shared.metrics.degraded.set(i64::from(failure.is_some()));
     match failure {
         Some(error) if !was_degraded => {
-            tracing::error!(event = "spool_disk_failed", %error, "Disk refuses writes of the spool; memory holds new records");
+            tracing::error!(
+                event = "spool_disk_failed",
+                %error,
+                "Disk refuses writes of the spool; memory holds new records"
+            );
         }
         None if was_degraded => {
             tracing::info!(event = "spool_disk_recovered", "Disk accepts writes of the spool again");

@@ -1,13 +1,16 @@
 //! Publishes the spool's records to a broker. One task owns the connection.
 //!
 //! ```text
-//!            selects the first available broker         accepted: publishes its status; resends what was unacknowledged
-//! (start) -----------------------------------> Connecting ---------------------------------------------------> Session
-//!                      ^                           |                                                              |
-//!                      |  delay per broker; half a minute after a refusal                                         | PUBACK: deletes the record
-//!                      +---------------------------+--- lost, no progress, no answer to a keep-alive request -----+ append: sends the record
-//!                      |                                                                                          |
-//!                      +-- closed in order: preferred broker available, credentials changed, Sparkplug host offline
+//!         first available broker            accepted: publishes the status,
+//!                                           resends what was unacknowledged
+//! (start) ---------------------> Connecting -------------------------------> Session
+//!                    ^                |                                       |   |  PUBACK: deletes the record
+//!                    |                v                                       |   |  append: sends the record
+//!                    +-- delay per broker; after a refusal half a minute <----+   |
+//!                    |      lost, no progress, or no answer to a keep-alive       |
+//!                    +------------------------------------------------------------+
+//!                       closed in order: preferred broker available,
+//!                       credentials changed, Sparkplug host offline
 //! ```
 //!
 //! A record is deleted from the spool on its PUBACK and not before.

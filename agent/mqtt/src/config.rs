@@ -1,4 +1,4 @@
-//! The MQTT configuration. Pure data without logic, checked where the command line is parsed; hence no tests here.
+//! The MQTT configuration. It is validated, and tested, where the command line is parsed.
 
 use std::collections::BTreeSet;
 use std::fmt;

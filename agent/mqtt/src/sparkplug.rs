@@ -70,6 +70,9 @@ const NODE_METRICS: [(&str, DataType); 4] = [
     ("Event/Json", DataType::String),
     ("Metrics/Json", DataType::String),
 ];
+/// The aliases of `Event/Json` and `Metrics/Json` in [`NODE_METRICS`].
+const EVENT_ALIAS: u64 = 3;
+const METRICS_ALIAS: u64 = 4;
 
 /// What a received message means for the session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -250,8 +253,8 @@ impl SparkplugSession {
         let stream = json["stream"].as_str().unwrap_or_default().to_owned();
         let node_alias = match record.id.kind {
             RecordKind::Result => None,
-            RecordKind::Event => Some(3),
-            RecordKind::Metrics => Some(4),
+            RecordKind::Event => Some(EVENT_ALIAS),
+            RecordKind::Metrics => Some(METRICS_ALIAS),
         };
         if let Some(alias) = node_alias {
             let value = Some(MetricValue::StringValue(text));

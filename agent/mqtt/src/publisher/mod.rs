@@ -1,13 +1,16 @@
 //! Publishes the spool's records to a broker. One task owns the connection.
 //!
 //! ```text
-//!            selects the first available broker         accepted: publishes its status; resends what was unacknowledged
-//! (start) -----------------------------------> Connecting ---------------------------------------------------> Session
-//!                      ^                           |                                                              |
-//!                      |  delay per broker; half a minute after a refusal                                         | PUBACK: deletes the record
-//!                      +---------------------------+--- lost, no progress, no answer to a keep-alive request -----+ append: sends the record
-//!                      |                                                                                          |
-//!                      +-- closed in order: preferred broker available, credentials changed, Sparkplug host offline
+//!         first available broker            accepted: publishes the status,
+//!                                           resends what was unacknowledged
+//! (start) ---------------------> Connecting -------------------------------> Session
+//!                    ^                |                                       |   |  PUBACK: deletes the record
+//!                    |                v                                       |   |  append: sends the record
+//!                    +-- delay per broker; after a refusal half a minute <----+   |
+//!                    |      lost, no progress, or no answer to a keep-alive       |
+//!                    +------------------------------------------------------------+
+//!                       closed in order: preferred broker available,
+//!                       credentials changed, Sparkplug host offline
 //! ```
 //!
 //! A record is deleted from the spool on its PUBACK and not before.
@@ -202,5 +205,194 @@ impl Publisher {
                 _ => {}
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use bytes::Bytes;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::{Notify, mpsc};
+
+    use super::*;
+    use crate::config::{Broker, MqttConfig};
+    use crate::loopback::LoopbackBroker;
+    use crate::metrics::MqttMetrics;
+    use lineside_api::message::Topics;
+    use lineside_api::state::StreamStates;
+    use lineside_common::metrics::Registrar;
+    use lineside_spool::model_test::options;
+    use lineside_spool::{AppendOutcome, NewRecord, RecordKind, Spool, WhenFull};
+
+    /// A publisher with what it is connected to.
+    struct Fixture {
+        publisher: Arc<Publisher>,
+        spool: Arc<Spool>,
+        metrics: MqttMetrics,
+    }
+
+    impl Fixture {
+        fn new(folder: &Path, port: u16) -> Self {
+            let spool = Spool::open(&folder.join("spool"), options(1 << 20)).unwrap();
+            let metrics = MqttMetrics::register(&Registrar::default()).unwrap();
+            let broker = Broker { host: "127.0.0.1".to_owned(), port, tls: false, credentials: None };
+            let publisher = Arc::new(Publisher::new(PublisherContext {
+                mqtt: MqttConfig::new(broker),
+                topics: Topics::new("lineside", "plant", "edge-1"),
+                node: "edge-1".to_owned(),
+                site: "plant".to_owned(),
+                epoch: 1,
+                data_dir: folder.to_owned(),
+                spool: spool.clone(),
+                streams: watch::channel(StreamStates::new()).1,
+                commands: mpsc::channel(1).0,
+                set_level: Arc::new(|level: &str| Ok(level.to_owned())),
+                metrics: metrics.clone(),
+            }));
+            Self { publisher, spool, metrics }
+        }
+
+        fn append(&self) {
+            let outcome = self.spool.append(NewRecord {
+                kind: RecordKind::Result,
+                topic: "lineside/v1/plant/edge-1/cam/result".into(),
+                ttl_seconds: 0,
+                when_full: WhenFull::DropNewest,
+                make: |_| Bytes::from_static(b"{}"),
+            });
+            assert!(matches!(outcome, AppendOutcome::Kept(_)));
+        }
+
+        async fn wait_until_connected(&self) {
+            let mut state = self.publisher.broker_state();
+            let connected = state.wait_for(BrokerState::is_connected);
+            drop(tokio::time::timeout(Duration::from_secs(10), connected).await.unwrap().unwrap());
+        }
+
+        async fn wait_until_published(&self, results: u64) {
+            wait_until(|| self.metrics.results_published.get() == results).await;
+            assert_eq!(self.spool.stats().records, 0);
+        }
+
+        fn reason(&self) -> Option<String> {
+            match &*self.publisher.broker_state().borrow() {
+                BrokerState::Disconnected { reason, .. } => reason.clone(),
+                BrokerState::Connected { .. } => panic!("the publisher is connected"),
+            }
+        }
+
+        /// Runs the publisher until it panics, which happens when `panic` is notified.
+        async fn run_until_panic(&self, panic: &Arc<Notify>) -> tokio::task::JoinError {
+            let (publisher, panic) = (self.publisher.clone(), panic.clone());
+            let run = async move {
+                tokio::select! {
+                    () = publisher.run(CancellationToken::new()) => {}
+                    () = async {
+                        panic.notified().await;
+                        panic!("injected for a test");
+                    } => {}
+                }
+            };
+            tokio::spawn(run).await.unwrap_err()
+        }
+
+        async fn stop(&self, stop: CancellationToken, task: tokio::task::JoinHandle<()>) {
+            stop.cancel();
+            task.await.unwrap();
+            assert_eq!(self.reason(), None);
+            assert_eq!(self.metrics.connected.get(), 0);
+        }
+
+        fn start(&self) -> (CancellationToken, tokio::task::JoinHandle<()>) {
+            let (publisher, stop) = (self.publisher.clone(), CancellationToken::new());
+            let token = stop.clone();
+            (stop, tokio::spawn(async move { publisher.run(token).await }))
+        }
+    }
+
+    async fn wait_until(condition: impl Fn() -> bool) {
+        let poll = async {
+            while !condition() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), poll).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_panic_disconnects_and_a_second_run_publishes_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let fixture = Fixture::new(folder.path(), LoopbackBroker::start().await.unwrap().address().port());
+        fixture.append();
+        let panic = Arc::new(Notify::new());
+        let until_published = async {
+            fixture.wait_until_connected().await;
+            assert_eq!(fixture.metrics.connected.get(), 1);
+            fixture.wait_until_published(1).await;
+            panic.notify_one();
+        };
+        let (error, ()) = tokio::join!(fixture.run_until_panic(&panic), until_published);
+        assert!(error.is_panic());
+        assert_eq!(fixture.metrics.connected.get(), 0);
+        assert_eq!(fixture.reason().as_deref(), Some("the publisher panicked"));
+
+        fixture.append();
+        let (stop, task) = fixture.start();
+        fixture.wait_until_connected().await;
+        fixture.wait_until_published(2).await;
+        fixture.stop(stop, task).await;
+    }
+
+    /// Accepts connections on a port. The first one is accepted, and no message on it is acknowledged; `received` is notified
+    /// after this many results. The others are relayed to the broker.
+    async fn first_connection_is_silent(broker: LoopbackBroker, results: usize, received: Arc<Notify>) -> u16 {
+        const CONNACK: [u8; 4] = [0x20, 2, 0, 0];
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            let (mut first, _) = listener.accept().await.unwrap();
+            first.write_all(&CONNACK).await.unwrap();
+            let mut bytes = Vec::new();
+            while String::from_utf8_lossy(&bytes).matches("/cam/result").count() < results {
+                assert_ne!(first.read_buf(&mut bytes).await.unwrap(), 0);
+            }
+            received.notify_one();
+            while let Ok((mut client, _)) = listener.accept().await {
+                let mut server = TcpStream::connect(broker.address()).await.unwrap();
+                tokio::spawn(async move { tokio::io::copy_bidirectional(&mut client, &mut server).await });
+            }
+        });
+        port
+    }
+
+    #[tokio::test]
+    async fn records_in_flight_at_a_panic_are_published_by_the_next_run() {
+        let (folder, panic) = (tempfile::tempdir().unwrap(), Arc::new(Notify::new()));
+        let broker = LoopbackBroker::start().await.unwrap();
+        let fixture = Fixture::new(folder.path(), first_connection_is_silent(broker, 3, panic.clone()).await);
+        (0..3).for_each(|_| fixture.append());
+        assert!(fixture.run_until_panic(&panic).await.is_panic());
+        assert_eq!((fixture.spool.stats().records, fixture.metrics.results_published.get()), (3, 0));
+
+        let (stop, task) = fixture.start();
+        fixture.wait_until_published(3).await;
+        fixture.stop(stop, task).await;
+    }
+
+    #[tokio::test]
+    async fn an_unreachable_broker_is_stated_as_the_reason() {
+        let folder = tempfile::tempdir().unwrap();
+        let fixture = Fixture::new(folder.path(), 1);
+        let mut state = fixture.publisher.broker_state();
+        let (stop, task) = fixture.start();
+        tokio::time::timeout(Duration::from_secs(10), state.changed()).await.unwrap().unwrap();
+        let reason = fixture.reason().unwrap();
+        assert!(reason.starts_with("the network connection failed: "), "{reason}");
+        fixture.stop(stop, task).await;
     }
 }

@@ -108,7 +108,8 @@ fn simulate_day(seed: u64) {
     assert_eq!(received + dropped, produced, "seed {seed}: {received} received, {dropped} dropped of {produced}");
     assert!(worst_live_ms <= 5000 + 3000 + STEP_MS, "a live result arrived after {worst_live_ms} ms");
     eprintln!(
-        "seed {seed}: {produced} produced, {received} received, {dropped} dropped, {repeats} repeats, live results after at most {worst_live_ms} ms"
+        "seed {seed}: {produced} produced, {received} received, {dropped} dropped, {repeats} repeats, \
+         live results after at most {worst_live_ms} ms"
     );
 }
 

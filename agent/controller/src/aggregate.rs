@@ -1,8 +1,7 @@
-//! The nodes' statuses added up into those of models and streams.
+//! Aggregates the statuses of nodes into those of `EdgeModel`s and `CameraStream`s. All functions are pure.
 //!
-//! A node counts for a model when its labels match the model's selector, whether or not its agent has heard of the model
-//! yet; so a model that a node has not taken up is a model that is not ready there. A node that is silent is counted, and
-//! not as ready: what it does is not known.
+//! A node counts for a model when its labels match the model's selector, whether or not its agent has seen the model yet: a model
+//! that a node has not taken up is not ready there. A node that is silent counts too, and not as ready, since its state is not known.
 
 use std::collections::BTreeMap;
 
@@ -11,12 +10,15 @@ use serde_json::Value;
 use lineside_api::condition::{Condition, ConditionType, Reason, set_transition_times};
 use lineside_api::kinds::selects;
 use lineside_api::state::ModelState;
-use lineside_api::status::{CameraStreamStatus, EdgeModelStatus, ModelStatus, NodeCounts, NodeStatus, truncated};
+use lineside_api::status::{
+    CameraStreamStatus, EdgeModelStatus, ModelStatus, NodeCounts, NodeStatus, StreamStatus, truncated,
+};
 
-/// Nodes named in a message at most.
+/// The most nodes that a message names.
 const NAMED_MAX: usize = 5;
 
-/// What a version has behind it on a node once it is in the state beside or further on, as conditions of an `EdgeModel`.
+/// The steps of a version as conditions of an `EdgeModel`. A version has completed a step on a node once it is in this state or a
+/// later one.
 const STEPS: [(ConditionType, ModelState); 4] = [
     (ConditionType::Downloaded, ModelState::Verifying),
     (ConditionType::Verified, ModelState::Vetting),
@@ -24,32 +26,33 @@ const STEPS: [(ConditionType, ModelState); 4] = [
     (ConditionType::Loaded, ModelState::Ready),
 ];
 
-/// Keeps of a status's conditions those that are written here; others are somebody else's, and no difference to us.
-pub fn own(conditions: &mut Vec<Condition>) {
-    let sums = [ConditionType::Ready, ConditionType::Progressing, ConditionType::Degraded];
+/// Removes the conditions that the controller does not write. They belong to other writers, whose changes are no difference to
+/// write.
+pub fn retain_own_conditions(conditions: &mut Vec<Condition>) {
+    let summary = [ConditionType::Ready, ConditionType::Progressing, ConditionType::Degraded];
     conditions
-        .retain(|condition| sums.contains(&condition.kind) || STEPS.iter().any(|(kind, _)| *kind == condition.kind));
+        .retain(|condition| summary.contains(&condition.kind) || STEPS.iter().any(|(step, _)| *step == condition.kind));
 }
 
-/// A node, as far as the sums need it.
+/// A node, as far as the aggregation needs it.
 #[derive(Debug, Clone, Copy)]
 pub struct NodeView<'a> {
-    /// Its name.
+    /// The node's name.
     pub name: &'a str,
-    /// What it said last.
+    /// The status that its agent wrote last.
     pub status: &'a NodeStatus,
-    /// Whether it has said nothing for too long.
+    /// Whether its agent has not reported for too long.
     pub is_silent: bool,
 }
 
-/// An `EdgeModel` or `CameraStream` that is asked for.
+/// An `EdgeModel` or `CameraStream`, as far as the aggregation needs it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct FleetObject {
-    /// Its name.
+    /// The object's name.
     pub name: String,
-    /// Which of all objects that ever bore its name it is.
+    /// The object's uid.
     pub uid: String,
-    /// How often its spec was changed.
+    /// The generation of the object's spec.
     pub generation: Option<i64>,
     version: Option<u64>,
     selector: BTreeMap<String, String>,
@@ -57,8 +60,8 @@ pub struct FleetObject {
 }
 
 impl FleetObject {
-    /// Reads what is needed of an object. What is missing or of another type counts as not said: the API server has
-    /// validated the rest.
+    /// Reads the fields from a manifest. A field that is missing or has another type counts as absent: the API server has validated
+    /// the object.
     pub fn new(name: &str, uid: &str, generation: Option<i64>, document: &Value) -> Self {
         let spec = |field: &str| document.pointer(&format!("/spec/{field}"));
         let labels = spec("nodeSelector").and_then(Value::as_object).into_iter().flatten();
@@ -72,170 +75,195 @@ impl FleetObject {
         }
     }
 
-    /// Whether what a node says is of this very object, as it is now.
-    fn is_meant(&self, uid: Option<&str>, generation: Option<i64>) -> bool {
+    /// Whether a node's report is about this object in its current generation.
+    fn is_current(&self, uid: Option<&str>, generation: Option<i64>) -> bool {
         uid.is_none_or(|uid| uid == self.uid) && generation >= self.generation
     }
 
-    fn concerns(&self, node: &NodeView<'_>) -> bool {
+    /// Whether the object is for this node.
+    fn targets(&self, node: &NodeView<'_>) -> bool {
         self.node_name.as_deref().is_none_or(|name| name == node.name)
             && selects(&self.selector, &node.status.agent.labels)
     }
+
+    /// What a node reports about this model.
+    fn model_report<'a>(&self, node: &NodeView<'a>) -> Option<&'a ModelStatus> {
+        let report = node.status.models.iter().find(|model| model.name == self.name);
+        report.filter(|report| self.is_current(report.uid.as_deref(), report.observed_generation))
+    }
+
+    /// What a node reports about this stream.
+    fn stream_report<'a>(&self, node: &NodeView<'a>) -> Option<&'a StreamStatus> {
+        let report = node.status.streams.iter().find(|stream| stream.name == self.name);
+        report.filter(|report| self.is_current(report.uid.as_deref(), report.observed_generation))
+    }
 }
 
-/// How one node stands to one subject.
-enum NodeState<'a> {
+/// The state of an object on one node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ObjectState<'a> {
     Ready,
     Pending,
+    /// With the reason that the node reports.
     Failed(&'a str),
+    /// The node is silent.
     Silent,
 }
 
-/// A model on all nodes. `now` dates what has changed since `before`.
-pub fn model(subject: &FleetObject, nodes: &[NodeView<'_>], before: &EdgeModelStatus, now: &str) -> EdgeModelStatus {
-    let mut came = Vec::new();
-    let stands = nodes.iter().filter(|node| subject.concerns(node)).map(|node| {
-        let said = node.status.models.iter().find(|model| model.name == subject.name);
-        let said = said.filter(|said| subject.is_meant(said.uid.as_deref(), said.observed_generation));
-        came.push((node.name, said.map_or((0, false), way_come)));
-        let Some(said) = said else {
-            return (node.name, if node.is_silent { NodeState::Silent } else { NodeState::Pending });
-        };
-        let state = said.state;
-        let standing = if node.is_silent {
-            NodeState::Silent
-        } else if state == ModelState::Ready && Some(said.version) == subject.version {
-            NodeState::Ready
-        } else if state.has_failed() {
-            NodeState::Failed(said.reason.as_deref().unwrap_or_default())
-        } else {
-            NodeState::Pending
-        };
-        (node.name, standing)
-    });
-    let stands = stands.collect();
-    let (nodes, mut conditions) = sum(stands, Reason::AllNodesReady, "serves");
-    conditions.extend(STEPS.iter().enumerate().map(|(index, (kind, _))| step(kind, index + 1, &came)));
-    settle(&mut conditions, subject, &before.conditions, now);
-    EdgeModelStatus { observed_generation: subject.generation, nodes, conditions }
+/// The status of a model on all nodes. `now` is the transition time of the conditions whose status differs from that in `last`.
+pub fn model_status(model: &FleetObject, nodes: &[NodeView<'_>], last: &EdgeModelStatus, now: &str) -> EdgeModelStatus {
+    let targets = || nodes.iter().filter(|node| model.targets(node));
+    let states: Vec<_> = targets().map(|node| (node.name, model_state(model, node))).collect();
+    let steps: Vec<_> = targets().map(|node| (node.name, completed_steps(model.model_report(node)))).collect();
+    let (nodes, mut conditions) = summarize(&states, Reason::AllNodesReady, "serves");
+    conditions.extend(STEPS.iter().enumerate().map(|(index, (kind, _))| step_condition(kind, index + 1, &steps)));
+    complete(&mut conditions, model, &last.conditions, now);
+    EdgeModelStatus { observed_generation: model.generation, nodes, conditions }
 }
 
-/// How many of the [`STEPS`] a version has behind it, and whether it failed at the next.
-fn way_come(said: &ModelStatus) -> (usize, bool) {
-    let state = said.state;
-    let failed_phase = said.failed_phase.unwrap_or_default();
-    // What is tried again has the steps behind it that it had before.
-    let came_to = if state.has_failed() { failed_phase } else { state.max(failed_phase) };
-    (STEPS.iter().filter(|(_, from)| came_to >= *from).count(), state.has_failed())
+fn model_state<'a>(model: &FleetObject, node: &NodeView<'a>) -> ObjectState<'a> {
+    if node.is_silent {
+        return ObjectState::Silent;
+    }
+    match model.model_report(node) {
+        Some(report) if report.state == ModelState::Ready && Some(report.version) == model.version => {
+            ObjectState::Ready
+        }
+        Some(report) if report.state.has_failed() => ObjectState::Failed(report.reason.as_deref().unwrap_or_default()),
+        _ => ObjectState::Pending,
+    }
 }
 
-/// Whether all nodes have so many steps behind them.
-fn step(kind: &ConditionType, steps: usize, came: &[(&str, (usize, bool))]) -> Condition {
-    let done = came.iter().filter(|(_, (behind, _))| *behind >= steps).count();
-    let failed =
-        came.iter().filter(|(_, (behind, has_failed))| *has_failed && behind + 1 == steps).map(|(name, _)| *name);
-    let failed: Vec<&str> = failed.take(NAMED_MAX).collect();
-    let reason = match (came.len(), failed.is_empty()) {
-        (0, _) => Reason::NoNodes,
-        (all, _) if done == all => Reason::OnAllNodes,
-        (_, false) => Reason::NodesFailed,
-        _ => Reason::NodesPending,
+/// The number of [`STEPS`] that a version has completed on a node, and whether it failed at the next one.
+#[derive(Debug, Clone, Copy)]
+struct CompletedSteps {
+    count: usize,
+    has_failed: bool,
+}
+
+fn completed_steps(report: Option<&ModelStatus>) -> CompletedSteps {
+    let Some(report) = report else { return CompletedSteps { count: 0, has_failed: false } };
+    let failed_phase = report.failed_phase.unwrap_or_default();
+    let has_failed = report.state.has_failed();
+    // A version that is retried keeps the steps that it had completed before.
+    let phase = if has_failed { failed_phase } else { report.state.max(failed_phase) };
+    CompletedSteps { count: STEPS.iter().filter(|(_, from)| phase >= *from).count(), has_failed }
+}
+
+/// The condition that all nodes have completed the first `step` steps.
+fn step_condition(kind: &ConditionType, step: usize, nodes: &[(&str, CompletedSteps)]) -> Condition {
+    let done = nodes.iter().filter(|(_, steps)| steps.count >= step).count();
+    let failed = nodes.iter().filter(|(_, steps)| steps.has_failed && steps.count + 1 == step);
+    let failed: Vec<&str> = failed.map(|(name, _)| *name).take(NAMED_MAX).collect();
+    let reason = match nodes.len() {
+        0 => Reason::NoNodes,
+        all if done == all => Reason::OnAllNodes,
+        _ if failed.is_empty() => Reason::NodesPending,
+        _ => Reason::NodesFailed,
     };
-    let message = match failed.as_slice() {
-        [] => format!("on {done} of {} nodes", came.len()),
-        names => truncated(&format!("on {done} of {} nodes; it failed on {}", came.len(), names.join(", "))),
-    };
+    let mut message = format!("on {done} of {} nodes", nodes.len());
+    if !failed.is_empty() {
+        message = truncated(&format!("{message}; it failed on {}", failed.join(", ")));
+    }
     Condition::new(kind.clone(), reason == Reason::OnAllNodes, reason, message)
 }
 
-/// A stream on the nodes that play it.
-pub fn stream(
-    subject: &FleetObject,
+/// The status of a stream on the nodes that run it. `now` is as in [`model_status`].
+pub fn stream_status(
+    stream: &FleetObject,
     nodes: &[NodeView<'_>],
-    before: &CameraStreamStatus,
+    last: &CameraStreamStatus,
     now: &str,
 ) -> CameraStreamStatus {
-    let mut stands: Vec<(&str, NodeState<'_>)> = nodes
+    let targets = nodes.iter().filter(|node| stream.targets(node));
+    let mut states: Vec<_> = targets.map(|node| (node.name, stream_state(stream, node))).collect();
+    // A node that the spec names counts even if no agent of this name has ever reported.
+    if let Some(name) = &stream.node_name
+        && states.is_empty()
+    {
+        states.push((name.as_str(), ObjectState::Failed("no agent of this name has reported")));
+    }
+    let (nodes, mut conditions) = summarize(&states, Reason::StreamsReady, "runs");
+    complete(&mut conditions, stream, &last.conditions, now);
+    CameraStreamStatus { observed_generation: stream.generation, nodes, conditions }
+}
+
+fn stream_state<'a>(stream: &FleetObject, node: &NodeView<'a>) -> ObjectState<'a> {
+    if node.is_silent {
+        return ObjectState::Silent;
+    }
+    match stream.stream_report(node) {
+        Some(report) if report.up => ObjectState::Ready,
+        Some(report) => report.reason.as_deref().map_or(ObjectState::Pending, ObjectState::Failed),
+        None => ObjectState::Pending,
+    }
+}
+
+/// The counts of nodes, and the conditions `Ready`, `Progressing` and `Degraded`. `ready` is the reason when all nodes are ready.
+fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (NodeCounts, Vec<Condition>) {
+    let count = |is: fn(&ObjectState<'_>) -> bool| {
+        u64::try_from(states.iter().filter(|(_, state)| is(state)).count()).unwrap_or(u64::MAX)
+    };
+    let counts = NodeCounts {
+        desired: u64::try_from(states.len()).unwrap_or(u64::MAX),
+        ready: count(|state| matches!(state, ObjectState::Ready)),
+        candidate: 0,
+        failed: count(|state| matches!(state, ObjectState::Failed(_))),
+    };
+    let pending = count(|state| matches!(state, ObjectState::Pending));
+    let silent = count(|state| matches!(state, ObjectState::Silent));
+    let failed_names = names(states, |state| matches!(state, ObjectState::Failed(_)));
+    let silent_names = names(states, |state| matches!(state, ObjectState::Silent));
+    let pending_message = format!("{pending} of {} nodes are not ready yet", counts.desired);
+
+    let is_ready = counts.desired > 0 && counts.ready == counts.desired;
+    let (reason, message) = if is_ready {
+        (ready, format!("it {verb} on all {} nodes", counts.desired))
+    } else if counts.desired == 0 {
+        (Reason::NoNodes, "no reporting node has the labels of the selector".to_owned())
+    } else if counts.failed > 0 {
+        (Reason::NodesFailed, format!("it failed on {failed_names}"))
+    } else if silent > 0 {
+        (Reason::NodesUnreachable, format!("no agent reports on {silent_names}"))
+    } else {
+        (Reason::NodesPending, pending_message.clone())
+    };
+    let progressing = if pending == 0 {
+        Condition::new(ConditionType::Progressing, false, Reason::Settled, "")
+    } else {
+        Condition::new(ConditionType::Progressing, true, Reason::NodesPending, pending_message)
+    };
+    let degraded = if counts.failed > 0 {
+        Condition::new(ConditionType::Degraded, true, Reason::NodesFailed, failed_names)
+    } else if silent > 0 {
+        Condition::new(ConditionType::Degraded, true, Reason::NodesUnreachable, silent_names)
+    } else {
+        Condition::new(ConditionType::Degraded, false, Reason::AsExpected, "")
+    };
+    (counts, vec![Condition::new(ConditionType::Ready, is_ready, reason, message), progressing, degraded])
+}
+
+/// The names of the first nodes in a state, each with the reason that it reports.
+fn names(states: &[(&str, ObjectState<'_>)], is: fn(&ObjectState<'_>) -> bool) -> String {
+    let mut names: Vec<String> = states
         .iter()
-        .filter(|node| subject.concerns(node))
-        .map(|node| {
-            let said = node.status.streams.iter().find(|stream| stream.name == subject.name);
-            let standing = match said.filter(|said| subject.is_meant(said.uid.as_deref(), said.observed_generation)) {
-                _ if node.is_silent => NodeState::Silent,
-                Some(said) if said.up => NodeState::Ready,
-                Some(said) => said.reason.as_deref().map_or(NodeState::Pending, NodeState::Failed),
-                None => NodeState::Pending,
-            };
-            (node.name, standing)
+        .filter(|(_, state)| is(state))
+        .take(NAMED_MAX + 1)
+        .map(|(name, state)| match state {
+            ObjectState::Failed(reason) if !reason.is_empty() => format!("{name} ({reason})"),
+            _ => (*name).to_owned(),
         })
         .collect();
-    // A node that is named is meant even where nobody has heard of it.
-    if let (Some(name), true) = (&subject.node_name, stands.is_empty()) {
-        stands.push((name.as_str(), NodeState::Failed("no agent of this name has reported")));
+    if let Some(one_more) = names.get_mut(NAMED_MAX) {
+        *one_more = "and more".to_owned();
     }
-    let (nodes, mut conditions) = sum(stands, Reason::StreamsReady, "plays");
-    settle(&mut conditions, subject, &before.conditions, now);
-    CameraStreamStatus { observed_generation: subject.generation, nodes, conditions }
+    truncated(&names.join(", "))
 }
 
-fn sum(stands: Vec<(&str, NodeState<'_>)>, reason: Reason, verb: &str) -> (NodeCounts, Vec<Condition>) {
-    let whole = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
-    let count = |is: fn(&NodeState<'_>) -> bool| whole(stands.iter().filter(|(_, standing)| is(standing)).count());
-    let counts = NodeCounts {
-        desired: whole(stands.len()),
-        ready: count(|standing| matches!(standing, NodeState::Ready)),
-        candidate: 0,
-        failed: count(|standing| matches!(standing, NodeState::Failed(_))),
-    };
-    let (pending, silent) = (
-        count(|standing| matches!(standing, NodeState::Pending)),
-        count(|standing| matches!(standing, NodeState::Silent)),
-    );
-    let named = |is: fn(&NodeState<'_>) -> bool| {
-        let names: Vec<String> = stands
-            .iter()
-            .filter(|(_, standing)| is(standing))
-            .take(NAMED_MAX + 1)
-            .enumerate()
-            .map(|(index, (name, standing))| match standing {
-                _ if index == NAMED_MAX => "and more".to_owned(),
-                NodeState::Failed(why) if !why.is_empty() => format!("{name} ({why})"),
-                _ => (*name).to_owned(),
-            })
-            .collect();
-        truncated(&names.join(", "))
-    };
-    let is_ready = counts.desired > 0 && counts.ready == counts.desired;
-    let failed_names = named(|standing| matches!(standing, NodeState::Failed(_)));
-    let silent_names = named(|standing| matches!(standing, NodeState::Silent));
-    let (why, message) = match (counts.desired, counts.failed, silent) {
-        _ if is_ready => (reason, format!("it {verb} on all {} nodes", counts.desired)),
-        (0, ..) => (Reason::NoNodes, "no node that reports bears the labels asked for".to_owned()),
-        (_, 1.., _) => (Reason::NodesFailed, format!("it failed on {failed_names}")),
-        (_, _, 1..) => (Reason::NodesUnreachable, format!("nothing is heard of {silent_names}")),
-        _ => (Reason::NodesPending, format!("{} of {} are on their way", pending, counts.desired)),
-    };
-    let mut conditions = vec![Condition::new(ConditionType::Ready, is_ready, why, message)];
-    conditions.push(match pending {
-        0 => Condition::new(ConditionType::Progressing, false, Reason::Settled, ""),
-        _ => Condition::new(
-            ConditionType::Progressing,
-            true,
-            Reason::NodesPending,
-            format!("{} of {} are on their way", pending, counts.desired),
-        ),
-    });
-    conditions.push(match (counts.failed, silent) {
-        (0, 0) => Condition::new(ConditionType::Degraded, false, Reason::AsExpected, ""),
-        (0, _) => Condition::new(ConditionType::Degraded, true, Reason::NodesUnreachable, silent_names),
-        _ => Condition::new(ConditionType::Degraded, true, Reason::NodesFailed, failed_names),
-    });
-    (counts, conditions)
-}
-
-fn settle(conditions: &mut [Condition], subject: &FleetObject, before: &[Condition], now: &str) {
-    conditions.iter_mut().for_each(|condition| condition.observed_generation = subject.generation);
-    set_transition_times(conditions, before, now);
+/// Adds the generation and the transition times.
+fn complete(conditions: &mut [Condition], object: &FleetObject, last: &[Condition], now: &str) {
+    conditions.iter_mut().for_each(|condition| condition.observed_generation = object.generation);
+    set_transition_times(conditions, last, now);
 }
 
 #[cfg(test)]
@@ -244,7 +272,6 @@ mod tests {
 
     use super::*;
     use lineside_api::condition::ConditionStatus;
-    use lineside_api::status::StreamStatus;
 
     fn node(line: &str, state: ModelState, version: u64, generation: i64) -> NodeStatus {
         let mut status = NodeStatus::default();
@@ -270,7 +297,7 @@ mod tests {
         NodeView { name, status, is_silent }
     }
 
-    fn subject() -> FleetObject {
+    fn object() -> FleetObject {
         FleetObject::new("m", "u", Some(4), &json!({"spec": {"version": 3, "nodeSelector": {"line": "a"}}}))
     }
 
@@ -279,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_count_by_their_labels_and_by_what_they_say_of_this_generation() {
+    fn nodes_count_by_their_labels_and_by_their_report_of_the_current_generation() {
         let (good, old, failed, other) = (
             node("a", ModelState::Ready, 3, 4),
             node("a", ModelState::Ready, 2, 3),
@@ -288,19 +315,27 @@ mod tests {
         );
         let all =
             [view("n1", &good, false), view("n2", &old, false), view("n3", &failed, false), view("n4", &other, false)];
-        let status = model(&subject(), &all, &EdgeModelStatus::default(), "t1");
+        let status = model_status(&object(), &all, &EdgeModelStatus::default(), "t1");
         assert_eq!(status.nodes, NodeCounts { desired: 3, ready: 1, candidate: 0, failed: 1 });
         assert_eq!(ready(&status), (false, Reason::NodesFailed));
         assert_eq!(status.conditions[0].message, "it failed on n3 (no such file)");
-        let status = model(&subject(), &all[..1], &status, "t2");
+        let status = model_status(&object(), &all[..1], &status, "t2");
         assert_eq!((ready(&status), status.nodes.ready), ((true, Reason::AllNodesReady), 1));
-        assert_eq!(model(&subject(), &all[..1], &status, "t3"), status, "what stays the same is not written again");
-        assert_eq!(ready(&model(&subject(), &all[1..2], &status, "t3")), (false, Reason::NodesPending));
-        assert_eq!(ready(&model(&subject(), &all[3..], &status, "t3")), (false, Reason::NoNodes));
-        let mut of_another = node("a", ModelState::Ready, 3, 9);
-        of_another.models[0].uid = Some("before".into());
-        let views = [view("n1", &of_another, false)];
-        assert_eq!(ready(&model(&subject(), &views, &status, "t3")), (false, Reason::NodesPending), "it was made anew");
+        assert_eq!(
+            model_status(&object(), &all[..1], &status, "t3"),
+            status,
+            "an unchanged status is equal, so it is not written again"
+        );
+        assert_eq!(ready(&model_status(&object(), &all[1..2], &status, "t3")), (false, Reason::NodesPending));
+        assert_eq!(ready(&model_status(&object(), &all[3..], &status, "t3")), (false, Reason::NoNodes));
+        let mut other_uid = node("a", ModelState::Ready, 3, 9);
+        other_uid.models[0].uid = Some("before".into());
+        let views = [view("n1", &other_uid, false)];
+        assert_eq!(
+            ready(&model_status(&object(), &views, &status, "t3")),
+            (false, Reason::NodesPending),
+            "the report is about a deleted object of this name"
+        );
     }
 
     #[test]
@@ -315,7 +350,7 @@ mod tests {
                 })
                 .collect();
             let views: Vec<NodeView<'_>> = nodes.iter().map(|status| view("n", status, false)).collect();
-            let status = model(&subject(), &views, &EdgeModelStatus::default(), "t");
+            let status = model_status(&object(), &views, &EdgeModelStatus::default(), "t");
             let of = |(kind, _): &(ConditionType, ModelState)| {
                 let condition = status.conditions.iter().find(|condition| condition.kind == *kind).unwrap();
                 (condition.status == ConditionStatus::True, condition.reason.clone())
@@ -332,30 +367,30 @@ mod tests {
         assert_eq!(
             steps(&[(ModelState::Downloading, Some(ModelState::Vetting))]),
             [yes(), yes(), no(), no()],
-            "it is tried again"
+            "a retried version keeps its steps"
         );
         assert_eq!(steps(&[]), vec![(false, Reason::NoNodes); 4]);
     }
 
     #[test]
-    fn a_silent_node_is_not_ready_and_is_named() {
+    fn a_silent_node_is_not_ready_and_the_message_names_it() {
         let good = node("a", ModelState::Ready, 3, 4);
-        let status = model(&subject(), &[view("n1", &good, true)], &EdgeModelStatus::default(), "t1");
+        let status = model_status(&object(), &[view("n1", &good, true)], &EdgeModelStatus::default(), "t1");
         assert_eq!(
             (ready(&status), status.nodes.ready, status.nodes.desired),
             ((false, Reason::NodesUnreachable), 0, 1)
         );
-        assert_eq!(status.conditions[0].message, "nothing is heard of n1");
+        assert_eq!(status.conditions[0].message, "no agent reports on n1");
     }
 
     #[test]
-    fn a_stream_on_a_node_that_is_not_there_is_told() {
+    fn a_stream_on_a_node_without_an_agent_has_failed() {
         let on = |name: &str| FleetObject::new("s", "u", Some(1), &json!({"spec": {"nodeName": name}}));
         let good = node("a", ModelState::Ready, 3, 4);
         let all = [view("n1", &good, false)];
-        let status = stream(&on("n1"), &all, &CameraStreamStatus::default(), "t");
+        let status = stream_status(&on("n1"), &all, &CameraStreamStatus::default(), "t");
         assert_eq!((status.nodes.ready, status.conditions[0].reason.clone()), (1, Reason::StreamsReady));
-        let status = stream(&on("n9"), &all, &CameraStreamStatus::default(), "t");
+        let status = stream_status(&on("n9"), &all, &CameraStreamStatus::default(), "t");
         assert_eq!((status.nodes.desired, status.nodes.failed), (1, 1));
         assert!(status.conditions[0].message.contains("n9 (no agent of this name has reported)"));
     }

@@ -1,22 +1,23 @@
-//! How the agent and the controller find their cluster.
+//! How the agent and the controller reach the API server and authenticate.
 
+use std::fmt;
 use std::path::PathBuf;
 
-/// A way into a cluster.
+/// Where the credentials of a cluster are, and which namespace holds the objects.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClusterConfig {
-    /// A kubeconfig; `None` is the service account of the pod this runs in.
+    /// The path of a kubeconfig. `None`: the service account of the pod that the process runs in.
     pub kubeconfig: Option<PathBuf>,
-    /// Contexts of the kubeconfig, in the order in which they are tried. None is its current one.
+    /// The contexts of the kubeconfig, in order of preference. Empty: its current context.
     pub contexts: Vec<String>,
-    /// Where our objects are. `None` is the pod's or context's own namespace, else `lineside`.
+    /// The namespace of the objects. `None`: the namespace of the pod or of the context, else `lineside`.
     pub namespace: Option<String>,
 }
 
-impl std::fmt::Display for ClusterConfig {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for ClusterConfig {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.kubeconfig {
-            None => write!(formatter, "the cluster this pod is in"),
+            None => write!(formatter, "the cluster of this pod"),
             Some(path) => write!(formatter, "the cluster of {}", path.display()),
         }
     }

@@ -1,243 +1,353 @@
-//! The connections to a cluster, by one of its contexts.
+//! The connection to the API server through one context of a kubeconfig, or through the pod's service account.
 //!
-//! They are made when they are first needed: a program that the kubeconfig names for credentials may fail, or hang, while
-//! the network does, and an agent has to start all the same. Such a program has a thread to itself, none of those that load
-//! models, and is not started anew for a while. A context that has given nothing but failures for a while makes room for
-//! the next that can be had.
+//! The connection is opened on first use: a credential plugin that the kubeconfig names may fail or hang while the network is
+//! down, and the agent has to start all the same. A credential plugin runs in a thread of its own, so that it blocks none of the
+//! threads that load models. While it hangs it is not started again until [`HANGS_AFTER`] has passed.
+//!
+//! A context that has only failed for [`SWITCH_CONTEXT_AFTER`] is replaced by the next context that can be opened.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::events::{Recorder, Reporter};
 use kube::{Client, Config};
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-use super::{ClusterError, ClusterErrorKind, DEADLINE};
-use crate::ClusterConfig;
+use crate::config::ClusterConfig;
+use crate::error::ClusterError;
+use lineside_common::{LogOnChange, error_chain};
 
-/// Connections are made anew this far apart at least.
-const RENEW_EVERY: Duration = Duration::from_secs(3);
-/// A context that has failed for this long makes room for the next.
-const CONTEXT_PATIENCE: Duration = Duration::from_secs(20);
-/// A program for credentials that has not ended after this is started anew.
+/// The time limit of every call except lists and watches, and of opening a connection.
+pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// The shortest time between two reconnects.
+const RECONNECT_EVERY: Duration = Duration::from_secs(3);
+/// A context that has only failed for this long is replaced by the next.
+const SWITCH_CONTEXT_AFTER: Duration = Duration::from_secs(20);
+/// A credential plugin that has not ended after this long is started again.
 const HANGS_AFTER: Duration = Duration::from_secs(600);
+/// The time limit of a TCP and TLS handshake.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The connections.
-pub(super) struct Connection {
-    access: ClusterConfig,
+/// The connection, which is opened on first use and replaced by [`reconnect`](Self::reconnect).
+pub(crate) struct Connection {
+    config: ClusterConfig,
     reporter: Reporter,
-    state: tokio::sync::Mutex<State>,
+    state: tokio::sync::Mutex<ConnectionState>,
+    /// The index of the context in use.
     context: AtomicUsize,
-    era: AtomicU64,
-    hearing: Mutex<Hearing>,
+    context_generation: AtomicU64,
+    liveness: Mutex<Liveness>,
 }
 
-/// Connections by one context.
-struct LoadContext {
+struct ConnectionState {
+    clients: Option<ContextClients>,
+    /// Connections that are being opened, by context.
+    pending: HashMap<usize, PendingClient>,
+    last_reconnect: Instant,
+    logged_error: LogOnChange<String>,
+}
+
+/// The clients of one context.
+struct ContextClients {
     client: Client,
     recorder: Recorder,
 }
 
-struct State {
-    way: Option<LoadContext>,
-    /// Connections that are still being made, by context, and since when.
-    pending: HashMap<usize, (Instant, oneshot::Receiver<kube::Result<Client>>)>,
-    renewed: Instant,
-    /// What was said last about why there is no connection.
-    trouble: Option<String>,
+/// A connection that a thread is opening.
+struct PendingClient {
+    since: Instant,
+    outcome: oneshot::Receiver<kube::Result<Client>>,
 }
 
-struct Hearing {
-    /// When the server answered last; at first, when this began.
-    answered: Instant,
-    /// Since when nothing but failures has come of the present context.
+/// When the API server answered last, and since when the context in use has only failed.
+#[derive(Debug, Clone, Copy)]
+struct Liveness {
+    last_response: Instant,
     failing_since: Option<Instant>,
 }
 
+impl Liveness {
+    fn new(now: Instant) -> Self {
+        Self { last_response: now, failing_since: None }
+    }
+
+    fn record_response(&mut self, now: Instant) {
+        *self = Self::new(now);
+    }
+
+    fn record_failure(&mut self, now: Instant) {
+        self.failing_since.get_or_insert(now);
+    }
+
+    fn record_context_switch(&mut self) {
+        self.failing_since = None;
+    }
+
+    fn needs_another_context(&self, now: Instant) -> bool {
+        self.failing_since.is_some_and(|since| now.saturating_duration_since(since) >= SWITCH_CONTEXT_AFTER)
+    }
+}
+
 impl Connection {
-    /// Nothing is sent yet. `reporter` is who says Events.
-    pub(super) fn new(access: ClusterConfig, reporter: Reporter) -> Self {
+    /// A connection that is not open yet. `reporter` is the source of Events.
+    pub(crate) fn new(config: ClusterConfig, reporter: Reporter) -> Self {
         let now = Instant::now();
+        let state = ConnectionState {
+            clients: None,
+            pending: HashMap::new(),
+            last_reconnect: now,
+            logged_error: LogOnChange::default(),
+        };
         Self {
-            access,
+            config,
             reporter,
-            state: tokio::sync::Mutex::new(State { way: None, pending: HashMap::new(), renewed: now, trouble: None }),
+            state: tokio::sync::Mutex::new(state),
             context: AtomicUsize::new(0),
-            era: AtomicU64::new(0),
-            hearing: Mutex::new(Hearing { answered: now, failing_since: None }),
+            context_generation: AtomicU64::new(0),
+            liveness: Mutex::new(Liveness::new(now)),
         }
     }
 
-    /// Counts how often another context was taken.
-    pub(super) fn era(&self) -> u64 {
-        self.era.load(Ordering::Acquire)
+    /// The number of context switches so far.
+    pub(crate) fn context_generation(&self) -> u64 {
+        self.context_generation.load(Ordering::Acquire)
     }
 
-    /// How long ago the server answered last.
-    pub(super) fn time_since_response(&self) -> Duration {
-        self.hearing().answered.elapsed()
+    /// When the API server answered last; before the first answer, when the connection was created.
+    pub(crate) fn last_response(&self) -> Instant {
+        self.liveness.lock().last_response
     }
 
-    /// The server has answered.
-    pub(super) fn answered(&self) {
-        *self.hearing() = Hearing { answered: Instant::now(), failing_since: None };
+    /// Records that the API server answered.
+    pub(crate) fn record_response(&self) {
+        self.liveness.lock().record_response(Instant::now());
     }
 
-    /// There was no answer, or none that helps.
-    pub(super) fn failed(&self) {
-        self.hearing().failing_since.get_or_insert_with(Instant::now);
+    /// Records that the API server did not answer, or was too busy to.
+    pub(crate) fn record_failure(&self) {
+        self.liveness.lock().record_failure(Instant::now());
     }
 
-    fn hearing(&self) -> MutexGuard<'_, Hearing> {
-        self.hearing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// See [`ClusterClient::renew`](super::ClusterClient::renew).
-    pub(super) async fn renew(&self) {
+    /// See [`ClusterClient::reconnect`](crate::ClusterClient::reconnect).
+    pub(crate) async fn reconnect(&self) {
         let mut state = self.state.lock().await;
-        if state.renewed.elapsed() < RENEW_EVERY {
+        if state.last_reconnect.elapsed() < RECONNECT_EVERY {
             return;
         }
-        let contexts = self.access.contexts.len().max(1);
-        let present = self.context.load(Ordering::Relaxed);
-        let failing_since = self.hearing().failing_since;
-        let candidates: Vec<usize> = match failing_since.is_some_and(|since| since.elapsed() >= CONTEXT_PATIENCE) {
-            true => (1..=contexts).map(|step| (present + step) % contexts).collect(),
-            false => vec![present],
+        let contexts = self.config.contexts.len().max(1);
+        let current = self.context.load(Ordering::Relaxed);
+        let needs_another = self.liveness.lock().needs_another_context(Instant::now());
+        let candidates: Vec<usize> = if needs_another {
+            (1..=contexts).map(|step| (current + step) % contexts).collect()
+        } else {
+            vec![current]
         };
         for context in candidates {
             match self.open(&mut state, context).await {
-                Ok(way) => {
-                    self.take(way, context, &mut state);
+                Ok(clients) => {
+                    self.use_clients(clients, context, &mut state);
                     break;
                 }
-                Err(trouble) if trouble.is_news(&mut state.trouble) => {
-                    tracing::warn!(%trouble, "the way into the cluster cannot be made anew");
+                Err(error) => {
+                    let error = error_chain(&error);
+                    if state.logged_error.set(error.clone()) {
+                        tracing::warn!(
+                            event = "cluster_reconnect_failed",
+                            error,
+                            "Connection to the cluster cannot be opened"
+                        );
+                    }
                 }
-                Err(_) => {}
             }
         }
-        // Counted from now: who has waited meanwhile wants nothing else.
-        state.renewed = Instant::now();
+        // The interval counts from the end, so that callers that waited for the lock do not reconnect once more.
+        state.last_reconnect = Instant::now();
     }
 
-    /// Goes back to the first context where that `answers` again.
-    pub(super) async fn try_preferred_context(&self, answers: impl AsyncFnOnce(Client) -> bool) {
+    /// Switches back to the first context when another one is in use and `is_answering` holds for the first.
+    pub(crate) async fn try_preferred_context(&self, is_answering: impl AsyncFnOnce(Client) -> bool) {
         if self.context.load(Ordering::Relaxed) == 0 {
             return;
         }
         let opened = self.open(&mut *self.state.lock().await, 0).await;
-        let Ok(way) = opened else { return };
-        if answers(way.client.clone()).await {
-            self.take(way, 0, &mut *self.state.lock().await);
+        let Ok(clients) = opened else { return };
+        if is_answering(clients.client.clone()).await {
+            self.use_clients(clients, 0, &mut *self.state.lock().await);
         }
     }
 
-    /// Makes connections by a context. The caller holds the state, so that this is done once at a time.
-    async fn open(&self, state: &mut State, context: usize) -> Result<LoadContext, ClusterError> {
-        if state.pending.get(&context).is_none_or(|(since, _)| since.elapsed() >= HANGS_AFTER) {
-            let config = configuration(&self.access, context).await?;
-            state.pending.insert(context, (Instant::now(), in_thread(config)?));
+    /// Opens a connection through a context. The caller holds the state's lock, so that at most one connection is opened at a time.
+    async fn open(&self, state: &mut ConnectionState, context: usize) -> Result<ContextClients, ClusterError> {
+        if state.pending.get(&context).is_none_or(|pending| pending.since.elapsed() >= HANGS_AFTER) {
+            let config = client_config(&self.config, context).await?;
+            let outcome = open_in_thread(config)?;
+            state.pending.insert(context, PendingClient { since: Instant::now(), outcome });
         }
-        let Some((_, making)) = state.pending.get_mut(&context) else {
+        let Some(pending) = state.pending.get_mut(&context) else {
             return Err(ClusterError::unreachable("there is no connection"));
         };
-        let made = tokio::time::timeout(DEADLINE, making).await;
-        if made.is_ok() {
+        let outcome = tokio::time::timeout(CALL_TIMEOUT, &mut pending.outcome).await;
+        if outcome.is_ok() {
             state.pending.remove(&context);
         }
-        match made {
+        match outcome {
             Ok(Ok(Ok(client))) => {
-                Ok(LoadContext { recorder: Recorder::new(client.clone(), self.reporter.clone()), client })
+                Ok(ContextClients { recorder: Recorder::new(client.clone(), self.reporter.clone()), client })
             }
-            Ok(Ok(Err(error))) => Err(ClusterError::new(error)),
-            Ok(Err(_)) => Err(ClusterError::unreachable("making the connection panicked")),
+            Ok(Ok(Err(error))) => Err(error.into()),
+            Ok(Err(_)) => Err(ClusterError::unreachable("the thread that opens the connection panicked")),
             Err(_) => {
-                // The connections there are would start the program too, once their token has run out.
+                // The current clients would start the credential plugin too once their token has expired.
                 if context == self.context.load(Ordering::Relaxed) {
-                    state.way = None;
+                    state.clients = None;
                 }
-                Err(ClusterError::unreachable(format!("no credentials within {} s", DEADLINE.as_secs())))
+                let seconds = CALL_TIMEOUT.as_secs();
+                Err(ClusterError::unreachable(format!("the credential plugin has not ended within {seconds} s")))
             }
         }
     }
 
-    fn take(&self, way: LoadContext, context: usize, state: &mut State) {
+    fn use_clients(&self, clients: ContextClients, context: usize, state: &mut ConnectionState) {
         if self.context.swap(context, Ordering::Relaxed) != context {
             tracing::warn!(
                 event = "cluster_context_switched",
-                context = self.access.contexts.get(context),
-                "another context of the kubeconfig is taken"
+                context = self.config.contexts.get(context),
+                "Another context of the kubeconfig is in use"
             );
-            self.hearing().failing_since = None;
-            self.era.fetch_add(1, Ordering::Release);
+            self.liveness.lock().record_context_switch();
+            self.context_generation.fetch_add(1, Ordering::Release);
         }
-        state.trouble = None;
-        state.way = Some(way);
+        state.logged_error.clear();
+        state.clients = Some(clients);
     }
 
-    /// The connections there are; where there are none yet, they are made.
-    async fn way<'a>(&self, state: &'a mut State) -> Result<&'a mut LoadContext, ClusterError> {
-        if state.way.is_none() {
+    /// The clients of the current context, which are opened if there are none.
+    async fn clients<'a>(&self, state: &'a mut ConnectionState) -> Result<&'a mut ContextClients, ClusterError> {
+        if state.clients.is_none() {
             let context = self.context.load(Ordering::Relaxed);
-            let way = self.open(state, context).await.inspect_err(|_| self.failed())?;
-            self.take(way, context, state);
+            let clients = self.open(state, context).await.inspect_err(|_| self.record_failure())?;
+            self.use_clients(clients, context, state);
         }
-        state.way.as_mut().ok_or_else(|| ClusterError::unreachable("there is no connection"))
+        state.clients.as_mut().ok_or_else(|| ClusterError::unreachable("there is no connection"))
     }
 
-    /// What calls are made with.
-    pub(super) async fn client(&self) -> Result<Client, ClusterError> {
-        Ok(self.way(&mut *self.state.lock().await).await?.client.clone())
+    /// The client for calls.
+    pub(crate) async fn client(&self) -> Result<Client, ClusterError> {
+        Ok(self.clients(&mut *self.state.lock().await).await?.client.clone())
     }
 
-    /// What Events are said with: the one there is, or one `afresh` that remembers nothing.
-    pub(super) async fn recorder(&self, afresh: bool) -> Result<Recorder, ClusterError> {
+    /// The recorder for Events. `replace` installs a new one, which remembers no earlier Event.
+    pub(crate) async fn recorder(&self, replace: bool) -> Result<Recorder, ClusterError> {
         let mut state = self.state.lock().await;
-        let way = self.way(&mut state).await?;
-        if afresh {
-            way.recorder = Recorder::new(way.client.clone(), self.reporter.clone());
+        let clients = self.clients(&mut state).await?;
+        if replace {
+            clients.recorder = Recorder::new(clients.client.clone(), self.reporter.clone());
         }
-        Ok(way.recorder.clone())
+        Ok(clients.recorder.clone())
     }
 }
 
-/// How to reach the cluster by one of its contexts.
-pub(super) async fn configuration(access: &ClusterConfig, context: usize) -> Result<Config, ClusterError> {
-    let refused = |message: String| ClusterError { kind: ClusterErrorKind::Refused, message };
-    let mut config = match &access.kubeconfig {
-        None => {
-            Config::incluster().map_err(|error| refused(format!("this is no pod with a service account: {error}")))?
-        }
+/// The client configuration for a context, read from disk now.
+pub(crate) async fn client_config(config: &ClusterConfig, context: usize) -> Result<Config, ClusterError> {
+    let mut client_config = match &config.kubeconfig {
+        None => Config::incluster().map_err(|error| {
+            let message = "the process does not run in a pod with a service account; set --kubeconfig outside of one";
+            ClusterError::configuration(message, error)
+        })?,
         Some(path) => {
-            let named = |error: String| refused(format!("--kubeconfig {}: {error}", Path::new(path).display()));
-            let kubeconfig = Kubeconfig::read_from(path).map_err(|error| named(error.to_string()))?;
-            let options = KubeConfigOptions { context: access.contexts.get(context).cloned(), ..Default::default() };
-            Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|error| named(error.to_string()))?
+            let unusable =
+                |error| ClusterError::configuration(format!("--kubeconfig {} cannot be used", path.display()), error);
+            let kubeconfig = Kubeconfig::read_from(path).map_err(unusable)?;
+            let options = KubeConfigOptions { context: config.contexts.get(context).cloned(), ..Default::default() };
+            Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(unusable)?
         }
     };
-    config.connect_timeout = Some(Duration::from_secs(5));
-    config.write_timeout = Some(DEADLINE);
-    // When to try again is decided by whoever asks.
-    config.default_retry = false;
-    Ok(config)
+    client_config.connect_timeout = Some(CONNECT_TIMEOUT);
+    client_config.write_timeout = Some(CALL_TIMEOUT);
+    // The callers decide when to retry.
+    client_config.default_retry = false;
+    Ok(client_config)
 }
 
-/// Makes connections in a thread of their own.
-fn in_thread(config: Config) -> Result<oneshot::Receiver<kube::Result<Client>>, ClusterError> {
-    let (done, making) = oneshot::channel();
+/// Opens a connection in a thread of its own, since a credential plugin blocks.
+fn open_in_thread(config: Config) -> Result<oneshot::Receiver<kube::Result<Client>>, ClusterError> {
+    let (sender, outcome) = oneshot::channel();
     let runtime = tokio::runtime::Handle::current();
-    std::thread::Builder::new()
-        .name("credentials".to_owned())
-        .spawn(move || {
-            let _inside = runtime.enter();
-            // Nobody may wait for it any more.
-            drop(done.send(Client::try_from(config)));
-        })
-        .map_err(|error| ClusterError::unreachable(format!("no thread can be had: {error}")))?;
-    Ok(making)
+    std::thread::Builder::new().name("credentials".to_owned()).spawn(move || {
+        let _guard = runtime.enter();
+        // The receiver is gone when the connection was given up meanwhile.
+        drop(sender.send(Client::try_from(config)));
+    })?;
+    Ok(outcome)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ClusterErrorKind;
+
+    fn kubeconfig(contexts: &[&str]) -> (tempfile::NamedTempFile, ClusterConfig) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = r#"{"current-context": "a", "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+            "contexts": [{"name": "a", "context": {"cluster": "c", "user": "u"}},
+                         {"name": "b", "context": {"cluster": "c", "user": "u"}}], "users": [{"name": "u", "user": {}}]}"#;
+        std::fs::write(file.path(), text).unwrap();
+        let contexts = contexts.iter().map(|name| (*name).to_owned()).collect();
+        let config = ClusterConfig { kubeconfig: Some(file.path().to_owned()), contexts, namespace: None };
+        (file, config)
+    }
+
+    fn connection(config: ClusterConfig) -> Connection {
+        Connection::new(config, Reporter { controller: "test".to_owned(), instance: None })
+    }
+
+    #[test]
+    fn a_context_is_replaced_after_it_has_only_failed_for_a_while() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let mut liveness = Liveness::new(start);
+        assert!(!liveness.needs_another_context(after(100)), "silence alone is no failure");
+        liveness.record_failure(after(100));
+        liveness.record_failure(after(119));
+        assert!(!liveness.needs_another_context(after(119)) && liveness.needs_another_context(after(120)));
+        liveness.record_response(after(121));
+        assert_eq!(liveness.last_response, after(121));
+        assert!(!liveness.needs_another_context(after(200)));
+        liveness.record_failure(after(200));
+        liveness.record_context_switch();
+        assert!(!liveness.needs_another_context(after(300)));
+    }
+
+    #[tokio::test]
+    async fn a_reconnect_switches_to_the_next_context_and_counts_it() {
+        let (_file, config) = kubeconfig(&["a", "b"]);
+        let connection = connection(config);
+        connection.client().await.unwrap();
+        let long_ago = Instant::now().checked_sub(SWITCH_CONTEXT_AFTER).unwrap();
+        connection.state.lock().await.last_reconnect = long_ago;
+        connection.reconnect().await;
+        assert_eq!(connection.context_generation(), 0, "the context has not failed");
+        connection.liveness.lock().record_failure(long_ago);
+        connection.reconnect().await;
+        assert_eq!(connection.context_generation(), 0, "two reconnects in a row");
+        connection.state.lock().await.last_reconnect = long_ago;
+        connection.reconnect().await;
+        assert_eq!((connection.context_generation(), connection.context.load(Ordering::Relaxed)), (1, 1));
+        connection.try_preferred_context(async |_| false).await;
+        assert_eq!(connection.context_generation(), 1, "the first context does not answer");
+        connection.try_preferred_context(async |_| true).await;
+        assert_eq!((connection.context_generation(), connection.context.load(Ordering::Relaxed)), (2, 0));
+    }
+
+    #[tokio::test]
+    async fn a_configuration_error_names_the_file() {
+        let (_file, config) = kubeconfig(&["missing"]);
+        let error = client_config(&config, 0).await.unwrap_err();
+        assert_eq!(error.kind(), ClusterErrorKind::Refused);
+        assert!(error.to_string().starts_with("--kubeconfig "), "{error}");
+        assert!(error_chain(&error).contains("missing"), "{}", error_chain(&error));
+    }
 }

@@ -1,8 +1,8 @@
-//! The custom resources: `EdgeModel`, `CameraStream` and `EdgeNode`, and their definitions as `lineside crd` prints them.
+//! The custom resources `EdgeModel`, `CameraStream` and `EdgeNode`, and their definitions, which `lineside crd` prints.
 //!
-//! Specs and statuses are the types that the rest of the agent uses; what Kubernetes adds (names, columns, rules) stands here.
-//! Whatever is read from a cluster goes through the same reading as a local file, so these types are for writing and for the
-//! schemas, and a cluster with an older or newer definition is still understood.
+//! The specs and statuses are the types of `lineside-api`; this file adds what only Kubernetes needs: names, printer columns and
+//! validation rules. The types serve the schemas alone: objects are read as dynamic objects and parsed like manifest files, so that
+//! an agent works with a cluster whose definitions are older or newer.
 
 use kube::{CustomResource, CustomResourceExt as _};
 use schemars::JsonSchema;
@@ -12,91 +12,96 @@ use serde_json::{Map, Value};
 use lineside_api::kinds::manifest::{RawModelSpec, RawStreamSpec};
 use lineside_api::status::{CameraStreamStatus, EdgeModelStatus, NodeStatus};
 
-/// The group of our kinds.
-pub(super) const GROUP: &str = "lineside.dev";
-/// Their version.
-pub(super) const VERSION: &str = "v1alpha1";
+/// The API group of the custom resources.
+const GROUP: &str = "lineside.dev";
+/// The served version of the API group.
+const VERSION: &str = "v1alpha1";
 
-/// A model to run.
+/// The `apiVersion` of the custom resources.
+pub(crate) fn api_version() -> String {
+    format!("{GROUP}/{VERSION}")
+}
+
+/// The spec of an `EdgeModel`.
 #[derive(CustomResource, Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "lineside.dev",
     version = "v1alpha1",
     kind = "EdgeModel",
-    doc = "A model that nodes run: where its file comes from, what its answers mean, and which nodes it is for.",
+    doc = "A model that nodes serve: the source of its file, the meaning of its output, and the nodes that it is for.",
     namespaced,
     status = "EdgeModelStatus",
     shortname = "em",
     category = "lineside",
     validation = Rule::new("self.metadata.name.matches('^[a-z0-9]([a-z0-9-]{0,62})$')")
-        .message("a name has at most 63 of a-z, 0-9 and -, and begins with a letter or digit"),
-    printcolumn = r#"{"name":"Version","type":"integer","jsonPath":".spec.version","description":"The version that is asked for."}"#,
-    printcolumn = r#"{"name":"Ready","type":"integer","jsonPath":".status.nodes.ready","description":"Nodes where it serves."}"#,
-    printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.nodes.desired","description":"Nodes it is for."}"#,
-    printcolumn = r#"{"name":"Candidate","type":"integer","jsonPath":".status.nodes.candidate","description":"Nodes that try it beside the version before."}"#,
-    printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].reason","description":"Why it is ready or not."}"#,
+        .message("a name consists of at most 63 characters a-z, 0-9 and -, and starts with a letter or digit"),
+    printcolumn = r#"{"name":"Version","type":"integer","jsonPath":".spec.version","description":"The desired version."}"#,
+    printcolumn = r#"{"name":"Ready","type":"integer","jsonPath":".status.nodes.ready","description":"Nodes where the desired version is ready."}"#,
+    printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.nodes.desired","description":"Nodes that the selector matches."}"#,
+    printcolumn = r#"{"name":"Candidate","type":"integer","jsonPath":".status.nodes.candidate","description":"Nodes that run the desired version as a candidate beside the previous one."}"#,
+    printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].reason","description":"The reason of the condition Ready."}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(transparent)]
-pub(super) struct EdgeModelSpec(pub RawModelSpec);
+pub(crate) struct EdgeModelSpec(pub RawModelSpec);
 
-/// A camera to inspect.
+/// The spec of a `CameraStream`.
 #[derive(CustomResource, Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "lineside.dev",
     version = "v1alpha1",
     kind = "CameraStream",
-    doc = "A camera, the model that looks at its frames, and the rule that makes verdicts.",
+    doc = "A camera, the model that processes its frames, and the rule that computes verdicts.",
     namespaced,
     status = "CameraStreamStatus",
     shortname = "cam",
     category = "lineside",
     validation = Rule::new("self.metadata.name.matches('^[a-z0-9]([a-z0-9-]{0,62})$')")
-        .message("a name has at most 63 of a-z, 0-9 and -, and begins with a letter or digit"),
-    printcolumn = r#"{"name":"Model","type":"string","jsonPath":".spec.model","description":"The model that looks at its frames."}"#,
-    printcolumn = r#"{"name":"Ready","type":"integer","jsonPath":".status.nodes.ready","description":"Nodes where frames can be had."}"#,
-    printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.nodes.desired","description":"Nodes that play it."}"#,
-    printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].reason","description":"Why it is ready or not."}"#,
+        .message("a name consists of at most 63 characters a-z, 0-9 and -, and starts with a letter or digit"),
+    printcolumn = r#"{"name":"Model","type":"string","jsonPath":".spec.model","description":"The model that processes the frames."}"#,
+    printcolumn = r#"{"name":"Ready","type":"integer","jsonPath":".status.nodes.ready","description":"Nodes where the camera delivers frames."}"#,
+    printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.nodes.desired","description":"Nodes that run the stream."}"#,
+    printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].reason","description":"The reason of the condition Ready."}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(transparent)]
-pub(super) struct CameraStreamSpec(pub RawStreamSpec);
+pub(crate) struct CameraStreamSpec(pub RawStreamSpec);
 
-/// What a node says of itself.
+/// An `EdgeNode` has no spec; it carries the status of its node.
 #[derive(CustomResource, Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "lineside.dev",
     version = "v1alpha1",
     kind = "EdgeNode",
-    doc = "How a node stands. It is named after the node and written by the node's agent alone.",
+    doc = "The status of a node. It has the name of the node; only the node's agent writes it, except that the controller marks a node whose agent does not report.",
     namespaced,
     no_spec,
     status = "NodeStatus",
     shortname = "en",
     category = "lineside",
-    printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].status","description":"Whether every model that is asked for has a version that serves; Unknown when the node is silent."}"#,
-    printcolumn = r#"{"name":"Broker","type":"string","jsonPath":".status.conditions[?(@.type==\"BrokerConnected\")].status","description":"Whether results reach the broker."}"#,
-    printcolumn = r#"{"name":"Spooled","type":"integer","jsonPath":".status.spool.records","description":"Messages that wait for the broker."}"#,
-    printcolumn = r#"{"name":"Degraded","type":"string","jsonPath":".status.conditions[?(@.type==\"Degraded\")].reason","description":"What works less well than it should."}"#,
+    printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].status","description":"Whether every desired model has a version that serves; Unknown when the agent does not report."}"#,
+    printcolumn = r#"{"name":"Broker","type":"string","jsonPath":".status.conditions[?(@.type==\"BrokerConnected\")].status","description":"Whether the agent is connected to an MQTT broker."}"#,
+    printcolumn = r#"{"name":"Spooled","type":"integer","jsonPath":".status.spool.records","description":"Messages in the spool."}"#,
+    printcolumn = r#"{"name":"Degraded","type":"string","jsonPath":".status.conditions[?(@.type==\"Degraded\")].reason","description":"The reason of the condition Degraded."}"#,
     printcolumn = r#"{"name":"Agent","type":"string","jsonPath":".status.agent.version","description":"The agent's version."}"#,
-    printcolumn = r#"{"name":"Heartbeat","type":"date","jsonPath":".status.agent.lastHeartbeatTime","description":"When the agent last wrote, by the node's clock."}"#,
+    printcolumn = r#"{"name":"Heartbeat","type":"date","jsonPath":".status.agent.lastHeartbeatTime","description":"When the agent last wrote its status, by the node's clock."}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
-pub(super) struct EdgeNodeSpec {}
+pub(crate) struct EdgeNodeSpec {}
 
-/// The definitions of all kinds, as YAML documents.
+/// The custom resource definitions of all kinds.
 ///
 /// # Errors
-/// When they cannot be written down, which is a error in this file.
+/// When a definition cannot be serialised, which is an error in this file.
 pub fn definitions() -> Result<Vec<Value>, serde_json::Error> {
     [EdgeModel::crd(), CameraStream::crd(), EdgeNode::crd()]
         .into_iter()
         .map(|crd| {
             let mut definition = serde_json::to_value(crd)?;
             if let Some(schema) = definition.pointer_mut("/spec/versions/0/schema/openAPIV3Schema") {
-                tidy(schema);
+                normalize(schema);
                 if let Some(status) = schema.pointer_mut("/properties/status") {
-                    strip_defaults(status);
+                    remove_defaults(status);
                 }
             }
             Ok(definition)
@@ -104,40 +109,39 @@ pub fn definitions() -> Result<Vec<Value>, serde_json::Error> {
         .collect()
 }
 
-/// Makes a schema one that Kubernetes takes without warnings: formats that OpenAPI does not know go. So do the defaults that
-/// Rust types have, `null` and empty objects; only a plain value that a spec names is a default of the kind. A status has
-/// none: what nobody has said is not there.
-fn tidy(schema: &mut Value) {
+/// Makes a schema one that Kubernetes accepts without warnings. Formats that OpenAPI does not define are removed, and so are the
+/// defaults that come from Rust types: null, empty lists and empty objects. Only a plain value that a spec names is a default of
+/// the kind. A status has no defaults at all (see [`remove_defaults`]): a field that no writer set stays absent.
+fn normalize(schema: &mut Value) {
     let Value::Object(entries) = schema else {
         if let Value::Array(items) = schema {
-            items.iter_mut().for_each(tidy);
+            items.iter_mut().for_each(normalize);
         }
         return;
     };
-    let known = ["int32", "int64", "float", "double"];
-    if entries.get("type").is_some_and(|kind| kind.is_string())
-        && entries.get("format").and_then(Value::as_str).is_some_and(|format| !known.contains(&format))
+    let formats = ["int32", "int64", "float", "double"];
+    if entries.get("type").is_some_and(Value::is_string)
+        && entries.get("format").and_then(Value::as_str).is_some_and(|format| !formats.contains(&format))
     {
         entries.remove("format");
     }
-    // A null is as good as nothing, and the API server takes it out where it is not expressly allowed.
+    // A null means the same as an absent field, and the API server removes it where it is not expressly allowed.
     entries.remove("nullable");
     if entries.get("default").is_some_and(|value| value.is_null() || value.is_object() || value.is_array()) {
         entries.remove("default");
     }
-    // Rules and samples are texts, not schemas.
-    let inside = |(key, value): (&String, &mut Value)| {
+    for (key, value) in Map::iter_mut(entries) {
+        // Validation rules are not schemas.
         if key != "x-kubernetes-validations" {
-            tidy(value);
+            normalize(value);
         }
-    };
-    Map::iter_mut(entries).for_each(inside);
+    }
 }
 
-fn strip_defaults(schema: &mut Value) {
+fn remove_defaults(schema: &mut Value) {
     if let Value::Object(entries) = schema {
         entries.remove("default");
-        entries.iter_mut().for_each(|(_, inner)| strip_defaults(inner));
+        entries.iter_mut().for_each(|(_, inner)| remove_defaults(inner));
     }
 }
 
@@ -145,10 +149,9 @@ fn strip_defaults(schema: &mut Value) {
 mod tests {
     use super::*;
 
-    /// Every text, list and map of the schemas has a bound, so that no object can be arbitrarily large and the cost of the
-    /// rules can be told beforehand.
+    /// Bounds keep objects from growing without limit, and let the API server estimate the cost of validation rules.
     #[test]
-    fn everything_is_bounded() {
+    fn every_string_list_and_map_has_a_bound() {
         for definition in definitions().unwrap() {
             let versions = definition["spec"]["versions"].as_array().unwrap();
             let properties = &versions[0]["schema"]["openAPIV3Schema"]["properties"];

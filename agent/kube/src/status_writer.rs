@@ -1,165 +1,170 @@
-//! How this node stands, told to the cluster: the status of its `EdgeNode`, and Events.
+//! The status writer: writes the node's status to its `EdgeNode`, and publishes Events.
 //!
-//! The status is written when it has changed, at most every ten seconds, and once a minute in any case, so that a silent
-//! agent can be told from one with nothing to say. The first after a start waits a moment for the models. Events are made of what changed between two writes, by
-//! [`status_events`](crate::status_events), and are few: a burst of twenty, then one in ten seconds.
+//! The status is written when it has changed, at most once in [`WRITE_EVERY_MIN`], and in any case once in [`WRITE_EVERY`], so that
+//! the controller can distinguish an unreachable agent from one without changes. The first write after a start waits for at most
+//! [`SETTLE_MAX`] until the models are [settled](is_settled). The Events are those of the changes between two successful writes
+//! ([`status_events`]); a token bucket limits them to a burst of 20, then one in ten seconds.
+//!
+//! `tests/suite/cluster` tests this loop against a scripted API server; unit tests cover the Events and the token bucket in their
+//! modules.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::client::ClusterClient;
+use crate::error::ClusterErrorKind;
+use crate::event::ClusterEvent;
+use crate::resource::ResourceKind;
 use crate::status_events::{EventSubject, StatusEvent, is_settled, status_events};
-use crate::{ClusterClient, ClusterErrorKind, ClusterEvent, ResourceKind};
 use lineside_api::status::NodeStatus;
-use lineside_common::clock;
-use std::collections::BTreeMap;
+use lineside_common::backoff::jitter;
+use lineside_common::{LogOnChange, TokenBucket, clock, error_chain};
 
-/// Two writes are this far apart at least.
+/// The shortest time between two writes.
 const WRITE_EVERY_MIN: Duration = Duration::from_secs(10);
-/// And at most this far.
+/// The longest time between two writes.
 const WRITE_EVERY: Duration = Duration::from_secs(60);
-/// The first word waits so long for the models to stand at most.
+/// The longest time that the first write waits for the models.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
-/// Events said at once at most; what is over is in the status all the same.
-const EVENTS_BURST: f64 = 20.0;
-/// Time in which another Event may be said.
+/// The most Events in a burst. What an Event that is dropped reports is in the status too.
+const EVENTS_BURST: u32 = 20;
+/// The time between two Events after a burst.
 const EVENT_EVERY: Duration = Duration::from_secs(10);
 
-/// How a node stands, for whoever tells others of it.
+/// The source of a node's status.
 pub trait StatusSource: Send + Sync {
-    /// Tells when something stands otherwise than before.
-    fn follow(&self) -> watch::Receiver<()>;
-    /// As it stands. It may block.
+    /// A receiver that is notified when the status has changed.
+    fn subscribe(&self) -> watch::Receiver<()>;
+    /// The current status. The call may block.
     fn get(&self) -> NodeStatus;
 }
 
-/// Uids of the objects that a node follows, by kind and name, for the Events about them.
+/// The uids of the node's desired objects by kind and name, for the Events about them.
 pub type Uids = Arc<Mutex<BTreeMap<(&'static str, String), String>>>;
 
-/// Tells until stopped.
-pub async fn tell(
-    cluster: Arc<ClusterClient>,
-    node: String,
-    board: Arc<dyn StatusSource>,
-    uids: Uids,
-    node_uid: Arc<Mutex<Option<String>>>,
-    stop: CancellationToken,
-) {
-    let mut changed = board.follow();
+/// Writes the status of one node.
+pub struct StatusWriter {
+    /// The client of the cluster.
+    pub cluster: Arc<ClusterClient>,
+    /// The node's name, which is the name of its `EdgeNode`.
+    pub node: String,
+    /// The source of the status.
+    pub source: Arc<dyn StatusSource>,
+    /// The uids of the objects that Events are about.
+    pub uids: Uids,
+    /// The uid of the Kubernetes `Node`, once it is known.
+    pub node_uid: Arc<Mutex<Option<String>>>,
+}
+
+/// Writes the status until stopped, or until the source of the status is gone.
+pub async fn write_status(writer: StatusWriter, stop: CancellationToken) {
     tokio::select! {
-        () = stop.cancelled() => return,
-        () = settled(&*board) => {}
-        () = tokio::time::sleep(SETTLE_MAX) => {}
-    }
-    changed.mark_changed();
-    let mut written: Option<NodeStatus> = None;
-    let mut refused: Option<String> = None;
-    let mut events_budget = TokenBucket { coins: EVENTS_BURST, at: Instant::now() };
-    loop {
-        // A pause has gone by since the last write already.
-        let rest = (WRITE_EVERY - WRITE_EVERY_MIN).mul_f64(0.9 + fastrand::f64() / 10.0);
-        tokio::select! {
-            () = stop.cancelled() => return,
-            changed = changed.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(rest) => {}
-        }
-        let began = Instant::now();
-        let mut status = tokio::task::block_in_place(|| board.get());
-        status.agent.node_uid = node_uid.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        status.agent.last_heartbeat_time = Some(clock::rfc3339(SystemTime::now()));
-        let outcome = tokio::select! {
-            () = stop.cancelled() => return,
-            outcome = cluster.report(&node, &status) => outcome,
-        };
-        match outcome {
-            Ok(uid) => {
-                if refused.take().is_some() {
-                    tracing::info!("the node's status is told to the cluster again");
-                }
-                let said = status_events(&node, written.as_ref(), &status);
-                written = Some(status);
-                for notice in said.into_iter().filter(|_| events_budget.take()) {
-                    let was_said = tokio::select! {
-                        () = stop.cancelled() => return,
-                        was_said = say(&cluster, &node, uid.as_deref(), &uids, notice) => was_said,
-                    };
-                    // The rest is in the status all the same, and the next status must not wait for a dead link.
-                    if !was_said {
-                        break;
-                    }
-                }
-            }
-            Err(trouble) => {
-                if trouble.is_news(&mut refused) {
-                    tracing::warn!(%trouble, "the node's status could not be told to the cluster");
-                }
-                if trouble.kind == ClusterErrorKind::Unreachable {
-                    tokio::select! {
-                        () = stop.cancelled() => return,
-                        () = cluster.renew() => {}
-                    }
-                }
-                changed.mark_changed();
-            }
-        }
-        let pause = WRITE_EVERY_MIN.saturating_sub(began.elapsed()) + WRITE_EVERY_MIN.mul_f64(fastrand::f64() / 10.0);
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(pause) => {}
-        }
+        () = stop.cancelled() => {}
+        () = writer.run() => {}
     }
 }
 
-/// Waits until the node stands as it will: a model that is still on its way in the first second after a start is no news.
-async fn settled(board: &dyn StatusSource) {
-    let mut changed = board.follow();
-    while !tokio::task::block_in_place(|| is_settled(&board.get())) {
+impl StatusWriter {
+    async fn run(self) {
+        let mut changed = self.source.subscribe();
+        // Before this, a model that is about to be loaded would be reported as not ready after every start.
+        drop(tokio::time::timeout(SETTLE_MAX, settled(&*self.source)).await);
+        changed.mark_changed();
+        let mut last_written: Option<NodeStatus> = None;
+        let mut logged_error = LogOnChange::default();
+        let mut events_budget = TokenBucket::new(EVENTS_BURST, EVENT_EVERY, std::time::Instant::now());
+        loop {
+            // The shortest time since the last write has passed already.
+            let longest = (WRITE_EVERY - WRITE_EVERY_MIN).mul_f64(0.9);
+            tokio::select! {
+                changed = changed.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(longest + jitter(longest / 9)) => {}
+            }
+            let started = Instant::now();
+            let status = self.status();
+            match self.cluster.apply_node_status(&self.node, &status).await {
+                Ok(uid) => {
+                    if logged_error.clear() {
+                        tracing::info!(
+                            event = "status_write_recovered",
+                            "Status of the node is written to the cluster again"
+                        );
+                    }
+                    let events = status_events(&self.node, last_written.as_ref(), &status);
+                    last_written = Some(status);
+                    let events = events.into_iter().filter(|_| events_budget.take(std::time::Instant::now()));
+                    self.publish(uid.as_deref(), events).await;
+                }
+                Err(error) => {
+                    let message = error_chain(&error);
+                    if logged_error.set(message.clone()) {
+                        tracing::warn!(
+                            event = "status_write_failed",
+                            error = message,
+                            "Status of the node cannot be written to the cluster"
+                        );
+                    }
+                    if error.kind() == ClusterErrorKind::Unreachable {
+                        self.cluster.reconnect().await;
+                    }
+                    changed.mark_changed();
+                }
+            }
+            let pause = WRITE_EVERY_MIN.saturating_sub(started.elapsed());
+            tokio::time::sleep(pause + jitter(WRITE_EVERY_MIN / 10)).await;
+        }
+    }
+
+    fn status(&self) -> NodeStatus {
+        let mut status = tokio::task::block_in_place(|| self.source.get());
+        status.agent.node_uid = self.node_uid.lock().clone();
+        status.agent.last_heartbeat_time = Some(clock::rfc3339(SystemTime::now()));
+        status
+    }
+
+    /// Publishes the Events until the API server does not answer: their content is in the status too, and the next status must not
+    /// wait for a dead connection. `uid` is that of the `EdgeNode`.
+    async fn publish(&self, uid: Option<&str>, events: impl Iterator<Item = StatusEvent>) {
+        for event in events {
+            let event = self.cluster_event(uid, event);
+            let Err(error) = self.cluster.publish_event(&event).await else { continue };
+            tracing::debug!(error = error_chain(&error), reason = %event.reason, "Event cannot be published");
+            if matches!(error.kind(), ClusterErrorKind::Unreachable | ClusterErrorKind::Busy(_)) {
+                return;
+            }
+        }
+    }
+
+    fn cluster_event(&self, uid: Option<&str>, event: StatusEvent) -> ClusterEvent {
+        let StatusEvent { is_warning, reason, note, subject } = event;
+        let known_uid = |kind: ResourceKind, name: &String| self.uids.lock().get(&(kind.name(), name.clone())).cloned();
+        let (kind, name, uid) = match subject {
+            EventSubject::Node => (ResourceKind::EdgeNode, self.node.clone(), uid.map(str::to_owned)),
+            EventSubject::Model(name) => {
+                let uid = known_uid(ResourceKind::EdgeModel, &name);
+                (ResourceKind::EdgeModel, name, uid)
+            }
+            EventSubject::Stream(name) => {
+                let uid = known_uid(ResourceKind::CameraStream, &name);
+                (ResourceKind::CameraStream, name, uid)
+            }
+        };
+        ClusterEvent { is_warning, reason, note, kind, name, uid }
+    }
+}
+
+/// Waits until the status is settled, or its source is gone.
+async fn settled(source: &dyn StatusSource) {
+    let mut changed = source.subscribe();
+    while !tokio::task::block_in_place(|| is_settled(&source.get())) {
         if changed.changed().await.is_err() {
             return;
         }
-    }
-}
-
-/// Says one. `false` when the cluster does not answer.
-async fn say(cluster: &ClusterClient, node: &str, uid: Option<&str>, uids: &Uids, notice: StatusEvent) -> bool {
-    let (kind, name) = match notice.subject {
-        EventSubject::Node => (ResourceKind::EdgeNode, node.to_owned()),
-        EventSubject::Model(name) => (ResourceKind::EdgeModel, name),
-        EventSubject::Stream(name) => (ResourceKind::CameraStream, name),
-    };
-    let uid = match kind {
-        ResourceKind::EdgeNode => uid.map(str::to_owned),
-        _ => uids.lock().unwrap_or_else(PoisonError::into_inner).get(&(kind.name(), name.clone())).cloned(),
-    };
-    let saying =
-        ClusterEvent { is_warning: notice.is_warning, reason: notice.reason, note: notice.note, kind, name, uid };
-    match cluster.say(&saying).await {
-        Ok(()) => true,
-        Err(trouble) => {
-            tracing::debug!(%trouble, reason = %saying.reason, "an Event could not be said");
-            !matches!(trouble.kind, ClusterErrorKind::Unreachable | ClusterErrorKind::Busy(_))
-        }
-    }
-}
-
-/// What may be said: it fills with time.
-struct TokenBucket {
-    coins: f64,
-    at: Instant,
-}
-
-impl TokenBucket {
-    fn take(&mut self) -> bool {
-        let now = Instant::now();
-        let earned = now.duration_since(self.at).as_secs_f64() / EVENT_EVERY.as_secs_f64();
-        (self.coins, self.at) = ((self.coins + earned).min(EVENTS_BURST), now);
-        let has_one = self.coins >= 1.0;
-        if has_one {
-            self.coins -= 1.0;
-        }
-        has_one
     }
 }

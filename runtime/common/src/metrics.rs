@@ -266,64 +266,6 @@ impl Metrics {
     }
 }
 
-/// What the controller counts.
-#[derive(Clone)]
-pub struct ControllerMetrics {
-    registry: Registry,
-    /// 1 while this controller leads.
-    pub leads: IntGauge,
-    /// Nodes by state (`reporting`, `silent`).
-    pub nodes: IntGaugeVec,
-    /// Statuses written.
-    pub writes: IntCounter,
-    /// Rounds in which something could not be written.
-    pub failures: IntCounter,
-    /// Connections refused because there were too many.
-    pub http_refused: IntCounter,
-}
-
-impl ControllerMetrics {
-    /// Metrics that start at zero.
-    ///
-    /// # Errors
-    /// When two of them bear one name, which is a error in this file.
-    pub fn new() -> Result<Self, prometheus::Error> {
-        let registry = Registry::new();
-        let options = |name: &str, help: &str| Opts::new(name, help).namespace(NAMESPACE);
-        let counter = |name: &str, help: &str| registered(&registry, IntCounter::with_opts(options(name, help))?);
-        let build = registered(
-            &registry,
-            IntGaugeVec::new(options("build_info", "Always 1; the labels say what runs."), &["version"])?,
-        )?;
-        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Ok(Self {
-            leads: registered(
-                &registry,
-                IntGauge::with_opts(options("controller_leader", "Whether this controller leads."))?,
-            )?,
-            nodes: registered(
-                &registry,
-                IntGaugeVec::new(
-                    options("controller_nodes", "EdgeNodes, by whether their agents report."),
-                    &["state"],
-                )?,
-            )?,
-            writes: counter("controller_status_writes_total", "Statuses written.")?,
-            failures: counter("controller_failures_total", "Rounds in which something could not be written.")?,
-            http_refused: counter("http_connections_refused_total", "Connections closed because there were too many.")?,
-            registry: registry.clone(),
-        })
-    }
-
-    /// All of them in the Prometheus text format, version 0.0.4.
-    ///
-    /// # Errors
-    /// When the encoder refuses, which it does not for metrics registered here.
-    pub fn encode(&self) -> Result<String, prometheus::Error> {
-        TextEncoder::new().encode_to_string(&self.registry.gather())
-    }
-}
-
 fn registered<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> Result<C, prometheus::Error> {
     registry.register(Box::new(collector.clone()))?;
     Ok(collector)

@@ -12,10 +12,11 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::http::controller::router;
 use crate::http::server::Server;
-use lineside_common::metrics::ControllerMetrics;
+use lineside_common::metrics::Registrar;
+use lineside_common::supervisor::Supervisor;
 use lineside_common::{allocator, shutdown};
 use lineside_controller::Heartbeat;
-use lineside_controller::{Controller, Timeouts};
+use lineside_controller::{Controller, ControllerMetrics, Timeouts};
 use lineside_kube::ClusterClient;
 use lineside_kube::ClusterConfig;
 
@@ -87,7 +88,17 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         let stop = CancellationToken::new();
         shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
         let cluster = Arc::new(ClusterClient::new(access, "lineside-controller", &identity).await?);
-        let metrics = ControllerMetrics::new().context("the metrics cannot be set up")?;
+        let registrar = Registrar::default();
+        let metrics = ControllerMetrics::register(&registrar)?;
+        let refused =
+            registrar.counter("http_connections_refused_total", "Connections closed because there were too many.")?;
+        let restarts =
+            registrar.counters("task_restarts_total", "Tasks that ended when they should not have.", &["task"])?;
+        registrar
+            .gauges("build_info", "Always 1; the labels identify the build.", &["version"])?
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .set(1);
+        let supervisor = Supervisor::new(restarts);
         let heartbeat = Arc::new(Heartbeat::new(Instant::now()));
         let server = Server::bind(arguments.http).await?;
         tracing::info!(
@@ -97,13 +108,18 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
             http = %server.address(),
             "the controller starts"
         );
-        let serve = tokio::spawn(server.run(
-            router(heartbeat.clone(), metrics.clone()),
-            metrics.http_refused.clone(),
-            stop.clone(),
-        ));
-        Controller::new(cluster, &identity, timeouts, heartbeat, metrics).run(stop).await;
-        serve.await.context("the probes had panicked")?;
+        let mut serve = tokio::spawn(server.run(router(heartbeat.clone(), registrar), refused, stop.clone()));
+        let controller =
+            Controller::new(cluster, &identity, timeouts, heartbeat, metrics).run(&supervisor, stop.clone());
+        tokio::pin!(controller);
+        tokio::select! {
+            () = &mut controller => serve.await.context("the HTTP server panicked")?,
+            ended = &mut serve => {
+                ended.context("the HTTP server panicked")?;
+                anyhow::ensure!(stop.is_cancelled(), "the HTTP server ended unexpectedly");
+                controller.await;
+            }
+        }
         tracing::info!("the controller ended");
         Ok(())
     });

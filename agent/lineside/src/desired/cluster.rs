@@ -7,9 +7,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -20,8 +21,9 @@ use crate::desired::object_set::{ApiObject, ObjectSet};
 use crate::desired::{DesiredState, Node};
 use crate::http::status_store::StatusStore;
 use lineside_common::metrics::Metrics;
-use lineside_kube::reflector::{WatchEvent, mirror};
-use lineside_kube::status_writer::{Uids, tell};
+use lineside_common::{LogOnChange, error_chain};
+use lineside_kube::reflector::{WatchEvent, reflect};
+use lineside_kube::status_writer::{StatusWriter, Uids, write_status};
 use lineside_kube::{ClusterClient, ClusterErrorKind, Resource, ResourceKind};
 
 /// Things heard that wait at most; a full queue holds the watches back.
@@ -65,19 +67,18 @@ impl ClusterSync {
         let (heard, hears) = mpsc::channel(HEARD_MAX);
         let mut loops = JoinSet::new();
         for kind in [ResourceKind::EdgeModel, ResourceKind::CameraStream] {
-            loops.spawn(mirror(self.cluster.clone(), kind, heard.clone(), doubt.clone()));
+            loops.spawn(reflect(self.cluster.clone(), kind, heard.clone(), doubt.clone()));
         }
         let memory = DesiredCache::open(&self.data_dir);
         let node_uid = Arc::new(Mutex::new(memory.get().and_then(|known| known.node_uid.clone())));
-        let teller = tell(
-            self.cluster.clone(),
-            self.node.name.clone(),
-            self.board.clone(),
-            uids.clone(),
-            node_uid.clone(),
-            stop.clone(),
-        );
-        let teller = tokio::spawn(teller);
+        let writer = StatusWriter {
+            cluster: self.cluster.clone(),
+            node: self.node.name.clone(),
+            source: self.board.clone(),
+            uids: uids.clone(),
+            node_uid: node_uid.clone(),
+        };
+        let teller = tokio::spawn(write_status(writer, stop.clone()));
         let listener = Listener {
             sync: self,
             memory,
@@ -90,7 +91,7 @@ impl ClusterSync {
             node_uid,
             doubt,
             troubles: BTreeMap::new(),
-            node_trouble: None,
+            node_trouble: LogOnChange::default(),
         };
         // Whatever it waits for, it waits no longer than the agent runs.
         tokio::select! {
@@ -119,9 +120,9 @@ struct Listener {
     node_uid: Arc<Mutex<Option<String>>>,
     doubt: Arc<Notify>,
     /// What was said last about why a kind cannot be listened to.
-    troubles: BTreeMap<ResourceKind, Option<String>>,
+    troubles: BTreeMap<ResourceKind, LogOnChange<String>>,
     /// What was said last about why the node cannot be looked at.
-    node_trouble: Option<String>,
+    node_trouble: LogOnChange<String>,
 }
 
 impl Listener {
@@ -145,7 +146,7 @@ impl Listener {
                     self.speak();
                 }
                 facts = &mut node => {
-                    let is_answered = !matches!(&facts, Err(trouble) if trouble.kind == ClusterErrorKind::Unreachable);
+                    let is_answered = !matches!(&facts, Err(trouble) if trouble.kind() == ClusterErrorKind::Unreachable);
                     if self.on_node(facts).await {
                         gathered.get_or_insert(Instant::now());
                     }
@@ -159,7 +160,7 @@ impl Listener {
                 }
                 _ = prefer.tick() => {
                     self.sync.cluster.try_preferred_context().await;
-                    if self.sync.cluster.era() != self.era {
+                    if self.sync.cluster.context_generation() != self.era {
                         self.doubt.notify_waiters();
                     }
                 }
@@ -183,7 +184,7 @@ impl Listener {
 
     /// Takes in what was heard. `true` when it may change what is asked for.
     fn hear(&mut self, heard: WatchEvent) -> bool {
-        let era = self.sync.cluster.era();
+        let era = self.sync.cluster.context_generation();
         if era != self.era {
             // Another context is another word. What runs goes on until all of it was heard.
             self.era = era;
@@ -192,15 +193,21 @@ impl Listener {
         match heard {
             WatchEvent::Bookmark(_) => false,
             WatchEvent::Failed(kind, trouble) => {
-                if trouble.is_news(self.troubles.entry(kind).or_default()) {
-                    let advice = match trouble.kind {
+                let error = error_chain(&trouble);
+                if self.troubles.entry(kind).or_default().set(error.clone()) {
+                    let advice = match trouble.kind() {
                         ClusterErrorKind::NotFound => {
                             "the kinds of lineside.dev are not there; apply what `lineside crd` prints"
                         }
                         ClusterErrorKind::Refused => "see the RBAC rules in edge-manifests/base",
                         _ => "it is tried again",
                     };
-                    tracing::warn!(event = "cluster_watch_failed", %trouble, advice, "the cluster cannot be listened to, what it asked for last stays in force");
+                    tracing::warn!(
+                        event = "cluster_watch_failed",
+                        error,
+                        advice,
+                        "the cluster cannot be listened to, what it asked for last stays in force"
+                    );
                 }
                 self.sync.metrics.cluster_watch_failures.inc();
                 false
@@ -221,23 +228,24 @@ impl Listener {
     async fn on_node(&mut self, facts: Facts) -> bool {
         let facts = match facts {
             Ok(facts) => facts,
-            Err(trouble) if trouble.kind == ClusterErrorKind::Unreachable => {
-                tracing::debug!(%trouble, "the node's labels cannot be looked at");
-                self.sync.cluster.renew().await;
+            Err(trouble) if trouble.kind() == ClusterErrorKind::Unreachable => {
+                tracing::debug!(error = error_chain(&trouble), "the node's labels cannot be looked at");
+                self.sync.cluster.reconnect().await;
                 self.doubt.notify_waiters();
                 return false;
             }
             Err(trouble) => {
-                if trouble.is_news(&mut self.node_trouble) {
-                    tracing::warn!(%trouble, "the node's labels cannot be looked at; those that are known stay in force");
+                let error = error_chain(&trouble);
+                if self.node_trouble.set(error.clone()) {
+                    tracing::warn!(error, "the node's labels cannot be looked at; those that are known stay in force");
                 }
                 // A rejection does not go away by itself; what is for every node, or for this one by name, is to run all the same.
-                let is_news = trouble.kind == ClusterErrorKind::Refused && !self.knows_labels;
+                let is_news = trouble.kind() == ClusterErrorKind::Refused && !self.knows_labels;
                 self.knows_labels |= is_news;
                 return is_news;
             }
         };
-        self.node_trouble = None;
+        self.node_trouble.clear();
         let Some(facts) = facts else {
             // No node of this cluster, or one that is being registered anew. The labels there were stay, since a model that
             // is unloaded by error costs more than one that stays too long.
@@ -246,7 +254,7 @@ impl Listener {
             return is_news;
         };
         let uid = Some(facts.uid).filter(|uid| !uid.is_empty());
-        let mut known = self.node_uid.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.node_uid.lock();
         let is_news = self.labels != facts.labels || *known != uid || !self.knows_labels;
         self.knows_labels = true;
         *known = uid;
@@ -262,7 +270,7 @@ impl Listener {
         self.say();
         let remembered = CachedState {
             labels: self.labels.clone(),
-            node_uid: self.node_uid.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            node_uid: self.node_uid.lock().clone(),
             objects: self.asked.memory(&self.node()),
         };
         tokio::task::block_in_place(|| self.memory.keep(remembered));
@@ -280,7 +288,7 @@ impl Listener {
                 uids.insert((kind, name.to_owned()), uid.to_owned());
             }
         }
-        *self.uids.lock().unwrap_or_else(PoisonError::into_inner) = uids;
+        *self.uids.lock() = uids;
         self.sync.desired_state.send_replace(Some(Arc::new(desired_state)));
     }
 
@@ -299,11 +307,11 @@ impl Listener {
     }
 }
 
-type Facts = Result<Option<lineside_kube::NodeFacts>, lineside_kube::ClusterError>;
+type Facts = Result<Option<lineside_kube::NodeMetadata>, lineside_kube::ClusterError>;
 
 async fn look_at_node(cluster: Arc<ClusterClient>, name: String, after: Duration) -> Facts {
     tokio::time::sleep(after).await;
-    cluster.node(&name).await
+    cluster.node_metadata(&name).await
 }
 
 fn given(kind: ResourceKind, item: Resource) -> ApiObject {

@@ -1,6 +1,7 @@
 //! The controller's probes and metrics.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -9,11 +10,11 @@ use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::json;
 
-use lineside_common::metrics::ControllerMetrics;
-use lineside_controller::{BEAT_MAX, Heartbeat};
+use lineside_common::metrics::Registrar;
+use lineside_controller::Heartbeat;
 
 /// `/livez`, `/readyz` and `/metrics`.
-pub fn router(heartbeat: Arc<Heartbeat>, metrics: ControllerMetrics) -> Router {
+pub fn router(heartbeat: Arc<Heartbeat>, metrics: Registrar) -> Router {
     Router::new()
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
@@ -21,23 +22,25 @@ pub fn router(heartbeat: Arc<Heartbeat>, metrics: ControllerMetrics) -> Router {
         .with_state((heartbeat, metrics))
 }
 
-type Looked = State<(Arc<Heartbeat>, ControllerMetrics)>;
+type Looked = State<(Arc<Heartbeat>, Registrar)>;
 
 fn unavailable(error: &str) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": error}))).into_response()
 }
 
 async fn livez(State((heartbeat, _)): Looked) -> Response {
-    match heartbeat.get().0.elapsed() <= BEAT_MAX {
-        true => Json(json!({"alive": true})).into_response(),
-        false => unavailable("the controller's loop is stuck"),
+    if heartbeat.is_alive(Instant::now()) {
+        Json(json!({"alive": true})).into_response()
+    } else {
+        unavailable("the controller's loop is stuck")
     }
 }
 
 async fn readyz(State((heartbeat, _)): Looked) -> Response {
-    match heartbeat.get().1 {
-        true => Json(json!({"ready": true})).into_response(),
-        false => unavailable("the cluster has not been heard yet"),
+    if heartbeat.is_synced() {
+        Json(json!({"ready": true})).into_response()
+    } else {
+        unavailable("the cluster's objects have not been listed yet")
     }
 }
 

@@ -73,7 +73,7 @@ impl StatusStore {
 
 impl lineside_kube::status_writer::StatusSource for StatusStore {
     /// Tells when models, streams or conditions stand otherwise than before.
-    fn follow(&self) -> watch::Receiver<()> {
+    fn subscribe(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 

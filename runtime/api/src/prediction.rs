@@ -1,4 +1,4 @@
-//! What a model says of a frame.
+//! The prediction of a model for one frame, as plain data.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,78 +8,78 @@ use crate::tensor::Tensor;
 /// A class with its score.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Class {
-    /// The class's name.
+    /// Name of the class.
     pub label: Arc<str>,
-    /// Its index in the model's output.
+    /// Index of the class in the output of the model, from 0.
     pub class: u32,
-    /// 0 to 1 where the model gives probabilities.
+    /// Score, 0 to 1 for models that output probabilities.
     pub score: f32,
 }
 
-/// A found object.
+/// A detected object.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Detection {
-    /// What it is, and how certain.
+    /// Class and score of the object.
     pub class: Class,
-    /// Left, top, right, bottom in pixels of the source picture, clipped to it.
+    /// Left, top, right and bottom in pixels of the source picture, clipped to the picture.
     pub bbox: [f32; 4],
 }
 
-/// How far each place of the picture is from what the model has learned as normal.
+/// An anomaly score for each position of the picture.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AnomalyMap {
-    /// Columns.
+    /// Number of columns.
     pub width: usize,
-    /// Rows.
+    /// Number of rows.
     pub height: usize,
-    /// Row-major values, in the model's own scale.
+    /// `width * height` values in row-major order, in the scale of the model.
     pub values: Vec<f32>,
 }
 
 /// A named raw output.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NamedTensor {
-    /// The output's name in the graph.
+    /// Name of the output in the graph.
     pub name: Arc<str>,
-    /// Its value.
+    /// Value of the output.
     pub tensor: Tensor,
 }
 
-/// The answer to one frame, by task.
+/// The prediction for one frame; the variant depends on the task of the model.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Prediction {
-    /// `classify`: best first.
+    /// `classify`: the classes in descending order of their scores.
     Classes(Vec<Class>),
-    /// `detect`: best first.
+    /// `detect`: the objects in descending order of their scores.
     Detections(Vec<Detection>),
     /// `anomaly`.
     Anomaly {
-        /// Higher is stranger, in the model's own scale.
+        /// Anomaly score in the scale of the model; higher is more anomalous.
         score: f32,
-        /// Present where the model gives one and the manifest asks for it.
+        /// The map, for a model that outputs one, when `spec.output.map` is true.
         map: Option<AnomalyMap>,
     },
-    /// `tensor`.
+    /// `tensor`: the raw outputs in the order of the graph.
     Tensors(Vec<NamedTensor>),
 }
 
-/// How long each stage of one frame took.
+/// Duration of each stage of one inspection.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Timings {
-    /// Encoded bytes to pixels.
+    /// Decoding of the encoded picture.
     pub decode: Duration,
-    /// Pixels to the input tensor.
+    /// Conversion of the pixels to the input tensor.
     pub preprocess: Duration,
-    /// The engine.
+    /// Execution of the graph by the engine.
     pub infer: Duration,
-    /// Output tensors to the prediction.
+    /// Conversion of the output tensors to the prediction.
     pub postprocess: Duration,
 }
 
-/// The answer of a model to one frame.
+/// The result of a model for one frame.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Inspection {
-    /// The prediction, in pixels of the source picture where it has coordinates.
+    /// The prediction; coordinates are pixels of the source picture.
     pub prediction: Prediction,
     /// Width of the source picture, in pixels.
     pub width: u32,

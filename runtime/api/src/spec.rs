@@ -1,29 +1,28 @@
-//! What a manifest may say of a model, as typed by its author. Whatever is left out comes from the model itself.
+//! The fields of an `EdgeModel` that the data plane uses: `spec.task`, `spec.input`, `spec.output` and `spec.runtime`.
 //!
-//! These are the `spec.task`, `spec.input`, `spec.output` and `spec.runtime` parts of an `EdgeModel`, with the field
-//! names of the manifest. [`lineside_inference::settings`] turns them, together with the model's graph, into what the pipeline does.
+//! All fields are optional. `lineside_inference::settings` combines them with the graph and the metadata of the model.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What the model's answer means.
+/// What the outputs of a model mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Task {
     /// One score per class for the whole picture.
     Classify,
-    /// Boxes with a class and a score each.
+    /// Objects as boxes, each with a class and a score.
     Detect,
-    /// A class per pixel. Not built yet; refused with a clear error.
+    /// A class for each pixel. Not supported by this version; such a model is rejected.
     Segment,
-    /// How unusual the picture is, and where.
+    /// An anomaly score for the picture, optionally with a map.
     Anomaly,
-    /// No meaning of ours: the raw outputs.
+    /// The raw outputs, without interpretation.
     Tensor,
 }
 
 impl Task {
-    /// As it stands in manifests and results.
+    /// The name in manifests and results.
     pub fn name(self) -> &'static str {
         match self {
             Self::Classify => "classify",
@@ -35,108 +34,108 @@ impl Task {
     }
 }
 
-/// How the source picture is loaded to the size of the model's input.
+/// How the source picture is resized to the input of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Resize {
-    /// Both sides to the input's, without regard to proportions.
+    /// Scales each side to the input's, without keeping the aspect ratio.
     Stretch,
-    /// The whole picture, in proportion, centred; the rest filled with grey 114.
+    /// Scales the whole picture with its aspect ratio, centres it and fills the rest with gray 114.
     Letterbox,
-    /// The largest centred part that has the input's proportions.
+    /// Uses the largest centred part with the aspect ratio of the input.
     Crop,
 }
 
-/// The order of colours the model was trained on.
+/// Color channels of the model's input, in the order of its training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Color {
     /// Red, green, blue.
     Rgb,
-    /// Blue, green, red, as OpenCV reads pictures.
+    /// Blue, green, red: the order of OpenCV.
     Bgr,
     /// One channel: ITU-R BT.601 luma.
     Gray,
 }
 
-/// `spec.input`: from picture to tensor, `x = (pixel - mean) / std` per channel, in the model's colour order.
+/// Conversion of a picture to the input tensor: `x = (pixel - mean) / std` for each channel, in the color order of the model.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InputSpec {
-    /// Default: `crop` for classify, `letterbox` for detect, `stretch` for the rest.
+    /// How the picture is resized. Default: `crop` for classify, `letterbox` for detect, `stretch` for other tasks.
     pub resize: Option<Resize>,
-    /// Default: `gray` for a model with one channel, else `rgb`.
+    /// Color channels. Default: `gray` for a model with one channel, otherwise `rgb`.
     pub color: Option<Color>,
-    /// One value per channel, in pixel units (0 to 255). Default: 0.
+    /// Mean of each channel, in pixel values (0 to 255). Default: 0.
     #[schemars(length(min = 1, max = 4))]
     pub mean: Option<Vec<f32>>,
-    /// One value per channel, in pixel units. Default: 255 for a float input, 1 for an integer one.
+    /// Standard deviation of each channel, in pixel values; not 0. Default: 255 for an input of floats, 1 for integers.
     #[schemars(length(min = 1, max = 4))]
     pub std: Option<Vec<f32>>,
-    /// Input width in pixels, for a model that leaves it open.
+    /// Width of the input in pixels. Required for a model whose input has a variable width.
     #[schemars(range(min = 1, max = 16_384))]
     pub width: Option<u32>,
-    /// Input height in pixels, for a model that leaves it open.
+    /// Height of the input in pixels. Required for a model whose input has a variable height.
     #[schemars(range(min = 1, max = 16_384))]
     pub height: Option<u32>,
 }
 
-/// How the numbers of a detector become boxes.
+/// Output layout of a detection model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Decoder {
     /// `[1, 4 + classes, anchors]`: centre, size, class scores. Ultralytics YOLOv8.
     Yolov8,
-    /// The same layout under the name of Ultralytics YOLO11.
+    /// The layout of yolov8, under the name of Ultralytics YOLO11.
     Yolov11,
-    /// `[1, anchors, 5 + classes]`: centre, size, objectness, class scores.
+    /// `[1, anchors, 5 + classes]`: centre, size, objectness, class scores. Ultralytics YOLOv5.
     Yolov5,
-    /// `[1, anchors, 5 + classes]` relative to the grid cell, strides 8, 16 and 32.
+    /// `[1, anchors, 5 + classes]`, relative to grid cells with the strides 8, 16 and 32. YOLOX.
     Yolox,
-    /// Boxes that the graph has already sorted out: `[1, n, 6]`, `[n, 7]`, or separate boxes, scores and classes.
+    /// Final boxes of a graph that contains its own suppression: `[1, n, 6]`, `[n, 7]`, or separate boxes, scores and classes.
     End2end,
 }
 
-/// `spec.output`: from tensor to prediction.
+/// Conversion of the output tensors to a prediction.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct OutputSpec {
-    /// For detect. Default: told from the shape and the metadata where that is certain.
+    /// Output layout, for detect. Default: derived from the shape and the metadata where they are unambiguous.
     pub decoder: Option<Decoder>,
-    /// Names of the classes, in order. Default: the model's metadata, else `class_0` and so on.
+    /// Names of the classes by their index. Default: the metadata of the model, otherwise `class_0`, `class_1` and so on.
     #[schemars(length(max = 10_000), inner(length(max = 256)))]
     pub labels: Option<Vec<String>>,
-    /// Lowest score reported, 0 to 1. Default: 0.25 for detect, 0 for the rest.
+    /// Lowest score that is reported, 0 to 1. Default: 0.25 for detect, 0 for other tasks.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub threshold: Option<f32>,
-    /// Two boxes of one class that overlap by more than this are one, 0 to 1. Default: 0.45.
+    /// Intersection over union above which two boxes of one class count as the same object, 0 to 1. Default: 0.45.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub iou: Option<f32>,
-    /// Most classes or boxes reported. Default: 5 for classify, 100 for detect.
+    /// Largest number of classes or boxes that are reported. Default: 5 for classify, 100 for detect.
     #[schemars(range(min = 1, max = 100_000))]
     pub top_k: Option<u32>,
-    /// For anomaly: send the map too. Default: false.
+    /// Whether the result contains the anomaly map, for anomaly. Default: false.
     pub map: Option<bool>,
 }
 
-/// Which engine is asked for.
+/// The inference engine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineChoice {
-    /// The best one this node has.
+    /// The best engine of the node.
     #[default]
     Auto,
-    /// tract, always there.
+    /// tract, which is part of the agent.
     Tract,
-    /// ONNX Runtime, where its library is installed.
+    /// ONNX Runtime, on nodes with its library.
     OnnxRuntime,
 }
 
-/// Which device is asked for.
+/// The device for inference.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {
-    /// The best one this node has.
+    /// The best device of the node.
     #[default]
     Auto,
     /// The processor.
@@ -145,40 +144,43 @@ pub enum DeviceChoice {
     Gpu,
 }
 
-/// `spec.runtime`: with what, and with how much, the model runs.
+/// Engine and resources of a model.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RuntimeSpec {
-    /// Default: `auto`.
+    /// The inference engine. Default: `auto`.
     pub engine: Option<EngineChoice>,
-    /// Default: `auto`.
+    /// The device. Default: `auto`.
     pub device: Option<DeviceChoice>,
-    /// Threads within one inference. Default: 1. tract runs one; raise `instances` instead.
+    /// Threads of one inference. Default: 1. tract always uses one thread; use `instances` to run on several cores.
     #[schemars(range(min = 1, max = 256))]
     pub threads: Option<u32>,
-    /// Inferences side by side, each for another stream. Default: 1.
+    /// Number of parallel inferences, each for a different stream. Default: 1.
     #[schemars(range(min = 1, max = 64))]
     pub instances: Option<u32>,
-    /// Default: 1.
+    /// Largest number of frames in one inference. More than 1 requires a model whose batch dimension is variable or has exactly
+    /// this size. Default: 1.
     #[schemars(range(min = 1, max = 1024))]
     pub max_batch_size: Option<u32>,
-    /// Default: 0.
+    /// Longest time in microseconds that a frame waits for further frames of its batch. Default: 0: a batch consists of the frames
+    /// that are waiting already.
     #[schemars(range(min = 0, max = 10_000_000))]
     pub max_queue_delay_microseconds: Option<u32>,
-    /// Free the version before ahead of loading this one, for a node without the memory for two. Frames of the time
-    /// between are skipped. Default: false.
+    /// Whether the previous version is unloaded before this one is loaded, for nodes without memory for both. Frames that arrive
+    /// in between are skipped. Default: false.
     pub stop_first: Option<bool>,
 }
 
-/// Everything a manifest may say that the data plane acts on.
+/// The fields of an `EdgeModel` that the data plane uses.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
-    /// Default: the model's metadata, or `classify` for a model whose only output is `[batch, classes]`.
+    /// What the outputs mean. Default: the metadata of the model, or `classify` for a model whose only output is
+    /// `[batch, classes]`.
     pub task: Option<Task>,
-    /// From picture to tensor.
+    /// Conversion of a picture to the input tensor.
     pub input: InputSpec,
-    /// From tensor to prediction.
+    /// Conversion of the output tensors to a prediction.
     pub output: OutputSpec,
-    /// Engine, device, threads.
+    /// Engine and resources.
     pub runtime: RuntimeSpec,
 }

@@ -1,19 +1,19 @@
-//! Plain tensors: a shape and a flat, row-major vector of one element type. They belong to no engine.
+//! Dense tensors: a shape and a flat, row-major vector of one element type, independent of any engine.
 //!
-//! Element types bear the names of the Open Inference Protocol (`FP32`, `UINT8` and so on), which is how they appear in
-//! results and, later, on the serving interfaces.
+//! Element types have the names of the Open Inference Protocol v2 (`FP32`, `UINT8` and so on), in results and on the serving
+//! interfaces.
 
 use half::f16;
 use serde::{Deserialize, Serialize};
 
 macro_rules! element_types {
     ($($variant:ident $rust:ty, $name:literal;)*) => {
-        /// The element types a tensor can have, named as in the Open Inference Protocol v2.
+        /// Element types of tensors, with the names of the Open Inference Protocol v2.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
         pub enum DataType { $(#[serde(rename = $name)] #[doc = $name] $variant,)* }
 
         impl DataType {
-            /// The protocol's name of the type.
+            /// The name in the Open Inference Protocol.
             pub fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)* }
             }
@@ -24,17 +24,17 @@ macro_rules! element_types {
         pub enum Data { $(#[doc = $name] $variant(Vec<$rust>),)* }
 
         impl Data {
-            /// How many elements there are.
+            /// Number of elements.
             pub fn len(&self) -> usize {
                 match self { $(Self::$variant(values) => values.len(),)* }
             }
 
-            /// Whether there are none.
+            /// Whether there are no elements.
             pub fn is_empty(&self) -> bool {
                 self.len() == 0
             }
 
-            /// The type of the elements.
+            /// The element type.
             pub fn data_type(&self) -> DataType {
                 match self { $(Self::$variant(_) => DataType::$variant,)* }
             }
@@ -57,9 +57,9 @@ element_types! {
     F64 f64, "FP64";
 }
 
-/// The error for a shape that does not fit its elements.
+/// The product of a shape is not the number of elements.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("a tensor of shape {shape:?} does not hold {elements} elements")]
+#[error("a tensor of shape {shape:?} cannot have {elements} elements")]
 pub struct ShapeError {
     shape: Vec<usize>,
     elements: usize,
@@ -76,7 +76,7 @@ impl Tensor {
     /// A tensor of this shape.
     ///
     /// # Errors
-    /// When the shape's product overflows or is not the number of elements.
+    /// [`ShapeError`] when the product of the shape overflows or is not the number of elements.
     pub fn new(shape: Vec<usize>, data: Data) -> Result<Self, ShapeError> {
         let elements = shape.iter().try_fold(1usize, |product, side| product.checked_mul(*side));
         if elements != Some(data.len()) {
@@ -95,12 +95,12 @@ impl Tensor {
         &self.data
     }
 
-    /// Shape and elements, taken apart.
+    /// Splits the tensor into shape and elements.
     pub fn into_parts(self) -> (Vec<usize>, Data) {
         (self.shape, self.data)
     }
 
-    /// The elements as `f32`, converted where they are of another numeric type.
+    /// The elements as `f32`; other types are converted.
     pub fn to_f32(&self) -> std::borrow::Cow<'_, [f32]> {
         use std::borrow::Cow;
         match &self.data {
@@ -125,14 +125,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_shape_must_fit_its_elements() {
+    fn the_shape_must_match_the_number_of_elements() {
         assert!(Tensor::new(vec![2, 3], Data::U8(vec![0; 6])).is_ok());
         assert!(Tensor::new(vec![2, 3], Data::U8(vec![0; 5])).is_err());
         assert!(Tensor::new(vec![usize::MAX, 2], Data::U8(vec![])).is_err());
     }
 
     #[test]
-    fn every_numeric_type_reads_as_f32() {
+    fn every_numeric_type_converts_to_f32() {
         let half = Tensor::new(vec![1], Data::F16(vec![f16::from_f32(0.5)])).unwrap();
         assert_eq!(half.to_f32()[0], 0.5);
         let integer = Tensor::new(vec![2], Data::I64(vec![-3, 7])).unwrap();

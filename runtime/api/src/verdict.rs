@@ -1,22 +1,22 @@
-//! What is to happen to a part.
+//! The verdict on an inspected part.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What is to happen to the part.
+/// The verdict on an inspected part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
-    /// Let it go.
+    /// The part is good.
     Pass,
-    /// Take it out.
+    /// The part is to be removed.
     Reject,
-    /// The stream has no rule, or the rule could not be applied.
+    /// The stream has no verdict rule, or the rule could not be evaluated.
     None,
 }
 
 impl Verdict {
-    /// As it stands in results and metrics.
+    /// The name in results and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pass => "pass",

@@ -1,6 +1,8 @@
-//! The raw stage of manifests: an `EdgeModel` or a `CameraStream` as typed, and the reading of a whole file of them.
+//! Manifest files, and the raw stage of their objects: the fields of an `EdgeModel` or a `CameraStream` as written. The doc comments
+//! of the `Raw` types are the descriptions in the custom resource definitions.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::path::{Path, PathBuf};
 
 use crate::spec::{InputSpec, OutputSpec, RuntimeSpec, Task};
@@ -9,25 +11,42 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{ModelManifest, StreamManifest, yaml};
-use crate::names::ConfigErrors;
+use crate::names::{ConfigErrors, NAME_FORMAT};
 
-/// Group and version of our kinds.
+/// API group and version of the kinds.
 pub const API_VERSION: &str = "lineside.dev/v1alpha1";
 
-/// Checks a verdict rule: what is wrong with it, in one line.
-pub type RuleCheck<'a> = &'a dyn Fn(&str) -> Result<(), String>;
+/// Checks a verdict rule. The error's message is a single line.
+pub type RuleCheck<'a> = &'a dyn Fn(&str) -> Result<(), Box<dyn Error + Send + Sync>>;
 
-/// One object of a manifest file, validated.
+/// Every error of a manifest file or of one object: one line each, which begins with the object and the field.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .0.join("; "))]
+pub struct ManifestErrors(Vec<String>);
+
+impl ManifestErrors {
+    /// The errors, at least one.
+    pub fn list(&self) -> &[String] {
+        &self.0
+    }
+
+    /// The errors, at least one.
+    pub fn into_list(self) -> Vec<String> {
+        self.0
+    }
+}
+
+/// One validated object of a manifest file.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Object {
-    /// A model to run.
+    /// An `EdgeModel`.
     Model(Box<ModelManifest>),
-    /// A stream to inspect.
+    /// A `CameraStream`.
     Stream(Box<StreamManifest>),
 }
 
 impl Object {
-    /// Kind and name, which together are unique.
+    /// Kind and name, which together identify an object.
     pub fn key(&self) -> (&'static str, &str) {
         match self {
             Self::Model(model) => ("EdgeModel", &model.name),
@@ -36,8 +55,8 @@ impl Object {
     }
 }
 
-/// An object as it was typed, kept so that it can be written down and read again by a later version of this program. It
-/// takes no part in comparisons: what two manifests mean is compared, not how they are written.
+/// An object as it was written. It is stored with the last good version, so that a later version of this program can read it
+/// again. All documents are equal: manifests are compared by their resolved fields, not by the way they are written.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ManifestDocument {
     document: Value,
@@ -55,52 +74,52 @@ impl ManifestDocument {
         Self { document, folder: folder.to_owned() }
     }
 
-    /// Where relative addresses of the object begin.
+    /// The folder that relative paths of the object refer to.
     pub(super) fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Reads the object again.
+    /// Reads the object.
     ///
     /// # Errors
-    /// Every error in it.
-    pub fn read(&self, check_rule: RuleCheck<'_>) -> Result<Object, Vec<String>> {
+    /// [`ManifestErrors`] with every error of the object.
+    pub fn read(&self, check_rule: RuleCheck<'_>) -> Result<Object, ManifestErrors> {
         let mut errors = ConfigErrors::default();
         match object(1, self.document.clone(), &self.folder, check_rule, &mut errors) {
             Some(object) if errors.is_empty() => Ok(object),
-            _ => Err(errors.into_list()),
+            _ => Err(ManifestErrors(errors.into_list())),
         }
     }
 }
 
-/// Reads an object as a cluster gives it. Its files are named by whole paths.
+/// Reads an object of a cluster. Its paths are absolute.
 ///
 /// # Errors
-/// Every error in it.
-pub fn read_object(document: Value, check_rule: RuleCheck<'_>) -> Result<Object, Vec<String>> {
+/// [`ManifestErrors`] with every error of the object.
+pub fn read_object(document: Value, check_rule: RuleCheck<'_>) -> Result<Object, ManifestErrors> {
     ManifestDocument::new(document, Path::new("/")).read(check_rule)
 }
 
-/// Reads a file of manifests. Relative `file:` and `dir:` addresses are taken from `folder`.
+/// Reads a manifest file. Relative `file:` and `dir:` addresses refer to `folder`.
 ///
 /// # Errors
-/// Every error in it; a file with any error is refused as a whole.
-pub fn read(text: &str, folder: &Path, check_rule: RuleCheck<'_>) -> Result<Vec<Object>, Vec<String>> {
-    let documents = yaml::documents(text).map_err(|error| vec![error])?;
+/// [`ManifestErrors`] with every error of the file; a file with an error is rejected as a whole.
+pub fn read(text: &str, folder: &Path, check_rule: RuleCheck<'_>) -> Result<Vec<Object>, ManifestErrors> {
+    let documents = yaml::documents(text).map_err(|error| ManifestErrors(vec![error.to_string()]))?;
     let mut errors = ConfigErrors::default();
     let mut objects: Vec<Object> = Vec::new();
     for (index, document) in documents.into_iter().enumerate() {
         let Some(object) = object(index + 1, document, folder, check_rule, &mut errors) else { continue };
-        match objects.iter().any(|other| other.key() == object.key()) {
-            true => errors.add(place(object.key()), "stands in the file twice"),
-            false => objects.push(object),
+        if objects.iter().any(|other| other.key() == object.key()) {
+            errors.add(place(object.key()), "is defined twice in the file");
+        } else {
+            objects.push(object);
         }
     }
-    match errors.is_empty() {
-        true => Ok(objects),
-        false => Err(errors.into_list()),
-    }
+    if errors.is_empty() { Ok(objects) } else { Err(ManifestErrors(errors.into_list())) }
 }
+
+/// Reads the document with this number in its file, from 1.
 
 fn object(
     number: usize,
@@ -133,12 +152,13 @@ fn object(
             None
         }
         other => {
-            errors.add(place, format!("kind {other} is not known; expected EdgeModel or CameraStream"));
+            errors.add(place, format!("unknown kind {other}; expected EdgeModel or CameraStream"));
             None
         }
     }
 }
 
+/// The prefix of errors about an object.
 fn place((kind, name): (&str, &str)) -> String {
     format!("{kind} {name}")
 }
@@ -147,11 +167,11 @@ fn place((kind, name): (&str, &str)) -> String {
 #[serde(rename_all = "camelCase", default)]
 struct RawObject<S> {
     api_version: Option<String>,
-    #[allow(dead_code)] // Read before the rest, to know what the rest is.
+    #[allow(dead_code)] // Read from the document before the other fields, because their type depends on it.
     kind: Option<String>,
     metadata: Option<RawMetadata>,
     spec: Option<S>,
-    /// Written by the cluster; a manifest taken from there may carry it.
+    /// Accepted and ignored, so that an object read from a cluster is a valid manifest.
     #[allow(dead_code)]
     status: Option<Value>,
 }
@@ -160,7 +180,7 @@ struct RawObject<S> {
 #[serde(rename_all = "camelCase", default)]
 struct RawMetadata {
     name: Option<String>,
-    /// The rest is Kubernetes' and not ours to judge.
+    /// Other fields of Kubernetes, accepted and ignored.
     #[serde(flatten)]
     #[allow(dead_code)]
     rest: BTreeMap<String, Value>,
@@ -174,240 +194,306 @@ impl<S> RawObject<S> {
         let name = self.metadata.and_then(|metadata| metadata.name);
         let name = errors.require(&format!("{place} metadata.name"), name);
         if name.as_deref().is_some_and(|name| !crate::names::is_name(name)) {
-            let what = "must be at most 63 of a-z, 0-9 and -, and begin with a letter or digit";
-            errors.add(format!("{place} metadata.name"), what);
+            errors.add(format!("{place} metadata.name"), format!("must be {NAME_FORMAT}"));
         }
         let spec = errors.require(&format!("{place} spec"), self.spec);
         Some((name?, spec?))
     }
 }
 
-/// A field of the contract that this version does not act on yet: any value is taken into the schema, and refused.
-fn later_object(_: &mut SchemaGenerator) -> Schema {
+/// The schema of a field that is planned and not supported yet: the schema accepts any object, and a validation rule rejects it
+/// with a message that says so.
+fn unsupported_object(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }
 
-fn later_steps(_: &mut SchemaGenerator) -> Schema {
+fn unsupported_steps(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array", "maxItems": 16,
         "items": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}
     })
 }
 
-fn later_points(_: &mut SchemaGenerator) -> Schema {
+fn unsupported_points(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array", "maxItems": 64,
         "items": {"type": "array", "maxItems": 2, "items": {"type": "number"}}
     })
 }
 
-/// Labels a node must bear, with Kubernetes' own bounds.
+/// Labels that a node must have, with the bounds of Kubernetes.
 fn selector(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "object", "maxProperties": 16, "additionalProperties": {"type": "string", "maxLength": 63}})
 }
 
-/// A DSSE envelope; its inside is checked by the agent.
+/// A DSSE envelope; the agent checks its content.
 fn envelope(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }
 
-/// What a model is and how it runs.
+/// A model: its file, its version and how it runs.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("required" = ["version", "source"], "x-kubernetes-validations" = [
     {
         "rule": "self.version >= oldSelf.version || (has(self.rollback) && self.rollback)",
-        "message": "spec.version may not go down; set spec.rollback: true to go back to an earlier version"
+        "message": "spec.version must not decrease; set spec.rollback: true to go back to an earlier version"
     },
     {
         "rule": "self.version != oldSelf.version || !has(self.source.digest) || !has(oldSelf.source.digest) || \
                  self.source.digest == oldSelf.source.digest",
-        "message": "the digest of a version does not change; raise spec.version with it"
+        "message": "the digest of a version must not change; increase spec.version together with it"
     },
-    {"rule": "!has(self.rollout)", "message": "spec.rollout is not built into this version yet; remove it"}
+    {"rule": "!has(self.rollout)", "message": "spec.rollout is not supported by this version; remove it"}
 ]))]
 pub struct RawModelSpec {
-    /// The version, which grows. A node refuses one that is lower than what it has served, unless rollback is true.
+    /// Version number, which must increase. A node rejects a version that is lower than the highest it has served, unless rollback
+    /// is true.
     #[schemars(range(min = 0, max = 9_007_199_254_740_991_u64))]
     pub version: Option<u64>,
-    /// Where the model's file comes from.
+    /// Location of the model file.
     pub source: Option<RawModelSource>,
-    /// What the model's answer means. Default: the model's metadata, or classify where its only output is [batch, classes].
+    /// What the outputs mean. Default: the metadata of the model, or classify for a model whose only output is [batch, classes].
     pub task: Option<Task>,
-    /// From picture to tensor.
+    /// Conversion of a picture to the input tensor.
     pub input: Option<InputSpec>,
-    /// From tensor to prediction.
+    /// Conversion of the output tensors to a prediction.
     pub output: Option<OutputSpec>,
-    /// Engine, device, threads.
+    /// Engine and resources.
     pub runtime: Option<RuntimeSpec>,
-    /// Whether this version may replace a higher one.
+    /// Whether this version may replace a higher one. Default: false.
     #[schemars(extend("default" = false))]
     pub rollback: Option<bool>,
-    /// Labels a node must bear to be given the model; without any, every node is.
+    /// Labels of the nodes that run the model. Default: every node.
     #[schemars(schema_with = "selector")]
     pub node_selector: Option<BTreeMap<String, String>>,
-    /// Pictures with the answers that the model has to reproduce on the node before it serves.
+    /// Golden samples: pictures with the predictions that the model has to reproduce on the node before it serves. Default: none.
     #[schemars(length(max = 64))]
     pub golden: Option<Vec<RawGolden>>,
-    /// Not built yet.
-    #[schemars(schema_with = "later_object")]
+    /// Planned; not supported by this version.
+    #[schemars(schema_with = "unsupported_object")]
     pub rollout: Option<Value>,
 }
 
-/// Where a model's file comes from.
+/// Location of a model file.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("required" = ["uri"], "x-kubernetes-validations" = [
     {
         "rule": "has(self.digest) || self.uri.startsWith('file:')",
-        "message": "digest is missing; `sha256sum model.onnx` tells it, write it as sha256:..."
+        "message": "digest is required; write what `sha256sum model.onnx` prints as sha256:..."
     },
     {
         "rule": "!self.uri.startsWith('file:') || self.uri.startsWith('file:///')",
-        "message": "a file is named by its whole path on the node, as file:///models/model.onnx"
+        "message": "a file needs its absolute path on the node, such as file:///models/model.onnx"
     },
     {
         "rule": "self.uri.matches('^((https?|s3|gs|az|oci)://.|file:)')",
-        "message": "is no address of a model; there are https, http, s3, gs, az, oci and file"
+        "message": "is not the address of a model; supported schemes are https, http, s3, gs, az, oci and file"
     }
 ]))]
 pub struct RawModelSource {
-    /// https://, s3://, gs://, az://, oci:// or file:///; http:// only where the agent allows it.
+    /// Address of the file: https://, s3://, gs://, az://, oci:// or file:///; http:// only if the agent allows it (--source-http).
     #[schemars(length(min = 1, max = 2048))]
     pub uri: Option<String>,
-    /// sha256 of the file, as sha256: and 64 hexadecimal digits. Required except for file:.
+    /// SHA-256 of the file: sha256: and 64 hexadecimal digits. Required except for file:.
     #[schemars(length(max = 71), regex(pattern = "^sha256:[0-9a-f]{64}$"))]
     pub digest: Option<String>,
-    /// Bytes of the file.
+    /// Size of the file in bytes. Default: not checked.
     #[schemars(range(min = 1, max = 9_007_199_254_740_991_u64))]
     pub size: Option<u64>,
-    /// The Secret with the credentials, which has to be mounted into the agent's pod: the agent may not read Secrets.
+    /// Secret with the credentials for the address. It has to be mounted into the agent's pod, because the agent has no permission
+    /// to read Secrets.
     pub secret_ref: Option<RawSecretRef>,
-    /// What `lineside sign` printed for this version.
+    /// Signature of this version, as `lineside sign` prints it. Required if the agent has trusted keys.
     #[schemars(schema_with = "envelope")]
     pub signature: Option<Value>,
 }
 
-/// A Secret, by name.
+/// Reference to a Secret.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("required" = ["name"]))]
 pub struct RawSecretRef {
-    /// Its name.
+    /// Name of the Secret.
     #[schemars(length(min = 1, max = 253))]
     pub name: Option<String>,
 }
 
-/// A picture with the answer that a model has to give.
+/// A golden sample: a picture with the prediction that a model has to reproduce.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("required" = ["input", "output"]))]
 pub struct RawGolden {
-    /// The picture's path.
+    /// Path of the picture on the node.
     #[schemars(length(min = 1, max = 2048))]
     pub input: Option<String>,
-    /// The path of the answer: JSON with the fields that a result has for the task.
+    /// Path of the expected prediction on the node: JSON with the fields of a result for the task, such as classes.
     #[schemars(length(min = 1, max = 2048))]
     pub output: Option<String>,
-    /// How far a score may be off, 0 to 1. Default: 0.01.
+    /// Largest accepted difference of a score, 0 to 1. Boxes may differ by this fraction of the picture. Default: 0.01.
     #[schemars(range(min = 0.0, max = 1.0), extend("default" = 0.01))]
     pub tolerance: Option<f32>,
 }
 
-/// A camera, the model that looks at its frames, and the rule that judges them.
+/// A camera stream: the source of its frames, the model that inspects them and the verdict rule.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("required" = ["source", "model"], "x-kubernetes-validations" = [
     {
         "rule": "!(has(self.nodeName) && has(self.nodeSelector))",
-        "message": "spec.nodeName and spec.nodeSelector exclude each other"
+        "message": "spec.nodeName and spec.nodeSelector are mutually exclusive"
     },
     {
         "rule": "has(self.nodeName) || has(self.nodeSelector)",
-        "message": "say where the camera is: spec.nodeName, or spec.nodeSelector"
+        "message": "the node of the camera is required; set spec.nodeName or spec.nodeSelector"
     },
-    {"rule": "!has(self.pipeline)", "message": "spec.pipeline is not built into this version yet; name one model in spec.model"},
-    {"rule": "!has(self.roi)", "message": "spec.roi is not built into this version yet; remove it"},
-    {"rule": "!has(self.trigger)", "message": "spec.trigger is not built into this version yet; remove it"},
-    {"rule": "!has(self.evidence)", "message": "spec.evidence is not built into this version yet; remove it"}
+    {"rule": "!has(self.pipeline)", "message": "spec.pipeline is not supported by this version; name one model in spec.model"},
+    {"rule": "!has(self.roi)", "message": "spec.roi is not supported by this version; remove it"},
+    {"rule": "!has(self.trigger)", "message": "spec.trigger is not supported by this version; remove it"},
+    {"rule": "!has(self.evidence)", "message": "spec.evidence is not supported by this version; remove it"}
 ]))]
 pub struct RawStreamSpec {
-    /// Where the frames come from.
+    /// Source of the frames.
     pub source: Option<RawStreamSource>,
-    /// The node that plays the stream.
+    /// Name of the node that runs the stream. Mutually exclusive with nodeSelector.
     #[schemars(length(min = 1, max = 253))]
     pub node_name: Option<String>,
-    /// Labels of the nodes that play it.
+    /// Labels of the nodes that run the stream. Mutually exclusive with nodeName.
     #[schemars(schema_with = "selector")]
     pub node_selector: Option<BTreeMap<String, String>>,
-    /// The EdgeModel that looks at the frames.
+    /// Name of the EdgeModel that inspects the frames.
     #[schemars(length(max = 63), regex(pattern = "^[a-z0-9]([a-z0-9-]{0,62})$"))]
     pub model: Option<String>,
-    /// Frames per second; 0 takes them as they come. Default: 0.
+    /// Largest number of frames per second, 0 to 1000; 0 is no limit. Default: 0.
     #[schemars(range(min = 0.0, max = 1000.0), extend("default" = 0))]
     pub fps: Option<f64>,
-    /// Older frames are dropped, and counted. Default: none is.
+    /// Largest age of a frame in milliseconds when its inference starts. Older frames are dropped and counted as stale. Default: no
+    /// limit.
     #[schemars(range(min = 1, max = 86_400_000))]
     pub max_age_ms: Option<u64>,
-    /// A CEL expression over the prediction that gives "pass", "reject" or "none".
+    /// CEL expression over the prediction, whose value is "pass", "reject" or "none". Default: every verdict is none.
     #[schemars(length(max = 4096))]
     pub verdict: Option<String>,
-    /// Not built yet.
-    #[schemars(schema_with = "later_steps")]
+    /// Planned; not supported by this version.
+    #[schemars(schema_with = "unsupported_steps")]
     pub pipeline: Option<Value>,
-    /// Not built yet.
-    #[schemars(schema_with = "later_points")]
+    /// Planned; not supported by this version.
+    #[schemars(schema_with = "unsupported_points")]
     pub roi: Option<Value>,
-    /// Not built yet.
-    #[schemars(schema_with = "later_object")]
+    /// Planned; not supported by this version.
+    #[schemars(schema_with = "unsupported_object")]
     pub trigger: Option<Value>,
-    /// Not built yet.
-    #[schemars(schema_with = "later_object")]
+    /// Planned; not supported by this version.
+    #[schemars(schema_with = "unsupported_object")]
     pub evidence: Option<Value>,
-    /// Report by exception.
+    /// Report by exception. Default: every result is published.
     pub report: Option<RawReport>,
 }
 
-/// Report by exception: only what is news is published.
+/// Report by exception: only results that differ from the last published one are published.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RawReport {
-    /// Whether only news is published. Default: false.
+    /// Whether report by exception is enabled. Default: false.
     pub by_exception: Option<bool>,
-    /// A score that moved by more than this is news. Default: 0.05.
+    /// Change of a score above which a result is published, in units of the score. Default: 0.05.
     #[schemars(range(min = 0.0, max = 1e6))]
     pub deadband: Option<f32>,
-    /// After so many seconds without one, any result is published. Default: 60.
+    /// Seconds without a published result after which the next result is published in any case. Default: 60.
     #[schemars(range(min = 1, max = 86_400))]
     pub heartbeat_seconds: Option<u64>,
 }
 
-/// Where a stream's frames come from.
+/// Source of the frames of a stream.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("required" = ["uri"], "x-kubernetes-validations" = [
     {
         "rule": "!(self.uri.startsWith('file:') || self.uri.startsWith('dir:')) || self.uri.matches('^(file|dir):///')",
-        "message": "a file or folder is named by its whole path on the node, as dir:///frames"
+        "message": "a file or folder needs its absolute path on the node, such as dir:///frames"
     },
     {
         "rule": "self.uri.matches('^(https?://.|file:|dir:)')",
-        "message": "there are http, https, dir and file; rtsp, v4l2 and push are not built into this version yet"
+        "message": "supported schemes are http, https, dir and file; rtsp, v4l2 and push are not supported by this version"
     },
-    {"rule": "!has(self.secretRef)", "message": "secretRef is not built into this version yet; remove it"}
+    {"rule": "!has(self.secretRef)", "message": "secretRef is not supported by this version; remove it"}
 ]))]
 pub struct RawStreamSource {
-    /// http:// or https:// of a camera that gives a snapshot or MJPEG; dir:/// or file:/// of the node.
+    /// Address of the source: http:// or https:// of a camera that serves MJPEG or single pictures, dir:/// of a folder or file:/// of
+    /// a file on the node.
     #[schemars(length(min = 1, max = 2048))]
     pub uri: Option<String>,
-    /// Not built yet.
-    #[schemars(schema_with = "later_object")]
+    /// Planned; not supported by this version.
+    #[schemars(schema_with = "unsupported_object")]
     pub secret_ref: Option<Value>,
 }
 
-/// Notes a field of the contract that this version does not act on. To pass over it in silence would be worse.
-pub(super) fn not_built(place: &str, field: &str, value: Option<&Value>, errors: &mut ConfigErrors) {
+/// Adds an error for a planned field that this version does not support. Ignoring the field would hide that it has no effect.
+pub(super) fn reject_unsupported(place: &str, field: &str, value: Option<&Value>, errors: &mut ConfigErrors) {
     if value.is_some_and(|value| !value.is_null()) {
-        errors.add(format!("{place} {field}"), "is not built into this version yet; remove it");
+        errors.add(format!("{place} {field}"), "is not supported by this version; remove it");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const HEAD: &str = "apiVersion: lineside.dev/v1alpha1\n";
+
+    fn check_rule(rule: &str) -> Result<(), Box<dyn Error + Send + Sync>> {
+        if rule.ends_with('(') { Err("unfinished".into()) } else { Ok(()) }
+    }
+
+    #[test]
+    fn a_complete_manifest_is_read() {
+        let text = format!(
+            "{HEAD}kind: EdgeModel\nmetadata: {{name: m, labels: {{a: b}}}}\nspec:\n  version: 3\n  source: {{uri: 'file:m.onnx'}}\n\
+             ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'dir:frames'}}\n  model: m\n  \
+             fps: 10\n  maxAgeMs: 200\n  verdict: 'classes.size() > 0 ? \"pass\" : \"none\"'\n"
+        );
+        let objects = read(&text, Path::new("/m"), &|_| Ok(())).unwrap();
+        let [Object::Model(model), Object::Stream(stream)] = objects.as_slice() else { panic!("{objects:?}") };
+        assert_eq!((model.version, model.instances), (3, 1));
+        assert_eq!(model.source.to_string(), "file:/m/m.onnx");
+        assert_eq!(stream.frame_interval, Some(Duration::from_millis(100)));
+        assert_eq!(stream.age_max, Some(Duration::from_millis(200)));
+    }
+
+    #[test]
+    fn every_error_of_a_file_names_its_object_and_field() {
+        let text = format!(
+            "{HEAD}kind: EdgeModel\nmetadata: {{name: Bad_Name}}\nspec: {{version: -1, source: {{digest: x}}, engine: fast}}\n\
+             ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'ftp://x'}}\n  fps: fast\n  \
+             verdict: 'nonsense('\n  roi: [[0, 0]]\n---\nkind: Pod\nmetadata: {{name: p}}\n---\n{{}}\n"
+        );
+        let errors = read(&text, Path::new("/"), &check_rule).unwrap_err().into_list();
+        for expected in [
+            "EdgeModel Bad_Name spec.version: ",
+            "EdgeModel Bad_Name spec.engine: is not a known key",
+            "EdgeModel Bad_Name metadata.name: must be",
+            "EdgeModel Bad_Name spec.source.uri: is missing",
+            "EdgeModel Bad_Name spec.source.digest: ",
+            "CameraStream s spec.source.uri: the scheme ftp: is not supported",
+            "CameraStream s spec.fps: ",
+            "CameraStream s spec.model: is missing",
+            "CameraStream s spec.verdict: ",
+            "CameraStream s spec.roi: is not supported",
+            "Pod p: unknown kind Pod",
+            "document 4: kind is missing",
+        ] {
+            assert!(errors.iter().any(|error| error.starts_with(expected)), "{expected}\n{errors:#?}");
+        }
+    }
+
+    #[test]
+    fn an_object_defined_twice_in_a_file_is_an_error() {
+        let one =
+            format!("{HEAD}kind: EdgeModel\nmetadata: {{name: m}}\nspec: {{version: 1, source: {{uri: 'file:m'}}}}\n");
+        let errors = read(&format!("{one}---\n{one}"), Path::new("/"), &check_rule).unwrap_err();
+        assert_eq!(errors.list(), ["EdgeModel m: is defined twice in the file"]);
     }
 }

@@ -1,8 +1,8 @@
-//! The kinds of `lineside.dev`: what a manifest of an `EdgeModel` or a `CameraStream` says.
+//! The kinds of `lineside.dev` that users write: `EdgeModel` and `CameraStream`.
 //!
-//! Reading goes through two stages. The raw stage holds what was typed, field by field, all optional; unknown keys and wrong
-//! types are collected, not stopped at. The resolved stage is validated and complete, and every error found on the way
-//! is reported in one go, each with the place it stands in.
+//! A manifest is read in two stages. The raw stage (`manifest`) holds the fields as written, all optional; unknown keys and
+//! wrong types are collected as errors and do not stop the reading. The resolved stage (`model`, `stream`, `source`) is
+//! validated and complete. One attempt reports every error of a manifest, each with its object and field.
 
 pub mod manifest;
 mod model;
@@ -18,12 +18,12 @@ pub use model::{Golden, ModelManifest};
 pub use source::{ModelSource, ObjectAddress, OciAddress, Provider, StreamSource};
 pub use stream::{Report, StreamManifest};
 
-/// Whether a node with these labels bears every label asked for.
+/// Whether a node's labels match a selector: the node has every label of the selector with the same value.
 pub fn selects(selector: &BTreeMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
     selector.iter().all(|(key, value)| labels.get(key) == Some(value))
 }
 
-/// A document as a file of manifests has it.
+/// An object in the form of a manifest file.
 pub fn document(kind: &str, name: &str, spec: &Value) -> Value {
-    json!({"apiVersion": "lineside.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec})
+    json!({"apiVersion": manifest::API_VERSION, "kind": kind, "metadata": {"name": name}, "spec": spec})
 }

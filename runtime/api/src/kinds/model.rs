@@ -3,63 +3,66 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, RuntimeSpec};
 
-use super::manifest::{ManifestDocument, RawGolden, RawModelSource, RawModelSpec, not_built};
+use super::manifest::{ManifestDocument, RawGolden, RawModelSource, RawModelSpec, reject_unsupported};
 use super::source::ModelSource;
 use crate::envelope::Envelope;
 use crate::names::{ConfigErrors, is_name};
 use lineside_common::digest::Digest;
 
-/// Instances of one model at most. Each takes a thread and working memory of its own.
+/// Largest number of instances. Each has its own thread and working memory.
 const INSTANCES_MAX: u32 = 64;
-/// Golden samples of one model at most; each costs an inference when the model is vetted.
+/// Largest number of frames in a batch.
+const BATCH_SIZE_MAX: u32 = 1024;
+/// Largest delay of a batch: 10 s.
+const QUEUE_DELAY_MAX_MICROSECONDS: u32 = 10_000_000;
+/// Largest number of golden samples. Each takes one inference during admission.
 const GOLDEN_MAX: usize = 64;
-/// How far a score may be off where the manifest does not say. Other decoders and resizers than those a model was
-/// trained with move scores by a few thousandths.
+/// Default tolerance of a score. Decoders and resizers other than those of the training change scores by a few thousandths.
 const TOLERANCE_DEFAULT: f32 = 0.01;
 
-/// A model to run, validated. Two of them are equal when nothing about the running model would differ.
+/// A validated `EdgeModel`. Two manifests are equal when the running models would not differ.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelManifest {
-    /// Its name.
+    /// Name of the model.
     pub name: String,
-    /// Its version, which grows.
+    /// Version number, which must increase.
     pub version: u64,
-    /// Where its file comes from.
+    /// Location of the file.
     pub source: ModelSource,
-    /// What the file's digest must be; always there but for `file:`.
+    /// Expected digest of the file. `None` only for `file:`.
     pub digest: Option<Digest>,
-    /// How many bytes the file must have, where the manifest says.
+    /// Expected size of the file in bytes.
     pub size: Option<u64>,
-    /// The folder of secrets that holds the source's credentials, by name.
+    /// Name of the Secret with the credentials for the source.
     pub secret: Option<String>,
-    /// Who vouches for it.
+    /// Signature of the version.
     pub signature: Option<Envelope>,
     /// Whether this version may replace a higher one.
     pub rollback: bool,
-    /// How it runs.
+    /// The fields for the data plane.
     pub spec: ModelSpec,
-    /// What it must reproduce before it serves.
+    /// Golden samples that the model must reproduce before it serves.
     pub golden: Vec<Golden>,
-    /// Inferences side by side.
+    /// Number of parallel inferences, 1 to 64.
     pub instances: u32,
-    /// Whether the version before is freed before this one is loaded.
+    /// Whether the previous version is unloaded before this one is loaded.
     pub stop_first: bool,
-    /// Labels a node must bear.
+    /// Labels of the nodes that run the model.
     pub node_selector: BTreeMap<String, String>,
-    /// As it was written.
-    pub typed: ManifestDocument,
+    /// The object as it was written.
+    pub document: ManifestDocument,
 }
 
-/// A picture and the answer a model has to give to it.
+/// A golden sample: a picture with the prediction that a model has to reproduce.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Golden {
-    /// The picture.
+    /// Path of the picture.
     pub input: PathBuf,
-    /// The answer: JSON with the fields that a result has for the task, such as `classes`.
+    /// Path of the expected prediction: JSON with the fields of a result for the task, such as `classes`.
     pub output: PathBuf,
-    /// How far a score may be off; boxes may be off by this share of the picture.
+    /// Largest accepted difference of a score, 0 to 1; boxes may differ by this fraction of the picture.
     pub tolerance: f32,
 }
 
@@ -68,31 +71,19 @@ impl ModelManifest {
         place: &str,
         name: String,
         raw: RawModelSpec,
-        typed: ManifestDocument,
+        document: ManifestDocument,
         errors: &mut ConfigErrors,
     ) -> Option<Self> {
         let at = |field: &str| format!("{place} spec.{field}");
-        not_built(place, "spec.rollout", raw.rollout.as_ref(), errors);
+        reject_unsupported(place, "spec.rollout", raw.rollout.as_ref(), errors);
         let version = errors.require(&at("version"), raw.version);
         let from = raw.source.unwrap_or_default();
         let uri = errors.require(&at("source.uri"), from.uri.clone());
-        let source = uri.and_then(|uri| errors.take(&at("source.uri"), ModelSource::parse(&uri, typed.folder())));
+        let source = uri.and_then(|uri| errors.take(&at("source.uri"), ModelSource::parse(&uri, document.folder())));
         let (digest, secret, signature) = provenance(&at, &from, source.as_ref(), errors);
         let runtime = raw.runtime.unwrap_or_default();
-        let instances = runtime.instances.unwrap_or(1);
-        if !(1..=INSTANCES_MAX).contains(&instances) {
-            errors.add(at("runtime.instances"), format!("{instances} is not within 1 and {INSTANCES_MAX}"));
-        }
-        if runtime.max_batch_size.is_some_and(|size| size != 1) {
-            errors.add(at("runtime.maxBatchSize"), "batching is not built into this version yet; leave it at 1");
-        }
-        if runtime.max_queue_delay_microseconds.is_some_and(|delay| delay != 0) {
-            errors.add(
-                at("runtime.maxQueueDelayMicroseconds"),
-                "batching is not built into this version yet; leave it at 0",
-            );
-        }
-        let golden = golden(&at, raw.golden.unwrap_or_default(), &typed, errors);
+        check_runtime(&at, &runtime, errors);
+        let golden = golden(&at, raw.golden.unwrap_or_default(), &document, errors);
         Some(Self {
             name,
             version: version?,
@@ -103,7 +94,7 @@ impl ModelManifest {
             signature,
             rollback: raw.rollback.unwrap_or(false),
             golden,
-            instances,
+            instances: runtime.instances.unwrap_or(1),
             stop_first: runtime.stop_first.unwrap_or(false),
             spec: ModelSpec {
                 task: raw.task,
@@ -112,43 +103,56 @@ impl ModelManifest {
                 runtime,
             },
             node_selector: raw.node_selector.unwrap_or_default(),
-            typed,
+            document,
         })
     }
 }
 
+/// Digest, name of the Secret and signature of a model's source.
 fn provenance(
     at: &impl Fn(&str) -> String,
     from: &RawModelSource,
     source: Option<&ModelSource>,
     errors: &mut ConfigErrors,
 ) -> (Option<Digest>, Option<String>, Option<Envelope>) {
-    let digest = from.digest.as_ref().and_then(|text| errors.take(&at("source.digest"), Digest::parse(text).map_err(|error| error.to_string())));
+    let digest = from.digest.as_ref().and_then(|text| errors.take(&at("source.digest"), Digest::parse(text)));
     if from.digest.is_none() && source.is_some_and(|source| !matches!(source, ModelSource::File(_))) {
-        errors.add(at("source.digest"), "is missing; `sha256sum model.onnx` tells it (sha256:...)");
+        errors.add(at("source.digest"), "is missing; write what `sha256sum model.onnx` prints as sha256:...");
     }
     let secret = from.secret_ref.as_ref().and_then(|secret| {
         let name = errors.require(&at("source.secretRef.name"), secret.name.clone())?;
-        // The name becomes a path, and Kubernetes' own names of Secrets may hold dots.
-        let is_plain = name.split('.').all(is_name);
-        errors.take(&at("source.secretRef.name"), is_plain.then_some(name).ok_or("is no name of a Secret".to_owned()))
+        // The name is used as a path. Names of Secrets may contain dots.
+        let is_valid = name.split('.').all(is_name);
+        errors.take(&at("source.secretRef.name"), is_valid.then_some(name).ok_or("is not a valid name of a Secret"))
     });
     let signature = from.signature.as_ref().filter(|value| !value.is_null()).and_then(|value| {
         let read = serde_json::from_value(value.clone());
-        let advice = |error| format!("is no envelope as `lineside sign` prints it: {error}");
+        let advice = |error| format!("is not a signature as `lineside sign` prints it: {error}");
         errors.take(&at("source.signature"), read.map_err(advice))
     });
     (digest, secret, signature)
 }
 
+/// Checks the bounds of the resources. Whether the model supports the batch size is known only when it is loaded.
+fn check_runtime(at: &impl Fn(&str) -> String, runtime: &RuntimeSpec, errors: &mut ConfigErrors) {
+    let mut check = |field: &str, value: Option<u32>, min: u32, max: u32| {
+        if let Some(value) = value.filter(|value| !(min..=max).contains(value)) {
+            errors.add(at(&format!("runtime.{field}")), format!("{value} is not between {min} and {max}"));
+        }
+    };
+    check("instances", runtime.instances, 1, INSTANCES_MAX);
+    check("maxBatchSize", runtime.max_batch_size, 1, BATCH_SIZE_MAX);
+    check("maxQueueDelayMicroseconds", runtime.max_queue_delay_microseconds, 0, QUEUE_DELAY_MAX_MICROSECONDS);
+}
+
 fn golden(
     at: &impl Fn(&str) -> String,
     raw: Vec<RawGolden>,
-    typed: &ManifestDocument,
+    document: &ManifestDocument,
     errors: &mut ConfigErrors,
 ) -> Vec<Golden> {
     if raw.len() > GOLDEN_MAX {
-        errors.add(at("golden"), format!("{} samples; at most {GOLDEN_MAX} are taken", raw.len()));
+        errors.add(at("golden"), format!("has {} samples; at most {GOLDEN_MAX} are accepted", raw.len()));
     }
     let mut samples = Vec::new();
     for (index, sample) in raw.into_iter().enumerate() {
@@ -157,12 +161,57 @@ fn golden(
         let output = errors.require(&at("output"), sample.output);
         let tolerance = sample.tolerance.unwrap_or(TOLERANCE_DEFAULT);
         if !(0.0..=1.0).contains(&tolerance) {
-            errors.add(at("tolerance"), format!("{tolerance} is not within 0 and 1"));
+            errors.add(at("tolerance"), format!("{tolerance} is not between 0 and 1"));
         }
         if let (Some(input), Some(output)) = (input, output) {
-            let path = |text: String| typed.folder().join(text.strip_prefix("file:").unwrap_or(&text));
+            let path = |text: String| document.folder().join(text.strip_prefix("file:").unwrap_or(&text));
             samples.push(Golden { input: path(input), output: path(output), tolerance });
         }
     }
     samples
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::kinds::manifest::{ManifestErrors, Object, read};
+
+    use super::*;
+
+    fn model(spec: &str) -> Result<ModelManifest, ManifestErrors> {
+        let text = format!(
+            "apiVersion: lineside.dev/v1alpha1\nkind: EdgeModel\nmetadata: {{name: m}}\n\
+             spec: {{version: 1, source: {{uri: 'file:m.onnx'}}, {spec}}}\n"
+        );
+        let object = read(&text, Path::new("/models"), &|_| Ok(()))?.remove(0);
+        let Object::Model(model) = object else { panic!("{object:?}") };
+        Ok(*model)
+    }
+
+    #[test]
+    fn resources_are_bounded() {
+        let runtime = "runtime: {instances: 2, maxBatchSize: 8, maxQueueDelayMicroseconds: 2000}";
+        let batched = model(runtime).unwrap();
+        assert_eq!((batched.instances, batched.spec.runtime.max_batch_size), (2, Some(8)));
+        for field in ["instances: 65", "maxBatchSize: 0", "maxBatchSize: 1025", "maxQueueDelayMicroseconds: 10000001"] {
+            let errors = model(&format!("runtime: {{{field}}}")).unwrap_err();
+            let name = field.split(':').next().unwrap();
+            assert!(errors.list()[0].starts_with(&format!("EdgeModel m spec.runtime.{name}: ")), "{errors}");
+        }
+    }
+
+    #[test]
+    fn paths_of_golden_samples_are_relative_to_the_manifest() {
+        let sample = &model("golden: [{input: a.jpg, output: 'file:a.json'}]").unwrap().golden[0];
+        assert_eq!((&*sample.input, &*sample.output), (Path::new("/models/a.jpg"), Path::new("/models/a.json")));
+        let errors = model("golden: [{input: a.jpg, tolerance: 2}]").unwrap_err();
+        assert_eq!(errors.list().len(), 2, "{errors}");
+    }
+
+    #[test]
+    fn manifests_are_equal_when_they_differ_only_in_notation() {
+        assert_eq!(model("rollback: false").unwrap(), model("input: {}").unwrap());
+        assert_ne!(model("rollback: true").unwrap(), model("rollback: false").unwrap());
+    }
 }

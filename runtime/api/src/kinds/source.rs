@@ -1,33 +1,34 @@
-//! Where models and frames come from: `source.uri`, read and checked.
+//! Addresses of models and of camera sources: the field `source.uri`, parsed and validated.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use url::Url;
 
-/// Where a stream's frames come from.
+/// Source of the frames of a stream.
 #[derive(Clone, PartialEq)]
 pub enum StreamSource {
     /// The pictures of a folder, in the order of their names.
     Dir {
-        /// The folder.
+        /// Absolute path of the folder.
         folder: PathBuf,
-        /// Whether to start over at the end.
+        /// Whether the source starts again after the last picture.
         repeat: bool,
     },
-    /// One file: a picture, or recorded MJPEG.
+    /// A file: one picture, or an MJPEG recording.
     File(PathBuf),
-    /// A camera that answers with one picture, or with an endless MJPEG.
+    /// A camera that responds with a single picture or with an MJPEG stream.
     Http(Url),
 }
 
-/// Credentials in an address are kept out of whatever is shown.
+/// As [`fmt::Display`], without credentials.
 impl fmt::Debug for StreamSource {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{self}")
     }
 }
 
+/// The address without credentials and query.
 impl fmt::Display for StreamSource {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -38,7 +39,7 @@ impl fmt::Display for StreamSource {
     }
 }
 
-/// An address without user, password and query, any of which may hold a secret.
+/// An address without user, password and query, which may contain secrets.
 fn without_secrets(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
@@ -46,7 +47,7 @@ fn without_secrets(url: &Url) -> String {
 }
 
 impl StreamSource {
-    /// Reads a stream's address. Relative folders and files are taken from `folder`.
+    /// Parses the address of a stream's source. Relative paths refer to `folder`.
     pub(super) fn parse(uri: &str, folder: &Path) -> Result<Self, String> {
         let scheme = scheme(uri)?;
         match scheme {
@@ -55,60 +56,60 @@ impl StreamSource {
                 let repeat = match query {
                     "" | "loop=false" => false,
                     "loop=true" => true,
-                    other => return Err(format!("`?{other}` is not known; there is ?loop=true")),
+                    other => return Err(format!("unknown option `?{other}`; only ?loop=true is supported")),
                 };
                 Ok(Self::Dir { folder: local_path(path, folder)?, repeat })
             }
             "file" => Ok(Self::File(local_path(uri, folder)?)),
             "http" | "https" => {
-                let url = Url::parse(uri).map_err(|error| format!("this is no address: {error}"))?;
+                let url = Url::parse(uri).map_err(|error| format!("not a valid address: {error}"))?;
                 match url.host_str() {
                     Some(host) if !host.is_empty() => Ok(Self::Http(url)),
                     _ => Err("the address has no host".to_owned()),
                 }
             }
-            "rtsp" | "rtsps" | "v4l2" | "push" => Err(format!(
-                "{scheme}: sources are not built into this version yet; there are dir, file, http and https"
-            )),
-            other => Err(format!("{other}: is not known; there are dir, file, http and https")),
+            "rtsp" | "rtsps" | "v4l2" | "push" => {
+                Err(format!("the scheme {scheme}: is not supported by this version; use dir, file, http or https"))
+            }
+            other => Err(format!("the scheme {other}: is not supported; use dir, file, http or https")),
         }
     }
 }
 
-/// Where a model's file comes from.
+/// Location of a model file.
 #[derive(Clone, PartialEq)]
 pub enum ModelSource {
-    /// A file of this node, also on a mounted volume.
+    /// A file on the node or on a mounted volume.
     File(PathBuf),
-    /// A file of a web server.
+    /// A file on a web server.
     Http(Url),
-    /// An object of an object store.
+    /// An object in an object store.
     Object(ObjectAddress),
-    /// An artifact of an OCI registry.
+    /// An artifact in an OCI registry.
     Oci(OciAddress),
 }
 
 /// `s3://bucket/key?endpoint=https://minio:9000&region=plant`, `gs://bucket/key`, `az://account/container/key`.
 #[derive(Clone, PartialEq)]
 pub struct ObjectAddress {
-    /// Whose store it is.
+    /// Protocol of the store.
     pub provider: Provider,
-    /// The account, for Azure only.
+    /// Storage account, for Azure only.
     pub account: Option<String>,
-    /// Bucket or container.
+    /// Name of the bucket or container.
     pub bucket: String,
-    /// The object's key.
+    /// Key of the object.
     pub key: String,
-    /// A store of one's own, where it is not the provider's.
+    /// Address of the store. Default: the provider's public service.
     pub endpoint: Option<Url>,
-    /// The region that requests are signed for.
+    /// Region that requests are signed for.
     pub region: Option<String>,
 }
 
-/// Whose protocol an object store speaks.
+/// Protocol of an object store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Provider {
-    /// Amazon S3 and what is compatible with it.
+    /// Amazon S3 and compatible stores.
     S3,
     /// Google Cloud Storage.
     Gcs,
@@ -119,9 +120,9 @@ pub enum Provider {
 /// `oci://registry:5000/models/defects:v3` or `...@sha256:...`.
 #[derive(Clone, PartialEq)]
 pub struct OciAddress {
-    /// Host and port.
+    /// Host and port of the registry.
     pub registry: String,
-    /// The repository's name.
+    /// Name of the repository.
     pub repository: String,
     /// A tag or a digest.
     pub reference: String,
@@ -133,7 +134,7 @@ impl fmt::Debug for ModelSource {
     }
 }
 
-/// Shown without anything that may be a secret.
+/// The address without credentials and query.
 impl fmt::Display for ModelSource {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -157,9 +158,9 @@ impl fmt::Display for ModelSource {
 }
 
 impl ModelSource {
-    /// Reads a model's address. Relative files are taken from `folder`.
+    /// Parses the address of a model file. Relative paths refer to `folder`.
     pub(super) fn parse(uri: &str, folder: &Path) -> Result<Self, String> {
-        const KNOWN: &str = "there are file, https, http, s3, gs, az and oci";
+        const SUPPORTED: &str = "use file, https, http, s3, gs, az or oci";
         match scheme(uri)? {
             "file" => Ok(Self::File(local_path(uri, folder)?)),
             "http" | "https" => Ok(Self::Http(plain_url(uri)?)),
@@ -167,19 +168,19 @@ impl ModelSource {
             "gs" => ObjectAddress::parse(Provider::Gcs, uri).map(Self::Object),
             "az" => ObjectAddress::parse(Provider::Azure, uri).map(Self::Object),
             "oci" => OciAddress::parse(uri).map(Self::Oci),
-            other => Err(format!("{other}: is not known; {KNOWN}")),
+            other => Err(format!("the scheme {other}: is not supported; {SUPPORTED}")),
         }
     }
 }
 
-/// A web address with a host and without credentials: those belong into a Secret.
+/// Parses a web address with a host and without credentials, which belong in a Secret.
 fn plain_url(text: &str) -> Result<Url, String> {
-    let url = Url::parse(text).map_err(|error| format!("this is no address: {error}"))?;
+    let url = Url::parse(text).map_err(|error| format!("not a valid address: {error}"))?;
     if !matches!(url.scheme(), "http" | "https") {
-        return Err(format!("{}: is not known here; use https", url.scheme()));
+        return Err(format!("the scheme {}: is not supported here; use https", url.scheme()));
     }
     if !url.username().is_empty() || url.password().is_some() {
-        return Err("holds credentials; put them into a Secret and name it in source.secretRef".to_owned());
+        return Err("contains credentials; put them into a Secret and name it in source.secretRef".to_owned());
     }
     match url.host_str() {
         Some(host) if !host.is_empty() => Ok(url),
@@ -189,7 +190,7 @@ fn plain_url(text: &str) -> Result<Url, String> {
 
 impl ObjectAddress {
     fn parse(provider: Provider, uri: &str) -> Result<Self, String> {
-        let (_, rest) = uri.split_once("://").ok_or("an object's address is like s3://bucket/key")?;
+        let (_, rest) = uri.split_once("://").ok_or("the address of an object has the form s3://bucket/key")?;
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let mut parts = path.splitn(if provider == Provider::Azure { 3 } else { 2 }, '/');
         let account = (provider == Provider::Azure).then(|| parts.next().unwrap_or_default().to_owned());
@@ -199,20 +200,20 @@ impl ObjectAddress {
         };
         if !is_plain(bucket) || account.as_deref().is_some_and(|account| !is_plain(account)) {
             return Err(
-                "names no bucket; expected s3://bucket/key, gs://bucket/key or az://account/container/key".into()
+                "has no valid bucket; expected s3://bucket/key, gs://bucket/key or az://account/container/key".into()
             );
         }
         if key.is_empty() || key.contains(|character: char| character.is_control()) {
-            return Err("names no object in the bucket".to_owned());
+            return Err("has no key of an object in the bucket".to_owned());
         }
         let (mut endpoint, mut region) = (None, None);
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             match pair.split_once('=') {
                 Some(("endpoint", value)) => {
-                    endpoint = Some(plain_url(value).map_err(|why| format!("endpoint {why}"))?);
+                    endpoint = Some(plain_url(value).map_err(|reason| format!("endpoint: {reason}"))?);
                 }
                 Some(("region", value)) if is_plain(value) => region = Some(value.to_owned()),
-                _ => return Err(format!("`?{pair}` is not known; there are endpoint and region")),
+                _ => return Err(format!("unknown option `?{pair}`; supported are endpoint and region")),
             }
         }
         Ok(Self { provider, account, bucket: bucket.to_owned(), key: key.to_owned(), endpoint, region })
@@ -220,22 +221,23 @@ impl ObjectAddress {
 }
 
 impl OciAddress {
-    /// Format: the distribution specification's, `registry/name:tag` or `registry/name@digest`.
+    /// Parses the format of the distribution specification: `registry/name:tag` or `registry/name@digest`.
     fn parse(uri: &str) -> Result<Self, String> {
-        let wrong = |why: &str| format!("{why}; expected oci://registry/name:tag or oci://registry/name@sha256:...");
-        let rest = uri.strip_prefix("oci://").ok_or_else(|| wrong("this is no address of an artifact"))?;
-        let (registry, rest) = rest.split_once('/').ok_or_else(|| wrong("it names no repository"))?;
-        // The host is read as a web address' is, so that it means the same there.
+        let invalid =
+            |reason: &str| format!("{reason}; expected oci://registry/name:tag or oci://registry/name@sha256:...");
+        let rest = uri.strip_prefix("oci://").ok_or_else(|| invalid("not the address of an artifact"))?;
+        let (registry, rest) = rest.split_once('/').ok_or_else(|| invalid("the address has no repository"))?;
+        // The host is parsed as in a web address, so that it refers to the same server in requests.
         let url = plain_url(&format!("https://{registry}/"))?;
         if url.path() != "/" || registry.contains(['?', '#']) {
-            return Err(wrong("the registry's name is wrong"));
+            return Err(invalid("the name of the registry is invalid"));
         }
         let (repository, reference) = match rest.split_once('@') {
             Some((repository, digest)) => {
                 lineside_common::digest::Digest::parse(digest).map_err(|error| error.to_string())?;
                 (repository, digest)
             }
-            None => rest.rsplit_once(':').ok_or_else(|| wrong("it has neither a tag nor a digest"))?,
+            None => rest.rsplit_once(':').ok_or_else(|| invalid("the address has neither a tag nor a digest"))?,
         };
         let is_part = |part: &str| {
             !part.is_empty()
@@ -245,34 +247,30 @@ impl OciAddress {
         let is_tag = reference.contains(':')
             || (1..=128).contains(&reference.len())
                 && reference.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
-        match repository.split('/').all(is_part) && is_tag {
-            true => Ok(Self {
-                registry: registry.to_owned(),
-                repository: repository.to_owned(),
-                reference: reference.to_owned(),
-            }),
-            false => Err(wrong("the repository's name or the tag is wrong")),
+        if !(repository.split('/').all(is_part) && is_tag) {
+            return Err(invalid("the name of the repository or the tag is invalid"));
         }
+        Ok(Self { registry: registry.to_owned(), repository: repository.to_owned(), reference: reference.to_owned() })
     }
 }
 
 fn scheme(uri: &str) -> Result<&str, String> {
     match uri.split_once(':') {
         Some((scheme, _)) if !scheme.is_empty() => Ok(scheme),
-        _ => Err("an address begins with its scheme, such as file: or http://".to_owned()),
+        _ => Err("an address must begin with a scheme, such as file: or http://".to_owned()),
     }
 }
 
-/// The path of `scheme:relative`, `scheme:/absolute` or `scheme:///absolute` (RFC 8089). No part of it is decoded.
+/// The path of `scheme:relative`, `scheme:/absolute` or `scheme:///absolute` (RFC 8089). Percent-encoding is not decoded.
 fn local_path(uri: &str, folder: &Path) -> Result<PathBuf, String> {
     let (_, rest) = uri.split_once(':').unwrap_or(("", uri));
     let path = match rest.strip_prefix("//") {
         Some(path) if path.starts_with('/') => path,
-        Some(_) => return Err("an address with // needs a third one before the path: file:///models/m.onnx".to_owned()),
+        Some(_) => return Err("a path behind // must be absolute, such as file:///models/m.onnx".to_owned()),
         None => rest,
     };
     if path.is_empty() || path.contains('\0') {
-        return Err("the address names no path".to_owned());
+        return Err("the address has no path".to_owned());
     }
     Ok(folder.join(path))
 }
@@ -286,33 +284,33 @@ mod tests {
     }
 
     #[test]
-    fn paths_may_be_absolute_or_beside_the_manifest() {
+    fn paths_are_absolute_or_relative_to_the_manifest() {
         assert_eq!(source("file:///a/b.jpg"), Ok(StreamSource::File("/a/b.jpg".into())));
         assert_eq!(source("file:b.jpg"), Ok(StreamSource::File("/etc/lineside/b.jpg".into())));
         let looped = StreamSource::Dir { folder: "/frames".into(), repeat: true };
         assert_eq!(source("dir:///frames?loop=true"), Ok(looped));
         assert!(source("dir:///frames?loop=perhaps").unwrap_err().contains("loop=true"));
-        assert!(source("file://host/path").unwrap_err().contains("third"));
+        assert!(source("file://host/path").unwrap_err().contains("absolute"));
         assert!(source("file:").is_err() && source("dir:").is_err() && source("x").is_err() && source("").is_err());
     }
 
     #[test]
-    fn addresses_of_models_are_read_and_shown_without_secrets() {
+    fn addresses_of_models_are_parsed_and_displayed_without_secrets() {
         let model = |uri: &str| ModelSource::parse(uri, Path::new("/m"));
         assert_eq!(model("file:m.onnx"), Ok(ModelSource::File("/m/m.onnx".into())));
-        for (uri, shown) in [
+        for (uri, displayed) in [
             ("https://h:8443/m.onnx?sig=s3cret", "https://h:8443/m.onnx"),
             ("s3://bucket/a/b.onnx?endpoint=http://minio:9000&region=plant", "s3://bucket/a/b.onnx"),
             ("gs://bucket/m.onnx", "gs://bucket/m.onnx"),
             ("az://account/container/a/m.onnx", "az://account/container/a/m.onnx"),
             ("oci://registry:5000/models/defects:v3", "oci://registry:5000/models/defects:v3"),
         ] {
-            assert_eq!(model(uri).unwrap().to_string(), shown);
+            assert_eq!(model(uri).unwrap().to_string(), displayed);
         }
         let digest = lineside_common::digest::Digest::of(b"").to_string();
         let pinned = format!("oci://r/x@{digest}");
         assert_eq!(model(&pinned).unwrap().to_string(), pinned);
-        for wrong in [
+        for invalid in [
             "m.onnx",
             "ftp://h/m",
             "https://user:hunter2@h/m",
@@ -330,18 +328,20 @@ mod tests {
             "oci://registry?/x:1",
             "oci://registry/x:a/b",
         ] {
-            let error = model(wrong).unwrap_err();
+            let error = model(invalid).unwrap_err();
             assert!(!error.contains("hunter2"), "{error}");
         }
     }
 
     #[test]
-    fn what_is_shown_of_an_address_holds_no_secret() {
+    fn a_displayed_address_contains_no_secret() {
         let camera = source("http://root:hunter2@10.0.0.7:8080/video.cgi?token=s3cret").unwrap();
-        let shown = format!("{camera} {camera:?}");
-        assert!(shown.contains("http://10.0.0.7:8080/video.cgi"), "{shown}");
-        assert!(!shown.contains("hunter2") && !shown.contains("s3cret") && !shown.contains("root"), "{shown}");
+        let displayed = format!("{camera} {camera:?}");
+        assert!(displayed.contains("http://10.0.0.7:8080/video.cgi"), "{displayed}");
+        for secret in ["hunter2", "s3cret", "root"] {
+            assert!(!displayed.contains(secret), "{displayed}");
+        }
         assert!(source("http://").is_err());
-        assert!(source("rtsp://10.0.0.7/1").unwrap_err().contains("not built"));
+        assert!(source("rtsp://10.0.0.7/1").unwrap_err().contains("not supported"));
     }
 }

@@ -1,50 +1,50 @@
-//! The resolved stage of a `CameraStream`.
+//! The resolved stage of a `CameraStream`. Its tests are those of [`super::manifest`], which read complete files.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
 use super::StreamSource;
-use super::manifest::{RawReport, RawStreamSpec, RuleCheck, not_built};
-use crate::names::{ConfigErrors, is_name};
+use super::manifest::{RawReport, RawStreamSpec, RuleCheck, reject_unsupported};
+use crate::names::{ConfigErrors, NAME_FORMAT, is_name};
 
-/// Frames per second at most; no camera here is faster.
+/// Largest number of frames per second, above the rate of any supported camera.
 const FPS_MAX: f64 = 1000.0;
 const DEADBAND_DEFAULT: f32 = 0.05;
-/// Anomaly scores are in the model's own scale, so this only keeps out what is no number.
+/// Anomaly scores are in the scale of the model, so the bound only excludes infinity and NaN.
 const DEADBAND_MAX: f32 = 1e6;
 const HEARTBEAT_DEFAULT_SECONDS: u64 = 60;
 const HEARTBEAT_MAX_SECONDS: u64 = 24 * 3600;
 
-/// A stream to inspect, validated. Two of them are equal when nothing about the running stream would differ.
+/// A validated `CameraStream`. Two manifests are equal when the running streams would not differ.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StreamManifest {
-    /// Its name.
+    /// Name of the stream.
     pub name: String,
-    /// Where its frames come from.
+    /// Source of the frames.
     pub source: StreamSource,
-    /// The model that looks at them.
+    /// Name of the model that inspects the frames.
     pub model: String,
-    /// The shortest time between two frames; `None` takes them as they come.
+    /// Shortest time between two frames; `None` is no limit.
     pub frame_interval: Option<Duration>,
-    /// Frames older than this are dropped.
+    /// Largest age of a frame; older frames are dropped.
     pub age_max: Option<Duration>,
-    /// The rule that makes a verdict of a prediction: a CEL expression.
+    /// The verdict rule: a CEL expression.
     pub verdict: Option<String>,
-    /// Report by exception, where it is wanted; otherwise every result is said.
+    /// Report by exception; `None` publishes every result.
     pub report: Option<Report>,
-    /// The one node it runs on, where it is pinned.
+    /// Name of the only node that runs the stream.
     pub node_name: Option<String>,
-    /// Labels a node must bear.
+    /// Labels of the nodes that run the stream.
     pub node_selector: BTreeMap<String, String>,
 }
 
-/// What counts as news in report by exception.
+/// Which results report by exception publishes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Report {
-    /// A score that moved by more than this is news.
+    /// Change of a score above which a result is published, in units of the score.
     pub deadband: f32,
-    /// After this long without one, any result is said.
+    /// Time without a published result after which the next result is published in any case.
     pub heartbeat: Duration,
 }
 
@@ -52,11 +52,11 @@ impl Report {
     fn resolve(place: &str, raw: &RawReport, errors: &mut ConfigErrors) -> Option<Self> {
         let deadband = raw.deadband.unwrap_or(DEADBAND_DEFAULT);
         if !(0.0..=DEADBAND_MAX).contains(&deadband) {
-            errors.add(format!("{place}.deadband"), format!("{deadband} is not within 0 and {DEADBAND_MAX}"));
+            errors.add(format!("{place}.deadband"), format!("{deadband} is not between 0 and {DEADBAND_MAX}"));
         }
         let heartbeat = raw.heartbeat_seconds.unwrap_or(HEARTBEAT_DEFAULT_SECONDS);
         if !(1..=HEARTBEAT_MAX_SECONDS).contains(&heartbeat) {
-            let what = format!("{heartbeat} is not within 1 and {HEARTBEAT_MAX_SECONDS}");
+            let what = format!("{heartbeat} is not between 1 and {HEARTBEAT_MAX_SECONDS}");
             errors.add(format!("{place}.heartbeatSeconds"), what);
         }
         raw.by_exception.unwrap_or(false).then(|| Self { deadband, heartbeat: Duration::from_secs(heartbeat) })
@@ -73,25 +73,25 @@ impl StreamManifest {
         errors: &mut ConfigErrors,
     ) -> Option<Self> {
         let at = |field: &str| format!("{place} spec.{field}");
-        not_built(place, "spec.pipeline", raw.pipeline.as_ref(), errors);
-        not_built(place, "spec.roi", raw.roi.as_ref(), errors);
-        not_built(place, "spec.trigger", raw.trigger.as_ref(), errors);
-        not_built(place, "spec.evidence", raw.evidence.as_ref(), errors);
+        reject_unsupported(place, "spec.pipeline", raw.pipeline.as_ref(), errors);
+        reject_unsupported(place, "spec.roi", raw.roi.as_ref(), errors);
+        reject_unsupported(place, "spec.trigger", raw.trigger.as_ref(), errors);
+        reject_unsupported(place, "spec.evidence", raw.evidence.as_ref(), errors);
         let source = raw.source.unwrap_or_default();
-        not_built(place, "spec.source.secretRef", source.secret_ref.as_ref(), errors);
+        reject_unsupported(place, "spec.source.secretRef", source.secret_ref.as_ref(), errors);
         let uri = errors.require(&at("source.uri"), source.uri);
         let source = uri.and_then(|uri| errors.take(&at("source.uri"), StreamSource::parse(&uri, folder)));
         let model = errors.require(&at("model"), raw.model);
         if model.as_deref().is_some_and(|model| !is_name(model)) {
-            errors.add(at("model"), "is no name of a model: at most 63 of a-z, 0-9 and -");
+            errors.add(at("model"), format!("is not a valid name: {NAME_FORMAT}"));
         }
         let fps = raw.fps.unwrap_or(0.0);
         if !(0.0..=FPS_MAX).contains(&fps) {
-            errors.add(at("fps"), format!("{fps} is not within 0 and {FPS_MAX}"));
+            errors.add(at("fps"), format!("{fps} is not between 0 and {FPS_MAX}"));
             return None;
         }
         if raw.max_age_ms == Some(0) {
-            errors.add(at("maxAgeMs"), "0 would drop every frame; leave it out to drop none");
+            errors.add(at("maxAgeMs"), "0 would drop every frame; omit the field for no limit");
         }
         let report = raw.report.and_then(|report| Report::resolve(&at("report"), &report, errors));
         let verdict = raw.verdict.filter(|rule| errors.take(&at("verdict"), check_rule(rule)).is_some());
@@ -106,69 +106,5 @@ impl StreamManifest {
             node_name: raw.node_name,
             node_selector: raw.node_selector.unwrap_or_default(),
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use crate::kinds::manifest::{Object, read};
-
-    use super::*;
-
-    const HEAD: &str = "apiVersion: lineside.dev/v1alpha1\n";
-
-    #[test]
-    fn a_whole_manifest_is_read() {
-        let text = format!(
-            "{HEAD}kind: EdgeModel\nmetadata: {{name: m, labels: {{a: b}}}}\nspec:\n  version: 3\n  source: {{uri: 'file:m.onnx'}}\n\
-             ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'dir:frames'}}\n  model: m\n  \
-             fps: 10\n  maxAgeMs: 200\n  verdict: 'classes.size() > 0 ? \"pass\" : \"none\"'\n"
-        );
-        let objects = read(&text, Path::new("/m"), &|_| Ok(())).unwrap();
-        let [Object::Model(model), Object::Stream(stream)] = objects.as_slice() else { panic!("{objects:?}") };
-        assert_eq!((model.version, model.instances), (3, 1));
-        assert_eq!(model.source.to_string(), "file:/m/m.onnx");
-        assert_eq!(stream.frame_interval, Some(Duration::from_millis(100)));
-        assert_eq!(stream.age_max, Some(Duration::from_millis(200)));
-    }
-
-    #[test]
-    fn every_mistake_in_a_file_is_named_with_its_object_and_field() {
-        let text = format!(
-            "{HEAD}kind: EdgeModel\nmetadata: {{name: Bad_Name}}\nspec: {{version: -1, source: {{digest: x}}, engine: fast}}\n\
-             ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'ftp://x'}}\n  fps: fast\n  \
-             verdict: 'nonsense('\n  roi: [[0, 0]]\n---\nkind: Pod\nmetadata: {{name: p}}\n---\n{{}}\n"
-        );
-        let errors = read(&text, Path::new("/"), &|rule| {
-            if rule.ends_with('(') { Err("unfinished".to_owned()) } else { Ok(()) }
-        })
-        .unwrap_err();
-        for expected in [
-            "EdgeModel Bad_Name spec.version: ",
-            "EdgeModel Bad_Name spec.engine: is not a known key",
-            "EdgeModel Bad_Name metadata.name: must be",
-            "EdgeModel Bad_Name spec.source.uri: is missing",
-            "EdgeModel Bad_Name spec.source.digest: ",
-            "CameraStream s spec.source.uri: ftp: is not known",
-            "CameraStream s spec.fps: ",
-            "CameraStream s spec.model: is missing",
-            "CameraStream s spec.verdict: ",
-            "CameraStream s spec.roi: is not built",
-            "Pod p: kind Pod is not known",
-            "document 4: kind is missing",
-        ] {
-            assert!(errors.iter().any(|error| error.starts_with(expected)), "{expected}\n{errors:#?}");
-        }
-    }
-
-    #[test]
-    fn one_file_may_not_define_an_object_twice() {
-        let one =
-            format!("{HEAD}kind: EdgeModel\nmetadata: {{name: m}}\nspec: {{version: 1, source: {{uri: 'file:m'}}}}\n");
-        let errors = read(&format!("{one}---\n{one}"), Path::new("/"), &|rule| {
-            if rule.ends_with('(') { Err("unfinished".to_owned()) } else { Ok(()) }
-        })
-        .unwrap_err();
-        assert_eq!(errors, ["EdgeModel m: stands in the file twice"]);
     }
 }

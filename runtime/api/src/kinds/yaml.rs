@@ -1,60 +1,75 @@
-//! Reads a typed value out of YAML and collects every error on the way, where serde stops at the first.
+//! Reads typed values from YAML and collects all errors, while serde stops at the first one.
 //!
-//! Each wrong value is noted with its path, taken out of the tree, and the reading starts again without it; raw types
-//! have only optional fields, so that what is missing is no obstacle. Keys that nobody reads are collected too.
+//! Each wrong value is recorded with its path and removed from the document, and the document is read again without it. Raw
+//! types have only optional fields, so a removed value causes no further error. Unknown keys are collected too.
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::names::ConfigErrors;
 
-/// Wrong values of one text that are listed before giving up on it.
+/// Largest number of wrong values that are reported for one document.
 const WRONG_VALUES_MAX: usize = 50;
-/// Longest text taken, in bytes.
+/// Longest text in bytes.
 const TEXT_BYTES_MAX: usize = 1 << 20;
 
-/// The documents of a YAML or JSON text, empty ones left out.
+/// Why a text cannot be read as YAML.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum YamlError {
+    /// The text is longer than 1 MiB.
+    #[error("the text has {bytes} bytes; at most {TEXT_BYTES_MAX} are accepted")]
+    TooLong {
+        /// Length of the text in bytes.
+        bytes: usize,
+    },
+    /// The text is not valid YAML. The message of the parser, in one line with the position.
+    #[error("{0}")]
+    Syntax(String),
+}
+
+/// The documents of a YAML or JSON text, without empty ones.
 ///
 /// # Errors
-/// What is wrong with the text, in one line with the place.
-pub fn documents(text: &str) -> Result<Vec<Value>, String> {
+/// [`YamlError`].
+pub fn documents(text: &str) -> Result<Vec<Value>, YamlError> {
     if text.len() > TEXT_BYTES_MAX {
-        return Err(format!("the text has {} bytes; at most {TEXT_BYTES_MAX} are taken", text.len()));
+        return Err(YamlError::TooLong { bytes: text.len() });
     }
-    let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|error| first_line(&error.to_string()))?;
+    let documents: Vec<Value> =
+        serde_saphyr::from_multiple(text).map_err(|error| YamlError::Syntax(first_line(&error.to_string())))?;
     Ok(documents.into_iter().filter(|document| !document.is_null()).collect())
 }
 
-/// A value as a YAML document.
+/// Formats a value as a YAML document.
 ///
 /// # Errors
-/// When the value cannot be written down, which JSON always can.
+/// When the value cannot be formatted; JSON values always can.
 pub fn to_yaml(value: &Value) -> Result<String, serde_saphyr::SerializeError> {
     serde_saphyr::to_string(value)
 }
 
-/// Reads one document. Whatever is wrong is noted under `place`, and the rest is read all the same.
+/// Reads one document. Errors are added under `place`; the other fields are read nevertheless.
 pub fn read<T: DeserializeOwned + Default>(place: &str, mut document: Value, errors: &mut ConfigErrors) -> T {
-    // serde would also take a list, field by field.
+    // serde would also accept a list, as the fields in their order.
     if !document.is_object() {
         errors.add(place, "must be a mapping of keys to values");
         return T::default();
     }
     for _ in 0..WRONG_VALUES_MAX {
         let mut unknown = Vec::new();
-        let mut note_unknown = |path: serde_ignored::Path<'_>| unknown.push(path.to_string());
+        let mut add_unknown = |path: serde_ignored::Path<'_>| unknown.push(path.to_string());
         let mut track = serde_path_to_error::Track::new();
         let tracked = serde_path_to_error::Deserializer::new(document.clone(), &mut track);
-        match T::deserialize(serde_ignored::Deserializer::new(tracked, &mut note_unknown)) {
+        match T::deserialize(serde_ignored::Deserializer::new(tracked, &mut add_unknown)) {
             Ok(value) => {
                 for path in unknown {
-                    errors.add(joined(place, &path.replace("?.", "").replace(".?", "")), "is not a known key");
+                    errors.add(join(place, &path.replace("?.", "").replace(".?", "")), "is not a known key");
                 }
                 return value;
             }
             Err(error) => {
                 let path = track.path();
-                errors.add(joined(place, &path.to_string()), error);
+                errors.add(join(place, &path.to_string()), error);
                 if !remove(&mut document, &path) {
                     return T::default();
                 }
@@ -64,7 +79,7 @@ pub fn read<T: DeserializeOwned + Default>(place: &str, mut document: Value, err
     T::default()
 }
 
-fn joined(place: &str, path: &str) -> String {
+fn join(place: &str, path: &str) -> String {
     match (place, path) {
         (place, "." | "") => place.to_owned(),
         ("", path) => path.to_owned(),
@@ -72,7 +87,7 @@ fn joined(place: &str, path: &str) -> String {
     }
 }
 
-/// Takes the value at `path` out of the tree; `false` where there is none to take.
+/// Removes the value at `path` from the document. `false` when there is no such value.
 fn remove(document: &mut Value, path: &serde_path_to_error::Path) -> bool {
     use serde_path_to_error::Segment;
     let segments: Vec<&Segment> =
@@ -98,9 +113,9 @@ fn remove(document: &mut Value, path: &serde_path_to_error::Path) -> bool {
     }
 }
 
-/// YAML errors come with a drawing of the place; logs want the first line.
+/// The first line of an error of the YAML parser; the other lines show an excerpt of the text, which does not belong in a log.
 fn first_line(message: &str) -> String {
-    message.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("it cannot be read").to_owned()
+    message.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("the text cannot be read").to_owned()
 }
 
 #[cfg(test)]
@@ -123,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn every_mistake_is_reported_and_the_rest_is_read() {
+    fn every_error_is_reported_and_the_other_fields_are_read() {
         let text = "number: many\nwords: [a, 3, b]\ninner: {flag: perhaps, rate: 2.5, fast: 1}\nspeed: 4\n";
         let mut errors = ConfigErrors::default();
         let document = documents(text).unwrap().remove(0);
@@ -146,19 +161,19 @@ mod tests {
     }
 
     #[test]
-    fn texts_that_are_no_yaml_are_refused_with_the_place() {
+    fn invalid_yaml_is_rejected_in_one_line() {
         for text in ["a: [1", "a: 1\na: 2", "{", "a: &x [*x]"] {
-            let error = documents(text).unwrap_err();
+            let error = documents(text).unwrap_err().to_string();
             assert!(!error.is_empty() && !error.contains('\n'), "{error}");
         }
         assert_eq!(documents("").unwrap().len(), 0);
         assert_eq!(documents("# only a comment\n---\n").unwrap().len(), 0);
         assert_eq!(documents("a: 1\n---\nb: 2\n").unwrap().len(), 2);
-        assert!(documents(&"x".repeat(2 << 20)).is_err());
+        assert_eq!(documents(&"x".repeat(2 << 20)), Err(YamlError::TooLong { bytes: 2 << 20 }));
     }
 
     #[test]
-    fn a_document_of_the_wrong_kind_is_one_mistake() {
+    fn a_document_that_is_not_a_mapping_is_one_error() {
         let mut errors = ConfigErrors::default();
         let sample: Sample = read("f", serde_json::json!([1, 2]), &mut errors);
         assert_eq!(sample, Sample::default());

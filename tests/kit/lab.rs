@@ -1,80 +1,112 @@
-//! A real Kubernetes on this machine, with one edge node, and what the tests do with it. `tests/lab/lab.sh` makes it.
+//! A real Kubernetes cluster on this machine with one edge node, and the operations that tests perform on it. The script
+//! `tests/lab/lab.sh` starts it.
 //!
-//! With `LINESIDE_LAB=given` it is the cluster of `KUBECONFIG` instead, such as a K3s: `LINESIDE_LAB_NODE` is its edge node,
-//! prepared as docs/install-k3s.md says up to the samples' folder, and `LINESIDE_LAB_BROKER` a broker at port 1883 that both
-//! the node and this machine reach. Tests that pull links and end processes do nothing there. The others remove all
-//! EdgeModels and CameraStreams of the namespace `lineside`, and label the node.
+//! **One lab per test process.** The first test that needs the lab starts it; it ends with the test process, even if that is
+//! killed (`lab.sh guard`). If the machine lacks the privileges or programs, the tests report that they are skipped; with
+//! `LINESIDE_LAB=required` they fail instead.
 //!
-//! All tests of a run share one lab and take turns: whoever holds it has it alone. It is started when it is first asked for
-//! and ends with the test process, however that ends. Where the machine lacks the rights or the programs, there is no lab,
-//! and the test says so and does nothing.
+//! **Exclusive and shared use.** Starting a lab takes a minute or more, and a second one would compete for the processors, so
+//! the tests share the lab with a readers-writer lock:
+//!
+//! - [`Lab::exclusive`] (and [`Lab::exclusive_local`] for tests that cut links or kill processes) gives a test the lab alone.
+//!   A test needs this if it changes what all tests see: node labels, pods of the agent or controller, the controller's
+//!   settings, the network, or results of a stream that it counts. The lab is reset before: no EdgeModels and CameraStreams
+//!   exist, the node is schedulable, and the link is up.
+//! - [`Lab::shared`] gives the lab to several tests at the same time. Such a test only reads, or creates objects under names
+//!   that no other shared test uses, and does not depend on the absence of other objects. It may call [`Lab::install`], which
+//!   has the same effect for all. After an exclusive test the lab is reset once before the next shared test.
+//!
+//! **External clusters.** With `LINESIDE_LAB=given` the tests use the cluster of `KUBECONFIG` instead, for example a K3s.
+//! `LINESIDE_LAB_NODE` is its edge node, prepared as docs/install-k3s.md describes up to the folder of the samples, and
+//! `LINESIDE_LAB_BROKER` a broker on port 1883 that the node and this machine reach. Tests that cut links or kill processes
+//! are skipped. The others delete all EdgeModels and CameraStreams of the namespace `lineside`, and label the node.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::broker::Access;
+use crate::broker::ConnectOptions;
 use crate::paho::Paho;
-use crate::plant::utf8;
+use crate::process::output_text;
+use crate::utf8;
 use crate::wait::until_within;
 
-/// The edge node of the lab.
+/// The edge node of the local lab.
 pub const NODE: &str = "edge-1";
-/// Our namespace.
+/// The namespace of Lineside.
 pub const NAMESPACE: &str = "lineside";
-/// Where the broker listens, beside the node and outside of the cluster.
+/// The address of the broker, which runs next to the node and outside the cluster.
 const BROKER: &str = "10.98.1.1";
-/// Long enough for a pod to come or go on a busy machine.
-const POD_BOUND: Duration = Duration::from_secs(120);
+/// The limit for waits that involve the start or end of pods.
+const POD_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What a cluster that was given is asked with.
+/// The kubectl for an external cluster.
 const KUBECTL: &str = "target/lab/bin/kubectl";
 
-static LAB: Mutex<Option<Lab>> = Mutex::new(None);
+static LAB: RwLock<Slot> = RwLock::new(Slot { lab: None, is_used: false, start_failure: None });
 
-/// The lab, for as long as this is held.
-pub struct Lease(MutexGuard<'static, Option<Lab>>);
+/// The lab of this test process.
+struct Slot {
+    lab: Option<Lab>,
+    /// Whether an exclusive test has used the lab since the last reset.
+    is_used: bool,
+    /// Why the lab did not start; it is not tried again.
+    start_failure: Option<String>,
+}
+
+/// The use of the lab, until this is dropped.
+pub struct Lease(Guard);
+
+enum Guard {
+    Exclusive(RwLockWriteGuard<'static, Slot>),
+    Shared(RwLockReadGuard<'static, Slot>),
+}
 
 impl std::ops::Deref for Lease {
     type Target = Lab;
 
     fn deref(&self) -> &Lab {
-        self.0.as_ref().expect("a lease is of a lab")
+        let slot: &Slot = match &self.0 {
+            Guard::Exclusive(slot) => slot,
+            Guard::Shared(slot) => slot,
+        };
+        slot.lab.as_ref().expect("a lease refers to a started lab")
     }
 }
 
-/// A cluster with one edge node and a broker beside it.
+/// A cluster with one edge node and a broker next to it.
 pub struct Lab {
     node: String,
     broker: String,
-    /// `None` is a cluster that was given.
-    own: Option<Own>,
+    /// `None` for an external cluster.
+    local: Option<LocalLab>,
 }
 
-/// What there is of a lab on this machine.
-struct Own {
+/// The part of a lab that exists only on this machine.
+struct LocalLab {
     folder: PathBuf,
-    /// Ends the lab when its input ends, which it does with this process.
+    /// Stops the lab when its standard input is closed, which happens when this process ends.
     _guard: Child,
 }
 
+/// The value of `LINESIDE_LAB`.
 fn mode() -> String {
     std::env::var("LINESIDE_LAB").unwrap_or_default()
 }
 
-/// Why there is no lab on this machine; `None` where there can be one.
-fn missing() -> Option<String> {
+/// Why this machine cannot run a lab; `None` if it can.
+fn unavailable() -> Option<String> {
     if mode() == "given" {
-        return (!crate::root().join(KUBECTL).exists()).then(|| "there is no kubectl; run `make lab-tools`".to_owned());
+        return (!crate::root().join(KUBECTL).exists()).then(|| "kubectl is missing; run `make lab-tools`".to_owned());
     }
     let is_root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.starts_with(b"0\n"));
     if !is_root {
-        return Some("it takes root".to_owned());
+        return Some("root privileges are required".to_owned());
     }
     for program in ["containerd", "runc", "ip", "nft", "conntrack", "nsenter", "ctr", "cc", "faketime", "dnsmasq"] {
         let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output();
@@ -84,7 +116,7 @@ fn missing() -> Option<String> {
     }
     let may = Command::new("unshare").args(["--net", "--mount", "true"]).stderr(Stdio::null()).status();
     if !may.is_ok_and(|status| status.success()) {
-        return Some("this machine does not permit namespaces".to_owned());
+        return Some("this machine does not permit network and mount namespaces".to_owned());
     }
     ["target/lab/lab", "target/lab/lineside.oci.tar"]
         .into_iter()
@@ -93,56 +125,79 @@ fn missing() -> Option<String> {
 }
 
 impl Lab {
-    /// The lab, in turn, with nothing of ours in it but what a test before has left applied on purpose: objects are gone
-    /// and the link is up. `None` where this machine can have none.
+    /// The lab for one test alone, after a reset. `None` if this machine cannot run a lab.
     ///
     /// # Panics
-    /// When it does not come up; also when `LINESIDE_LAB` asks for one and there can be none.
-    pub fn take() -> Option<Lease> {
-        if let Some(reason) = missing() {
-            assert!(mode().is_empty(), "there is no lab: {reason}");
+    /// If the lab does not start; also if `LINESIDE_LAB` requires one and this machine cannot run it.
+    pub fn exclusive() -> Option<Lease> {
+        let mut slot = Self::prepared(true)?;
+        slot.is_used = true;
+        Some(Lease(Guard::Exclusive(slot)))
+    }
+
+    /// Like [`Lab::exclusive`], for a test that cuts links or kills processes; `None` for an external cluster.
+    ///
+    /// # Panics
+    /// As [`Lab::exclusive`].
+    pub fn exclusive_local() -> Option<Lease> {
+        if mode() == "given" {
+            skip("the test cuts links or kills processes, which is not possible on an external cluster");
+            return None;
+        }
+        Self::exclusive()
+    }
+
+    /// The lab together with other shared tests. `None` if this machine cannot run a lab.
+    ///
+    /// # Panics
+    /// As [`Lab::exclusive`].
+    pub fn shared() -> Option<Lease> {
+        let slot = LAB.read().unwrap_or_else(PoisonError::into_inner);
+        if slot.lab.is_some() && !slot.is_used {
+            return Some(Lease(Guard::Shared(slot)));
+        }
+        drop(slot);
+        let slot = Self::prepared(false)?;
+        // Without a gap in which an exclusive test could take the lab.
+        Some(Lease(Guard::Shared(RwLockWriteGuard::downgrade(slot))))
+    }
+
+    /// Locks the lab exclusively, starts it if it does not run yet, and resets it if `reset` is set or an exclusive test
+    /// has used it.
+    fn prepared(reset: bool) -> Option<RwLockWriteGuard<'static, Slot>> {
+        if let Some(reason) = unavailable() {
+            assert!(mode().is_empty(), "no lab: {reason}");
             skip(&reason);
             return None;
         }
-        let mut place = LAB.lock().unwrap_or_else(PoisonError::into_inner);
-        match place.as_ref() {
-            None => {
-                // A machine may have all the programs and still not let a kubelet be; that is said, and tried once.
-                static FAILED: OnceLock<String> = OnceLock::new();
-                if FAILED.get().is_none() {
-                    match std::panic::catch_unwind(Self::start) {
-                        Ok(lab) => *place = Some(lab),
-                        Err(_) => drop(FAILED.set("it does not come up here; see above".to_owned())),
-                    }
-                }
-                if let Some(reason) = FAILED.get() {
-                    assert!(mode().is_empty(), "there is no lab: {reason}");
-                    skip(reason);
-                    return None;
-                }
+        let mut slot = LAB.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(lab) = &slot.lab {
+            if reset || slot.is_used {
+                lab.reset();
             }
-            Some(lab) => lab.reset(),
+        } else if slot.start_failure.is_none() {
+            // A machine may have all programs and still not permit a kubelet; this is reported and tried only once.
+            match std::panic::catch_unwind(Self::start) {
+                Ok(lab) => slot.lab = Some(lab),
+                Err(_) => slot.start_failure = Some("it does not start on this machine; see above".to_owned()),
+            }
         }
-        Some(Lease(place))
-    }
-
-    /// The same for a test that lays hands on the node and its links.
-    ///
-    /// # Panics
-    /// As [`Lab::take`].
-    pub fn take_own() -> Option<Lease> {
-        if mode() == "given" {
-            skip("the cluster was given, and this test pulls links and ends processes");
+        if let Some(reason) = &slot.start_failure {
+            assert!(mode().is_empty(), "no lab: {reason}");
+            skip(reason);
             return None;
         }
-        Self::take()
+        slot.is_used = false;
+        Some(slot)
     }
 
     fn start() -> Self {
         if mode() == "given" {
-            let told = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("LINESIDE_LAB=given needs {name}"));
-            drop(told("KUBECONFIG"));
-            let lab = Self { node: told("LINESIDE_LAB_NODE"), broker: told("LINESIDE_LAB_BROKER"), own: None };
+            let variable =
+                |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("LINESIDE_LAB=given requires {name}"));
+            drop(variable("KUBECONFIG"));
+            let lab =
+                Self { node: variable("LINESIDE_LAB_NODE"), broker: variable("LINESIDE_LAB_BROKER"), local: None };
             lab.reset();
             return lab;
         }
@@ -158,58 +213,58 @@ impl Lab {
         run(script_at(&folder, "image", &[NODE, utf8(&crate::root().join("target/lab/lineside.oci.tar"))]));
         let broker = folder.join("mosquitto.conf");
         std::fs::write(&broker, format!("listener 1883 {BROKER}\nallow_anonymous true\nmax_queued_messages 0\n"))
-            .expect("the folder is ours");
+            .expect("the folder is writable");
         run(script_at(&folder, "daemon", &["broker", NODE, "mosquitto", "-c", utf8(&broker)]));
-        let lab = Self { node: NODE.to_owned(), broker: BROKER.to_owned(), own: Some(Own { folder, _guard: guard }) };
+        let lab =
+            Self { node: NODE.to_owned(), broker: BROKER.to_owned(), local: Some(LocalLab { folder, _guard: guard }) };
         let data = lab.data();
         let quickstart = data.join("quickstart/frames");
-        std::fs::create_dir_all(&quickstart).expect("the folder is ours");
+        std::fs::create_dir_all(&quickstart).expect("the folder is writable");
         std::fs::copy(crate::example("surface-defects.onnx"), data.join("quickstart/surface-defects.onnx"))
             .expect("the example is committed");
         for frame in std::fs::read_dir(crate::example("frames")).expect("the example is committed").flatten() {
-            std::fs::copy(frame.path(), quickstart.join(frame.file_name())).expect("the folder is ours");
+            std::fs::copy(frame.path(), quickstart.join(frame.file_name())).expect("the folder is writable");
         }
         lab
     }
 
-    /// After a test, however it ended.
+    /// Restores the initial state after a test, whether it passed or failed.
     fn reset(&self) {
-        if self.own.is_some() {
+        if self.local.is_some() {
             self.wan("up");
         }
-        until_within(POD_BOUND, "the API server to answer", || {
+        until_within(POD_TIMEOUT, "the API server to answer", || {
             self.kubectl(&["get", "--raw", "/readyz"]).status.success().then_some(())
         });
         if self.kubectl(&["get", "crd", "edgemodels.lineside.dev"]).status.success() {
-            self.done(&["delete", "edgemodels,camerastreams", "--all", "-n", NAMESPACE]);
+            self.kubectl_ok(&["delete", "edgemodels,camerastreams", "--all", "-n", NAMESPACE]);
         }
-        self.done(&["uncordon", &self.node]);
-        // A test that failed half-way may have left these.
-        let patience = ["LINESIDE_SILENT_AFTER_SECONDS-", "LINESIDE_GONE_AFTER_SECONDS-"];
-        drop(
-            self.kubectl(&[&["set", "env", "deployment/lineside-controller", "-n", NAMESPACE], &patience[..]].concat()),
-        );
+        self.kubectl_ok(&["uncordon", &self.node]);
+        // A failed test may have left these settings of the controller.
+        let unset = ["LINESIDE_SILENT_AFTER_SECONDS-", "LINESIDE_GONE_AFTER_SECONDS-"];
+        drop(self.kubectl(&[&["set", "env", "deployment/lineside-controller", "-n", NAMESPACE], &unset[..]].concat()));
     }
 
-    /// The node's folder `/var/lib/lineside`.
+    /// The folder that the node sees as `/var/lib/lineside`.
     pub fn data(&self) -> PathBuf {
         self.folder().join(NODE).join("data")
     }
 
-    /// A kubeconfig of the administrator.
+    /// The kubeconfig of the administrator.
     pub fn kubeconfig(&self) -> PathBuf {
         self.folder().join("admin.kubeconfig")
     }
 
-    /// A program that runs where the node's network is, or that of the `center`; of a cluster that was given, here.
-    pub fn within(&self, place: &str, program: &[&str]) -> Command {
-        let Some(own) = &self.own else {
+    /// A command for a program in the network namespace of the node, or in that of the control plane (`center`). For an
+    /// external cluster the program runs without a namespace.
+    pub fn command_in(&self, namespace: &str, program: &[&str]) -> Command {
+        let Some(local) = &self.local else {
             let kubectl = crate::root().join(KUBECTL);
             let mut command = Command::new(if program[0] == "kubectl" { utf8(&kubectl) } else { program[0] });
             command.args(&program[1..]);
             return command;
         };
-        script_at(&own.folder, "exec", &[&[place], program].concat())
+        script_at(&local.folder, "exec", &[&[namespace], program].concat())
     }
 
     /// Runs kubectl.
@@ -217,37 +272,37 @@ impl Lab {
     /// # Panics
     /// When it cannot be started.
     pub fn kubectl(&self, arguments: &[&str]) -> Output {
-        self.within("center", &[&["kubectl"], arguments].concat()).output().expect("kubectl starts")
+        self.command_in("center", &[&["kubectl"], arguments].concat()).output().expect("kubectl starts")
     }
 
-    /// Runs kubectl for what must succeed, and returns what it prints.
+    /// Runs kubectl, which must succeed, and returns its standard output.
     ///
     /// # Panics
-    /// When it fails.
-    pub fn done(&self, arguments: &[&str]) -> String {
+    /// If it fails.
+    pub fn kubectl_ok(&self, arguments: &[&str]) -> String {
         let output = self.kubectl(arguments);
-        assert!(output.status.success(), "kubectl {arguments:?}: {}", said(&output));
+        assert!(output.status.success(), "kubectl {arguments:?}: {}", output_text(&output));
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// An object as JSON; null where there is none.
+    /// An object as JSON; null if it does not exist.
     ///
     /// # Panics
-    /// When kubectl prints no JSON.
+    /// If kubectl does not print JSON.
     pub fn get(&self, arguments: &[&str]) -> Value {
         let output = self.kubectl(&[&["get"], arguments, &["-o", "json", "--ignore-not-found"]].concat());
-        match output.stdout.is_empty() {
-            true => Value::Null,
-            false => serde_json::from_slice(&output.stdout).expect("kubectl prints JSON"),
+        if output.stdout.is_empty() {
+            return Value::Null;
         }
+        serde_json::from_slice(&output.stdout).expect("kubectl prints JSON")
     }
 
-    /// Applies a text, which may be refused; the output says how.
+    /// Applies a manifest. The API server may reject it; the output contains its message.
     ///
     /// # Panics
-    /// When kubectl cannot be started.
+    /// If kubectl cannot be started.
     pub fn apply(&self, text: &str) -> Output {
-        let mut kubectl = self.within("center", &["kubectl", "apply", "-f", "-"]);
+        let mut kubectl = self.command_in("center", &["kubectl", "apply", "-f", "-"]);
         let mut child = kubectl
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -258,91 +313,101 @@ impl Lab {
         child.wait_with_output().expect("kubectl ends")
     }
 
-    /// Changes fields of an object's spec; it may be refused, and the output says how.
+    /// Patches the spec of an object. The API server may reject it; the output contains its message.
     ///
     /// # Panics
-    /// When kubectl cannot be started.
+    /// If kubectl cannot be started.
     pub fn patch(&self, kind: &str, name: &str, spec: &Value) -> Output {
         let patch = serde_json::json!({ "spec": spec }).to_string();
         self.kubectl(&["patch", kind, name, "-n", NAMESPACE, "--type=merge", "--patch", &patch])
     }
 
-    /// The same for what must be taken.
+    /// Patches the spec of an object, which must succeed.
     ///
     /// # Panics
-    /// When it is refused.
-    pub fn patched(&self, kind: &str, name: &str, spec: &Value) {
+    /// If the API server rejects it.
+    pub fn patch_ok(&self, kind: &str, name: &str, spec: &Value) {
         let output = self.patch(kind, name, spec);
-        assert!(output.status.success(), "{kind} {name} {spec}: {}", said(&output));
+        assert!(output.status.success(), "{kind} {name} {spec}: {}", output_text(&output));
     }
 
-    /// Applies a text that must be taken.
+    /// Applies a manifest, which must succeed.
     ///
     /// # Panics
-    /// When it is refused.
-    pub fn applied(&self, text: &str) {
+    /// If the API server rejects it.
+    pub fn apply_ok(&self, text: &str) {
         let output = self.apply(text);
-        assert!(output.status.success(), "{}", said(&output));
+        assert!(output.status.success(), "{}", output_text(&output));
     }
 
-    /// Applies the overlay with this site's settings, on the labelled node, and waits until its pods are ready.
+    /// Installs Lineside: applies the overlay with the settings of the lab, labels the node, and waits until the pods
+    /// are ready.
     ///
     /// # Panics
-    /// When they do not become ready.
+    /// If the pods do not become ready in time.
     pub fn install(&self) {
+        // Two concurrent `kubectl apply` would both try to create the same objects.
+        static INSTALL: Mutex<()> = Mutex::new(());
+        let _turn = INSTALL.lock().unwrap_or_else(PoisonError::into_inner);
         self.apply_overlay(&[]);
-        self.done(&["label", "node", &self.node, "--overwrite", "lineside.dev/edge=true", "lineside.dev/line=a"]);
-        self.settled();
+        self.kubectl_ok(&["label", "node", &self.node, "--overwrite", "lineside.dev/edge=true", "lineside.dev/line=a"]);
+        self.wait_for_rollouts();
     }
 
-    /// Waits until the agent's DaemonSet and the controllers are as asked.
+    /// Waits until the agent's DaemonSet and the controller's Deployment are rolled out.
     ///
     /// # Panics
-    /// When they do not become so.
-    pub fn settled(&self) {
+    /// If a rollout does not complete in time.
+    pub fn wait_for_rollouts(&self) {
         for what in ["daemonset/lineside-agent", "deployment/lineside-controller"] {
             let output = self.kubectl(&["rollout", "status", what, "-n", NAMESPACE, "--timeout=120s"]);
             if !output.status.success() {
                 let pods = self.kubectl(&["describe", "pods", "-n", NAMESPACE]);
                 let logs = self.kubectl(&["logs", what, "-n", NAMESPACE, "--tail=40"]);
-                panic!("{what} does not settle: {}{}{}", said(&output), said(&pods), said(&logs));
+                panic!(
+                    "{what} is not rolled out: {}{}{}",
+                    output_text(&output),
+                    output_text(&pods),
+                    output_text(&logs)
+                );
             }
         }
     }
 
-    /// Applies the overlay `k3s-amd64` with the lab's broker; `more` are further lines of the kustomization.
+    /// Applies the overlay `k3s-amd64` with the broker of the lab; `more` are additional lines of the kustomization.
     ///
     /// # Panics
-    /// When it is refused.
+    /// If the API server rejects it.
     pub fn apply_overlay(&self, more: &[&str]) -> String {
-        // Kustomize reads nothing by absolute paths, so the site's overlay lies beside ours.
+        // Kustomize does not accept absolute paths, so the overlay of the site is created inside the repository.
         let folder = tempfile::Builder::new()
             .prefix("site-")
             .tempdir_in(crate::root().join("target/lab"))
-            .expect("the folder is ours");
+            .expect("the folder is writable");
         let mut config = std::fs::read_to_string(crate::root().join("edge-manifests/base/agent-config.yaml"))
             .expect("the base is committed")
             .replace("site: default", "site: plant");
-        // The lab's own plant has a DNS that knows the name.
-        if !self.is_own() {
+        // In the local lab, DNS resolves the broker's name.
+        if !self.is_local() {
             config = config.replace("mqtt.plant.local", &self.broker);
         }
-        std::fs::write(folder.path().join("agent-config.yaml"), config).expect("the folder is ours");
+        std::fs::write(folder.path().join("agent-config.yaml"), config).expect("the folder is writable");
         let kustomization = format!(
             "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n\
              resources: [../../../edge-manifests/overlays/k3s-amd64]\n\
              configMapGenerator:\n  - name: lineside-agent\n    namespace: lineside\n    behavior: merge\n    files: [agent-config.yaml]\n{}\n",
             more.join("\n")
         );
-        std::fs::write(folder.path().join("kustomization.yaml"), kustomization).expect("the folder is ours");
-        self.done(&["apply", "-k", utf8(folder.path())])
+        std::fs::write(folder.path().join("kustomization.yaml"), kustomization).expect("the folder is writable");
+        self.kubectl_ok(&["apply", "-k", utf8(folder.path())])
     }
 
-    /// Applies the samples of `edge-manifests/samples`, the model with a version that no test before has used, which is
-    /// returned: a node remembers the highest version it has seen, and the tests share the node. Ten above it are free.
+    /// Applies the samples of `edge-manifests/samples` and returns the version of the model, which no other test has
+    /// used: a node remembers the highest version that it has seen, and the tests share the node. The ten versions from
+    /// it on are reserved for the caller.
     ///
     /// # Panics
-    /// When they are refused.
+    /// If the API server rejects them.
     pub fn apply_samples(&self) -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let version = NEXT.fetch_add(10, Ordering::Relaxed);
@@ -350,85 +415,93 @@ impl Lab {
         let read = |name: &str| std::fs::read_to_string(samples.join(name)).expect("the samples are committed");
         let model = read("edgemodel.yaml").replace("\n  version: 1\n", &format!("\n  version: {version}\n"));
         let stream = read("camerastream.yaml").replace("nodeName: edge-1", &format!("nodeName: {}", self.node));
-        self.applied(&format!("{model}---\n{stream}"));
+        self.apply_ok(&format!("{model}---\n{stream}"));
         version
     }
 
-    /// Plugs or pulls (`up` or `down`) the node's link to the control plane.
-    pub fn wan(&self, way: &str) {
-        run(script_at(self.folder(), "wan", &[NODE, way]));
+    /// Sets the node's link to the control plane to `up` or `down`.
+    pub fn wan(&self, state: &str) {
+        run(script_at(self.folder(), "wan", &[NODE, state]));
     }
 
-    /// Ends the API server and starts it again.
+    /// Restarts the API server.
     pub fn restart_api(&self) {
         run(script_at(self.folder(), "restart", &["api"]));
     }
 
-    /// A subscriber to everything of the node, beside the node and outside of the cluster, with a session.
+    /// A subscriber with a persistent session to all topics of the node. It runs next to the node, outside the cluster.
     pub fn subscribe(&self, session: &str) -> Paho {
-        let access = Access { host: self.broker.clone(), ..Access::at(1883) };
-        Paho::start_by(self.within(NODE, &[utf8(&crate::python())]), &access, "lineside/v1/plant/#", Some(session))
+        let options = ConnectOptions { host: self.broker.clone(), ..ConnectOptions::at(1883) };
+        Paho::start_with(
+            self.command_in(NODE, &[utf8(&crate::python())]),
+            &options,
+            "lineside/v1/plant/#",
+            Some(session),
+        )
     }
 
-    /// The edge node's name.
+    /// The name of the edge node.
     pub fn node(&self) -> &str {
         &self.node
     }
 
-    /// The API server's address.
+    /// The URL of the API server.
     ///
     /// # Panics
-    /// When kubectl does not know it.
+    /// If the kubeconfig does not contain it.
     pub fn server(&self) -> String {
-        self.done(&["config", "view", "--minify", "-o", "jsonpath={.clusters[0].cluster.server}"])
+        self.kubectl_ok(&["config", "view", "--minify", "-o", "jsonpath={.clusters[0].cluster.server}"])
     }
 
-    /// Where all of it lies.
+    /// The folder of the local lab.
     ///
     /// # Panics
-    /// When the cluster was given.
+    /// If the cluster is external.
     pub fn folder(&self) -> &Path {
-        &self.own.as_ref().expect("the test takes a lab of its own").folder
+        &self.local.as_ref().expect("the lab is local").folder
     }
 
-    /// Whether it runs on this machine.
-    pub fn is_own(&self) -> bool {
-        self.own.is_some()
+    /// Whether the cluster runs on this machine.
+    pub fn is_local(&self) -> bool {
+        self.local.is_some()
     }
 
-    /// The broker's host, for a client on the node.
+    /// The host of the broker, for a client on the node.
     pub fn broker_host(&self) -> &str {
         &self.broker
     }
 
-    /// The broker's address, for an agent.
+    /// The URL of the broker, for an agent on the node.
     pub fn broker(&self) -> String {
         format!("mqtt://{}:1883", self.broker)
     }
 
-    /// The node's agent's pod; null where there is none.
+    /// The pod of the node's agent; null if there is none.
     pub fn agent_pod(&self) -> Value {
         let pods = self.get(&["pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=lineside-agent"]);
         let mut pods = pods["items"].as_array().into_iter().flatten();
         pods.find(|pod| pod["metadata"]["deletionTimestamp"].is_null()).cloned().unwrap_or_default()
     }
 
-    /// The process of a pod's only container, and its containerd id.
+    /// The process id of a pod's only container, and the containerd id of the container.
     ///
     /// # Panics
-    /// When the pod runs none.
+    /// If the container does not run.
     pub fn process(&self, pod: &Value) -> (u32, String) {
         let id = pod["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default();
         let id = id.trim_start_matches("containerd://").to_owned();
         let tasks = self.ctr(&["tasks", "list"]);
         let pid = tasks.lines().find(|line| line.starts_with(&id)).and_then(|line| line.split_whitespace().nth(1));
-        (pid.and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("no process of {id} in\n{tasks}")), id)
+        (
+            pid.and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("container {id} has no process in\n{tasks}")),
+            id,
+        )
     }
 
-    /// Runs containerd's own client on the node.
+    /// Runs `ctr`, the command-line client of containerd, on the node.
     ///
     /// # Panics
-    /// When it fails.
+    /// If it fails.
     pub fn ctr(&self, arguments: &[&str]) -> String {
         let socket = self.folder().join(NODE).join("run/containerd.sock");
         let output = Command::new("ctr")
@@ -436,44 +509,45 @@ impl Lab {
             .args(arguments)
             .output()
             .expect("ctr starts");
-        assert!(output.status.success(), "ctr {arguments:?}: {}", said(&output));
+        assert!(output.status.success(), "ctr {arguments:?}: {}", output_text(&output));
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// The control group of a container's memory.
+    /// The memory control group of a process.
     ///
     /// # Panics
-    /// When it has none.
-    pub fn memory_group(&self, pid: u32) -> PathBuf {
-        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("the process is there");
-        let of = |controller: &str| groups.lines().find_map(|line| Some(line.split_once(controller)?.1.to_owned()));
-        // The second is cgroups v2, which has one tree.
-        let (root, path) = match of(":memory:") {
+    /// If it has none.
+    pub fn memory_cgroup(&self, pid: u32) -> PathBuf {
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("the process runs");
+        let path_of =
+            |controller: &str| groups.lines().find_map(|line| Some(line.split_once(controller)?.1.to_owned()));
+        // Cgroups v2 has a single hierarchy.
+        let (root, path) = match path_of(":memory:") {
             Some(path) => ("/sys/fs/cgroup/memory", path),
-            None => ("/sys/fs/cgroup", of("0::").expect("the process is in a control group")),
+            None => ("/sys/fs/cgroup", path_of("0::").expect("the process has a control group")),
         };
         Path::new(root).join(path.trim_start_matches('/'))
     }
 
-    /// Looks until there is something, for what takes pods.
+    /// Evaluates a condition until it returns a value, with a limit that suits pods.
     ///
     /// # Panics
-    /// When a generous bound is over.
-    pub fn until<T>(&self, what: &str, look: impl FnMut() -> Option<T>) -> T {
-        until_within(POD_BOUND, what, look)
+    /// If the limit expires.
+    pub fn until<T>(&self, what: &str, condition: impl FnMut() -> Option<T>) -> T {
+        until_within(POD_TIMEOUT, what, condition)
     }
 
-    /// Makes the account of an agent that is in no pod, as docs/install-k3s.md does, and returns a token of it.
+    /// Creates the account of an agent outside the cluster, as docs/install-k3s.md describes, and returns its token.
     ///
     /// # Panics
-    /// When it is refused.
-    pub fn outsider(&self, node: &str) -> String {
+    /// If the API server rejects it.
+    pub fn external_account_token(&self, node: &str) -> String {
         let account = std::fs::read_to_string(crate::root().join("edge-manifests/outside/account.yaml"))
             .expect("the account is committed");
-        self.applied(&account.replace("NODE", node));
+        self.apply_ok(&account.replace("NODE", node));
         let name = format!("lineside-node-{node}");
         let token = ["get", "secret", &name, "-n", NAMESPACE, "-o", "go-template={{.data.token | base64decode}}"];
-        self.until("the account's token", || Some(self.done(&token)).filter(|token| token.contains('.')))
+        self.until("the token of the account", || Some(self.kubectl_ok(&token)).filter(|token| token.contains('.')))
     }
 
     /// The status of the node's `EdgeNode`.
@@ -481,16 +555,16 @@ impl Lab {
         self.get(&["edgenodes", &self.node, "-n", NAMESPACE])["status"].take()
     }
 
-    /// Whether the node's agent says that it runs no models and, with `streams`, no streams.
-    pub fn runs_nothing(&self, streams: bool) -> bool {
+    /// Whether the node's agent reports no models and, if `streams` is set, no streams.
+    pub fn is_idle(&self, streams: bool) -> bool {
         let status = self.edge_node();
-        // What is empty is left out.
+        // Empty lists are omitted.
         let is_empty = |field: &str| status[field].as_array().is_none_or(Vec::is_empty);
         status["agent"].is_object() && is_empty("models") && (!streams || is_empty("streams"))
     }
 
-    /// The condition `Ready` of an object: status and reason.
-    pub fn ready(&self, kind: &str, name: &str) -> (String, String) {
+    /// Status and reason of an object's `Ready` condition.
+    pub fn ready_condition(&self, kind: &str, name: &str) -> (String, String) {
         let object = self.get(&[kind, name, "-n", NAMESPACE]);
         let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
         let ready = conditions.iter().find(|condition| condition["type"] == "Ready").cloned().unwrap_or_default();
@@ -499,13 +573,9 @@ impl Lab {
     }
 }
 
-/// Says that a test does nothing here; past the test runner, which keeps for itself what a test that passes prints.
+/// Reports that a test is skipped. It writes to stderr directly, as the test runner hides the output of a passed test.
 fn skip(reason: &str) {
-    drop(writeln!(std::io::stderr(), "skipped, for there is no lab of this machine: {reason}"));
-}
-
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    drop(writeln!(std::io::stderr(), "skipped, the test needs a lab: {reason}"));
 }
 
 fn script(folder: &Path, verb: &[&str]) -> Command {
@@ -520,5 +590,5 @@ fn script_at(folder: &Path, verb: &str, rest: &[&str]) -> Command {
 
 fn run(mut command: Command) {
     let output = command.stdin(Stdio::null()).output().expect("the script starts");
-    assert!(output.status.success(), "{command:?}: {}", said(&output));
+    assert!(output.status.success(), "{command:?}: {}", output_text(&output));
 }

@@ -1,109 +1,113 @@
-//! Fetching models: from real servers, from ones that do everything wrong, and from the agent next door.
+//! Model downloads from real servers, from faulty servers, and from peers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use lineside_tests::agent::Agent;
-use lineside_tests::plant::{Plant, digest, heavy, model, refusal, serves, sourced, twin, until_late, utf8};
-use lineside_tests::source::{
-    BASIC, Fault, FileServer, MODEL_PACK, PASSWORD, Registry, S3, Tls, TlsFileServer, USER, exchange, secret,
+use lineside_tests::site::{
+    TestSite, digest, large_model, manifest_with_source, model_status, wait_for_rejection, wait_until_serving,
+    with_other_digest,
 };
-use lineside_tests::wait::until_true;
-use lineside_tests::{example, http};
+use lineside_tests::source::{
+    BASIC, Fault, FileServer, MODEL_PACK, PASSWORD, Registry, S3, TlsFileServer, TlsFiles, USER, http_request,
+    write_secret,
+};
+use lineside_tests::wait::{until_long, until_true};
+use lineside_tests::{example, http, utf8};
 use serde_json::json;
 
-/// Where the scripted servers break off: twice within the bundled model.
-const CUT: usize = 60_000;
+/// The offset at which the scripted servers interrupt a download; it occurs twice within the bundled model.
+const CUT_BYTES: usize = 60_000;
 
-/// The bundled model under one of ten digests, so that no model of a test is served from another's download.
+/// The bundled model with one of ten digests, so that the models of a test do not share a blob.
 fn variant(tag: u8) -> Vec<u8> {
-    twin(&fs::read(example("surface-defects.onnx")).unwrap(), tag)
+    with_other_digest(&fs::read(example("surface-defects.onnx")).unwrap(), tag)
 }
 
-/// Asks for version 1 of a model with the name of the file's.
-fn apply(plant: &Plant, name: &str, uri: &str, digest: &str) {
-    plant.apply(&format!("{name}.yaml"), &sourced(name, 1, &json!({"uri": uri, "digest": digest}), ""));
+/// Applies version 1 of a model; the file has the name of the model.
+fn apply(site: &TestSite, name: &str, uri: &str, digest: &str) {
+    site.apply(&format!("{name}.yaml"), &manifest_with_source(name, 1, &json!({"uri": uri, "digest": digest}), ""));
 }
 
-/// The same, with a secret.
-fn apply_with_secret(plant: &Plant, name: &str, uri: &str, digest: &str, secret: &str) {
+/// Like [`apply`], with a secret.
+fn apply_with_secret(site: &TestSite, name: &str, uri: &str, digest: &str, secret: &str) {
     let source = json!({"uri": uri, "digest": digest, "secretRef": {"name": secret}});
-    plant.apply(&format!("{name}.yaml"), &sourced(name, 1, &source, ""));
+    site.apply(&format!("{name}.yaml"), &manifest_with_source(name, 1, &source, ""));
 }
 
-/// Waits until the model serves, with exactly these bytes.
-fn arrives(agent: &Agent, name: &str, bytes: &[u8]) {
-    assert_eq!(serves(agent, name, 1)["serving"]["digest"], digest(bytes), "{name}");
+/// Waits until version 1 of the model serves with exactly these bytes.
+fn expect_serving(agent: &Agent, name: &str, bytes: &[u8]) {
+    assert_eq!(wait_until_serving(agent, name, 1)["serving"]["digest"], digest(bytes), "{name}");
 }
 
-/// Waits until the model is refused for a reason with one of these words. There may be other reasons before, such as a
-/// connection that was cut.
-fn is_refused(agent: &Agent, name: &str, words: &[&str]) {
-    until_true(&format!("{name} to be refused, saying one of {words:?}"), || {
+/// Waits until the model is rejected for a reason that contains one of these words. Other failures may precede it, such
+/// as an interrupted connection.
+fn expect_rejection(agent: &Agent, name: &str, words: &[&str]) {
+    until_true(&format!("{name} to be rejected with one of {words:?}"), || {
         let entries = agent.events("model_load_failed");
         let mut reasons =
             entries.iter().filter(|entry| entry["model"] == name).map(|entry| entry["reason"].to_string());
-        reasons.any(|reason| holds(&reason, words))
+        reasons.any(|reason| contains_any(&reason, words))
     });
 }
 
-/// Whether one of these words is in the text, whatever their case.
-fn holds(text: &str, words: &[&str]) -> bool {
+/// Whether the text contains one of these words, ignoring case.
+fn contains_any(text: &str, words: &[&str]) -> bool {
     words.iter().any(|word| text.to_lowercase().contains(&word.to_lowercase()))
 }
 
-/// The store shows these files, no others, and each has the digest it is named by.
-fn assert_stored(plant: &Plant, files: &[&[u8]]) {
-    plant.check_blobs();
-    let mut expected: Vec<PathBuf> = files.iter().map(|bytes| plant.blob(&digest(bytes))).collect();
-    let mut found = plant.blobs();
+/// Checks that the store contains exactly these files, each with the digest in its name.
+fn assert_stored(site: &TestSite, files: &[&[u8]]) {
+    site.verify_blobs();
+    let mut expected: Vec<PathBuf> = files.iter().map(|bytes| site.blob_path(&digest(bytes))).collect();
+    let mut found = site.blobs();
     expected.sort();
     found.sort();
     assert_eq!(found, expected);
 }
 
-/// The end of a download in the log, with where it came from.
-fn came_from(agent: &Agent, name: &str) -> String {
+/// The origin of a download according to the log.
+fn download_origin(agent: &Agent, name: &str) -> String {
     let entries = agent.events("model_downloaded");
     let entry = entries.iter().find(|entry| entry["model"] == name).unwrap();
     entry["from"].as_str().unwrap().to_owned()
 }
 
-/// A port where nobody listens by the time it is used.
-fn dead_host() -> String {
+/// An address at which nothing listens.
+fn unreachable_host() -> String {
     format!("127.0.0.1:{}", lineside_tests::broker::free_port())
 }
 
 #[test]
-fn a_model_comes_over_tls_when_its_authority_is_trusted() {
-    let (tls, plant, bytes) = (Tls::create(), Plant::offline(), variant(0));
+fn a_model_is_downloaded_over_tls_when_its_authority_is_trusted() {
+    let (tls, site, bytes) = (TlsFiles::create(), TestSite::offline(), variant(0));
     let server = TlsFileServer::start(&tls, None);
     fs::write(server.folder().join("parts.onnx"), &bytes).unwrap();
-    apply(&plant, "parts", &server.url("parts.onnx"), &digest(&bytes));
+    apply(&site, "parts", &server.url("parts.onnx"), &digest(&bytes));
     let hosts = server.host();
-    let mut stranger = plant.start(&["--source-hosts", &hosts]);
-    is_refused(&stranger, "parts", &["certificate"]);
-    assert_stored(&plant, &[]);
-    assert!(stranger.end().success());
+    let mut untrusting = site.start(&["--source-hosts", &hosts]);
+    expect_rejection(&untrusting, "parts", &["certificate"]);
+    assert_stored(&site, &[]);
+    assert!(untrusting.terminate().success());
 
-    let mut agent = plant.start(&["--source-hosts", &hosts, "--source-ca", utf8(&tls.ca())]);
-    arrives(&agent, "parts", &bytes);
-    assert_stored(&plant, &[&bytes]);
+    let mut agent = site.start(&["--source-hosts", &hosts, "--source-ca", utf8(&tls.ca())]);
+    expect_serving(&agent, "parts", &bytes);
+    assert_stored(&site, &[&bytes]);
     let entry = agent.wait_for_event("model_downloaded");
     assert_eq!(entry["bytes"].as_u64(), Some(bytes.len() as u64));
     assert_eq!(entry["digest"], digest(&bytes));
     assert_eq!(agent.metric("lineside_fetch_bytes_total{from=\"source\"}"), bytes.len() as f64);
-    assert!(agent.end().success());
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn secrets_open_a_web_server_and_their_values_are_never_shown() {
-    let (tls, plant, bytes) = (Tls::create(), Plant::offline(), variant(0));
+fn secrets_authenticate_downloads_and_their_values_are_never_exposed() {
+    let (tls, site, bytes) = (TlsFiles::create(), TestSite::offline(), variant(0));
     let (basic, bearer) =
         (TlsFileServer::start(&tls, Some(BASIC)), TlsFileServer::start(&tls, Some("Bearer t0ken-value")));
-    secret(&plant.path("secrets"), "basic", &[("username", USER), ("password", PASSWORD)]);
-    secret(&plant.path("secrets"), "bearer", &[("token", "t0ken-value\n")]);
+    write_secret(&site.path("secrets"), "basic", &[("username", USER), ("password", PASSWORD)]);
+    write_secret(&site.path("secrets"), "bearer", &[("token", "t0ken-value\n")]);
     let models = [
         ("basic", &basic, Some("basic"), variant(0)),
         ("bearer", &bearer, Some("bearer"), variant(1)),
@@ -114,56 +118,56 @@ fn secrets_open_a_web_server_and_their_values_are_never_shown() {
     for (name, server, secret, bytes) in &models {
         fs::write(server.folder().join(name), bytes).unwrap();
         match secret {
-            Some(secret) => apply_with_secret(&plant, name, &server.url(name), &digest(bytes), secret),
-            None => apply(&plant, name, &server.url(name), &digest(bytes)),
+            Some(secret) => apply_with_secret(&site, name, &server.url(name), &digest(bytes), secret),
+            None => apply(&site, name, &server.url(name), &digest(bytes)),
         }
     }
-    let (hosts, secrets) = (format!("{},{}", basic.host(), bearer.host()), plant.path("secrets"));
+    let (hosts, secrets) = (format!("{},{}", basic.host(), bearer.host()), site.path("secrets"));
     let mut agent =
-        plant.start(&["--source-hosts", &hosts, "--source-ca", utf8(&tls.ca()), "--secrets-dir", utf8(&secrets)]);
-    arrives(&agent, "basic", &bytes);
-    arrives(&agent, "bearer", &models[1].3);
-    is_refused(&agent, "none", &["secretRef", "credentials", "401"]);
-    is_refused(&agent, "other", &["credentials", "401", "refuse"]);
-    is_refused(&agent, "absent", &["absent-secret"]);
+        site.start(&["--source-hosts", &hosts, "--source-ca", utf8(&tls.ca()), "--secrets-dir", utf8(&secrets)]);
+    expect_serving(&agent, "basic", &bytes);
+    expect_serving(&agent, "bearer", &models[1].3);
+    expect_rejection(&agent, "none", &["secretRef", "credentials", "401"]);
+    expect_rejection(&agent, "other", &["credentials", "401", "refuse"]);
+    expect_rejection(&agent, "absent", &["absent-secret"]);
     let shown = format!("{:?}{}", agent.logs(), http::get(agent.http(), "/v1/status").unwrap().1);
     for value in [PASSWORD, "t0ken-value", BASIC] {
         assert!(!shown.contains(value), "{shown}");
     }
-    assert_stored(&plant, &[&bytes, &models[1].3]);
-    assert!(agent.end().success());
+    assert_stored(&site, &[&bytes, &models[1].3]);
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn plain_http_is_for_those_who_ask_for_it() {
-    let (plant, bytes) = (Plant::offline(), variant(0));
+fn plain_http_requires_an_explicit_flag() {
+    let (site, bytes) = (TestSite::offline(), variant(0));
     let server = FileServer::start(&bytes, Fault::None);
-    apply(&plant, "parts", &server.url("parts.onnx"), &digest(&bytes));
-    apply(&plant, "object", &format!("s3://b/k?endpoint={}&region=r", server.url("")), &digest(&variant(1)));
+    apply(&site, "parts", &server.url("parts.onnx"), &digest(&bytes));
+    apply(&site, "object", &format!("s3://b/k?endpoint={}&region=r", server.url("")), &digest(&variant(1)));
     let host = server.host();
-    let mut strict = plant.start(&["--source-hosts", &host]);
+    let mut restricted = site.start(&["--source-hosts", &host]);
     for name in ["parts", "object"] {
-        is_refused(&strict, name, &["source-http", "sourceHttp", "https"]);
+        expect_rejection(&restricted, name, &["source-http", "sourceHttp", "https"]);
     }
     assert_eq!(server.connections(), 0);
-    assert!(strict.end().success());
+    assert!(restricted.terminate().success());
 
-    fs::remove_file(plant.path("manifests/object.yaml")).unwrap();
-    let mut agent = plant.start(&["--source-hosts", &host, "--source-http"]);
-    arrives(&agent, "parts", &bytes);
-    assert_stored(&plant, &[&bytes]);
-    assert!(agent.end().success());
+    fs::remove_file(site.path("manifests/object.yaml")).unwrap();
+    let mut agent = site.start(&["--source-hosts", &host, "--source-http"]);
+    expect_serving(&agent, "parts", &bytes);
+    assert_stored(&site, &[&bytes]);
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn a_download_that_is_cut_goes_on_where_it_was() {
-    let (plant, bytes) = (Plant::offline(), variant(0));
+fn an_interrupted_download_is_resumed() {
+    let (site, bytes) = (TestSite::offline(), variant(0));
     let server = FileServer::start(&bytes, Fault::None);
-    server.play(&[Fault::CutAfter(CUT), Fault::CutAfter(CUT), Fault::None]);
-    apply(&plant, "parts", &server.url("parts.onnx"), &digest(&bytes));
+    server.set_faults(&[Fault::CutAfter(CUT_BYTES), Fault::CutAfter(CUT_BYTES), Fault::None]);
+    apply(&site, "parts", &server.url("parts.onnx"), &digest(&bytes));
     let host = server.host();
-    let mut agent = plant.start(&["--source-hosts", &host, "--source-http"]);
-    arrives(&agent, "parts", &bytes);
+    let mut agent = site.start(&["--source-hosts", &host, "--source-http"]);
+    expect_serving(&agent, "parts", &bytes);
     let requests: Vec<_> = server.requests().into_iter().filter(|request| request.method == "GET").collect();
     assert_eq!(requests.len(), 3, "{requests:?}");
     assert_eq!(requests[0].range_start().unwrap_or(0), 0);
@@ -172,69 +176,70 @@ fn a_download_that_is_cut_goes_on_where_it_was() {
         assert_eq!(request.header("if-range"), Some(server.etag().as_str()));
     }
     assert!(server.bytes_sent() <= bytes.len() + 20_000, "{} bytes were sent", server.bytes_sent());
-    assert_stored(&plant, &[&bytes]);
-    assert!(agent.end().success());
+    assert_stored(&site, &[&bytes]);
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn a_download_outlives_the_agent_that_began_it() {
-    // Large enough for the agent to have made a part of it safe from a power cut.
-    let (plant, bytes) = (Plant::offline(), heavy(12, 1));
+fn a_download_is_resumed_after_the_agent_is_killed() {
+    // Large enough for the agent to sync a part of it before it is killed.
+    let (site, bytes) = (TestSite::offline(), large_model(12, 1));
     let server = FileServer::start(&bytes, Fault::StallAfter(10 << 20));
-    apply(&plant, "parts", &server.url("parts.onnx"), &digest(&bytes));
+    apply(&site, "parts", &server.url("parts.onnx"), &digest(&bytes));
     let host = server.host();
     let flags = ["--source-hosts", host.as_str(), "--source-http"];
-    let mut first = plant.start(&flags);
-    let partial = plant.data().join("store/partial").join(&digest(&bytes)["sha256:".len()..]);
-    until_late("most of the file", || fs::metadata(&partial).is_ok_and(|meta| meta.len() >= 9 << 20).then_some(()));
+    let mut first = site.start(&flags);
+    let partial = site.data().join("store/partial").join(&digest(&bytes)["sha256:".len()..]);
+    until_long("most of the file", || fs::metadata(&partial).is_ok_and(|meta| meta.len() >= 9 << 20).then_some(()));
     first.signal("KILL");
     first.wait();
-    assert_stored(&plant, &[]);
+    assert_stored(&site, &[]);
 
     server.set_fault(Fault::None);
-    let mut second = plant.start(&flags);
-    arrives(&second, "parts", &bytes);
+    let mut second = site.start(&flags);
+    expect_serving(&second, "parts", &bytes);
     let request = server.requests().into_iter().rfind(|request| request.method == "GET").unwrap();
     assert!(request.range_start().is_some_and(|start| start > 0), "{request:?}");
     assert_eq!(request.header("if-range"), Some(server.etag().as_str()));
-    assert_stored(&plant, &[&bytes]);
+    assert_stored(&site, &[&bytes]);
     assert!(!partial.exists() && !partial.with_extension("json").exists());
-    assert!(second.end().success());
+    assert!(second.terminate().success());
 }
 
-/// Name, the variant a server has at first, its script, the variant that is asked for, and the words of a refusal.
+/// Name, the initial variant of the server, its faults, the desired variant, and the words of a rejection.
 type Case = (&'static str, u8, Vec<Fault>, u8, &'static [&'static str]);
 
-/// The table of experiment 18: whatever a server does, the right file serves in the end or there is a reason.
+/// Experiment 18: for every fault of a server, the correct file serves in the end or the model is rejected with a
+/// reason.
 #[test]
-fn a_server_that_does_wrong_is_survived_or_named() {
-    let cut = || Fault::CutAfter(CUT);
-    let change = |tag| Fault::ChangesAfter(CUT, variant(tag));
+fn server_faults_are_tolerated_or_reported() {
+    let cut = || Fault::CutAfter(CUT_BYTES);
+    let change = |tag| Fault::ChangesAfter(CUT_BYTES, variant(tag));
     let cases: [Case; 9] = [
-        ("lying", 0, vec![Fault::LyingLength, Fault::None], 0, &[]),
+        ("wrong-length", 0, vec![Fault::WrongContentLength, Fault::None], 0, &[]),
         ("changed-to", 9, vec![change(1), Fault::None], 1, &[]),
         ("changed-away", 2, vec![change(9), Fault::None], 2, &["digest"]),
         ("misaligned", 3, vec![cut(), Fault::Misaligned206, Fault::None], 3, &[]),
         ("unsatisfiable", 4, vec![cut(), Fault::Unsatisfiable416, Fault::None], 4, &[]),
-        ("stalled", 5, vec![Fault::StallAfter(1), Fault::StallAfter(CUT), Fault::None], 5, &[]),
+        ("stalled", 5, vec![Fault::StallAfter(1), Fault::StallAfter(CUT_BYTES), Fault::None], 5, &[]),
         ("gzip", 6, vec![Fault::Gzip], 6, &["encod", "compress", "gzip", "digest"]),
         ("endless", 7, vec![Fault::EndlessBody], 7, &["MiB", "more than", "larger", "too large"]),
         ("failing", 8, vec![Fault::Status(500)], 8, &["500"]),
     ];
-    let plant = Plant::offline();
+    let site = TestSite::offline();
     let servers: Vec<FileServer> = cases
         .iter()
-        .map(|(name, has, script, asked, _)| {
-            let server = FileServer::start(&variant(*has), Fault::None);
-            server.play(script);
-            apply(&plant, name, &server.url("model.onnx"), &digest(&variant(*asked)));
+        .map(|(name, initial, faults, desired, _)| {
+            let server = FileServer::start(&variant(*initial), Fault::None);
+            server.set_faults(faults);
+            apply(&site, name, &server.url("model.onnx"), &digest(&variant(*desired)));
             server
         })
         .collect();
     let small = FileServer::start(&variant(9), Fault::None);
     let source = json!({"uri": small.url("m"), "digest": digest(&variant(9)), "size": 5});
-    plant.apply("size.yaml", &sourced("size", 1, &source, ""));
-    let mut agent = plant.start(&[
+    site.apply("size.yaml", &manifest_with_source("size", 1, &source, ""));
+    let mut agent = site.start(&[
         "--source-hosts",
         "127.0.0.1",
         "--source-http",
@@ -244,74 +249,74 @@ fn a_server_that_does_wrong_is_survived_or_named() {
         "1",
     ]);
     let mut served = Vec::new();
-    for (name, _, _, asked, words) in &cases {
+    for (name, _, _, desired, words) in &cases {
         if words.is_empty() {
-            arrives(&agent, name, &variant(*asked));
-            served.push(variant(*asked));
+            expect_serving(&agent, name, &variant(*desired));
+            served.push(variant(*desired));
         } else {
-            is_refused(&agent, name, words);
-            assert!(model(&agent, name)["serving"].is_null(), "{name} serves");
+            expect_rejection(&agent, name, words);
+            assert!(model_status(&agent, name)["serving"].is_null(), "{name} serves");
         }
     }
-    is_refused(&agent, "size", &["size", "bytes"]);
-    // Buffers of the system's hold a few MiB for each of the attempts.
+    expect_rejection(&agent, "size", &["size", "bytes"]);
+    // The buffers of the operating system hold a few MiB for each attempt.
     let endless = servers[7].bytes_sent() / servers[7].requests().len();
-    assert!(endless < 32 << 20, "{endless} bytes were taken of a body without an end");
-    assert_stored(&plant, &served.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    assert!(agent.end().success());
+    assert!(endless < 32 << 20, "{endless} bytes of an infinite body were read");
+    assert_stored(&site, &served.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn a_wrong_file_is_refused_by_both_digests_until_the_right_one_is_there() {
-    let (plant, wrong, right) = (Plant::offline(), variant(1), variant(2));
+fn a_file_with_a_wrong_digest_is_rejected_with_both_digests_until_the_right_one_is_served() {
+    let (site, wrong, right) = (TestSite::offline(), variant(1), variant(2));
     let server = FileServer::start(&wrong, Fault::None);
-    apply(&plant, "parts", &server.url("parts.onnx"), &digest(&right));
+    apply(&site, "parts", &server.url("parts.onnx"), &digest(&right));
     let host = server.host();
-    let mut agent = plant.start(&["--source-hosts", &host, "--source-http"]);
-    let reason = refusal(&agent, "parts");
+    let mut agent = site.start(&["--source-hosts", &host, "--source-http"]);
+    let reason = wait_for_rejection(&agent, "parts");
     assert!(reason.contains(&digest(&wrong)) && reason.contains(&digest(&right)), "{reason}");
-    assert!(model(&agent, "parts")["serving"].is_null());
-    assert_stored(&plant, &[]);
+    assert!(model_status(&agent, "parts")["serving"].is_null());
+    assert_stored(&site, &[]);
     assert_eq!(http::get(agent.http(), "/readyz").unwrap().0, 503);
 
     server.set_body(&right);
-    arrives(&agent, "parts", &right);
-    assert_stored(&plant, &[&right]);
-    assert!(agent.end().success());
+    expect_serving(&agent, "parts", &right);
+    assert_stored(&site, &[&right]);
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn redirects_lead_only_to_listed_hosts_and_take_no_credentials_along() {
-    let (plant, bytes) = (Plant::offline(), variant(0));
-    let elsewhere = FileServer::start(&bytes, Fault::None);
-    let first = FileServer::start(&bytes, Fault::Redirect(elsewhere.url("moved.onnx")));
+fn redirects_are_limited_to_listed_hosts_and_drop_credentials() {
+    let (site, bytes) = (TestSite::offline(), variant(0));
+    let target = FileServer::start(&bytes, Fault::None);
+    let first = FileServer::start(&bytes, Fault::Redirect(target.url("moved.onnx")));
     let lost = FileServer::start(&bytes, Fault::None);
     lost.set_fault(Fault::Redirect(lost.url("again")));
     let local = FileServer::start(&bytes, Fault::Redirect("file:///etc/hostname".to_owned()));
-    secret(&plant.path("secrets"), "bearer", &[("token", "t0ken-value")]);
-    apply_with_secret(&plant, "parts", &first.url("parts.onnx"), &digest(&bytes), "bearer");
-    apply(&plant, "lost", &lost.url("m"), &digest(&variant(1)));
-    apply(&plant, "local", &local.url("m"), &digest(&variant(2)));
-    let secrets = plant.path("secrets");
-    let start = |hosts: &str| plant.start(&["--source-http", "--secrets-dir", utf8(&secrets), "--source-hosts", hosts]);
+    write_secret(&site.path("secrets"), "bearer", &[("token", "t0ken-value")]);
+    apply_with_secret(&site, "parts", &first.url("parts.onnx"), &digest(&bytes), "bearer");
+    apply(&site, "lost", &lost.url("m"), &digest(&variant(1)));
+    apply(&site, "local", &local.url("m"), &digest(&variant(2)));
+    let secrets = site.path("secrets");
+    let start = |hosts: &str| site.start(&["--source-http", "--secrets-dir", utf8(&secrets), "--source-hosts", hosts]);
     let few = format!("{},{},{}", first.host(), lost.host(), local.host());
-    let mut strict = start(&few);
-    is_refused(&strict, "parts", &[&elsewhere.host()]);
-    is_refused(&strict, "lost", &["redirect"]);
-    is_refused(&strict, "local", &["redirect", "file:", "not allowed", "address"]);
-    assert_eq!(elsewhere.connections(), 0);
-    assert_stored(&plant, &[]);
-    assert!(strict.end().success());
+    let mut restricted = start(&few);
+    expect_rejection(&restricted, "parts", &[&target.host()]);
+    expect_rejection(&restricted, "lost", &["redirect"]);
+    expect_rejection(&restricted, "local", &["redirect", "file:", "not allowed", "address"]);
+    assert_eq!(target.connections(), 0);
+    assert_stored(&site, &[]);
+    assert!(restricted.terminate().success());
 
-    let mut agent = start(&format!("{few},{}", elsewhere.host()));
-    arrives(&agent, "parts", &bytes);
-    assert!(elsewhere.requests().iter().all(|request| request.header("authorization").is_none()));
-    assert!(agent.end().success());
+    let mut agent = start(&format!("{few},{}", target.host()));
+    expect_serving(&agent, "parts", &bytes);
+    assert!(target.requests().iter().all(|request| request.header("authorization").is_none()));
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn nobody_is_led_to_addresses_that_are_this_machines_own() {
-    let (plant, server) = (Plant::offline(), FileServer::start(b"x", Fault::None));
+fn loopback_and_link_local_sources_are_rejected() {
+    let (site, server) = (TestSite::offline(), FileServer::start(b"x", Fault::None));
     let port = server.host().split(':').next_back().unwrap().to_owned();
     let addresses = [
         format!("http://localhost:{port}/m"),
@@ -328,31 +333,31 @@ fn nobody_is_led_to_addresses_that_are_this_machines_own() {
         format!("oci://127.0.0.1:{port}/models/parts:v1"),
     ];
     for (index, uri) in addresses.iter().enumerate() {
-        apply(&plant, &format!("case-{index}"), uri, &digest(uri.as_bytes()));
+        apply(&site, &format!("case-{index}"), uri, &digest(uri.as_bytes()));
     }
-    apply(&plant, "signed", &format!("http://user:hunter2@localhost:{port}/m"), &digest(b"signed"));
-    let mut agent = plant.start(&["--source-http"]);
+    apply(&site, "signed", &format!("http://user:hunter2@localhost:{port}/m"), &digest(b"signed"));
+    let mut agent = site.start(&["--source-http"]);
     for (index, uri) in addresses.iter().enumerate() {
         let why = ["source-hosts", "sourceHosts", "loopback", "link-local", "unspecified", "multicast", "not allowed"];
-        let reason = refusal(&agent, &format!("case-{index}"));
-        assert!(holds(&reason, &why), "{uri}: {reason}");
+        let reason = wait_for_rejection(&agent, &format!("case-{index}"));
+        assert!(contains_any(&reason, &why), "{uri}: {reason}");
     }
     let entry = agent.wait_for_event("manifest_rejected");
-    assert!(holds(entry["reason"].as_str().unwrap(), &["credentials"]), "{entry}");
+    assert!(contains_any(entry["reason"].as_str().unwrap(), &["credentials"]), "{entry}");
     assert!(!format!("{:?}", agent.logs()).contains("hunter2"));
     assert_eq!(server.connections(), 0, "{:?}", server.requests());
-    assert!(agent.end().success());
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn artifacts_come_from_a_registry_by_tag_and_by_digest() {
-    let (tls, plant) = (Tls::create(), Plant::offline());
+fn oci_artifacts_are_pulled_by_tag_and_by_digest() {
+    let (tls, site) = (TlsFiles::create(), TestSite::offline());
     let (closed, open) = (Registry::start(&tls, true), Registry::start(&tls, false));
-    let secrets = plant.path("secrets");
-    secret(&secrets, "registry", &[("username", USER), ("password", PASSWORD)]);
-    secret(&secrets, "wrong", &[("username", USER), ("password", "guessed")]);
+    let secrets = site.path("secrets");
+    write_secret(&secrets, "registry", &[("username", USER), ("password", PASSWORD)]);
+    write_secret(&secrets, "wrong", &[("username", USER), ("password", "guessed")]);
     let docker = json!({"auths": {closed.host(): {"auth": BASIC.trim_start_matches("Basic ")}}}).to_string();
-    secret(&secrets, "docker", &[(".dockerconfigjson", &docker)]);
+    write_secret(&secrets, "docker", &[(".dockerconfigjson", &docker)]);
     let push = |registry: &Registry, tag: u8, kind| {
         let bytes = variant(tag);
         let layers = [("README.md", &b"parts"[..]), ("model/parts.onnx", bytes.as_slice())];
@@ -377,102 +382,106 @@ fn artifacts_come_from_a_registry_by_tag_and_by_digest() {
         ("only-layer", closed.url("models/only", ":v5"), "registry", 5),
     ];
     for (name, uri, secret, tag) in &served {
-        apply_with_secret(&plant, name, uri, &digest(&variant(*tag)), secret);
+        apply_with_secret(&site, name, uri, &digest(&variant(*tag)), secret);
     }
-    apply(&plant, "open", &open.url("models/parts", ":v4"), &digest(&variant(4)));
-    // None of these is in the store under the digest it asks for.
-    let wanted = |tag| digest(&variant(tag));
-    apply(&plant, "no-secret", &tagged(0), &wanted(6));
-    apply_with_secret(&plant, "wrong-password", &tagged(0), &wanted(7), "wrong");
-    apply_with_secret(&plant, "other-digest", &tagged(0), &wanted(8), "registry");
-    apply_with_secret(&plant, "no-tag", &closed.url("models/parts", ":v99"), &wanted(9), "registry");
+    apply(&site, "open", &open.url("models/parts", ":v4"), &digest(&variant(4)));
+    // The store contains no blob with the digests that these models require.
+    let other = |tag| digest(&variant(tag));
+    apply(&site, "no-secret", &tagged(0), &other(6));
+    apply_with_secret(&site, "wrong-password", &tagged(0), &other(7), "wrong");
+    apply_with_secret(&site, "other-digest", &tagged(0), &other(8), "registry");
+    apply_with_secret(&site, "no-tag", &closed.url("models/parts", ":v99"), &other(9), "registry");
 
     let hosts = format!("{},{}", closed.host(), open.host());
     let mut agent =
-        plant.start(&["--source-hosts", &hosts, "--source-ca", utf8(&tls.ca()), "--secrets-dir", utf8(&secrets)]);
+        site.start(&["--source-hosts", &hosts, "--source-ca", utf8(&tls.ca()), "--secrets-dir", utf8(&secrets)]);
     for (name, _, _, tag) in &served {
-        arrives(&agent, name, &variant(*tag));
+        expect_serving(&agent, name, &variant(*tag));
     }
-    arrives(&agent, "open", &variant(4));
-    is_refused(&agent, "no-secret", &["secretRef", "credentials", "401"]);
-    is_refused(&agent, "wrong-password", &["credentials", "password", "401", "refuse"]);
-    is_refused(&agent, "other-digest", &["digest"]);
-    is_refused(&agent, "no-tag", &["not found", "no such", "404", "unknown"]);
+    expect_serving(&agent, "open", &variant(4));
+    expect_rejection(&agent, "no-secret", &["secretRef", "credentials", "401"]);
+    expect_rejection(&agent, "wrong-password", &["credentials", "password", "401", "refuse"]);
+    expect_rejection(&agent, "other-digest", &["digest"]);
+    expect_rejection(&agent, "no-tag", &["not found", "no such", "404", "unknown"]);
     assert!(!format!("{:?}", agent.logs()).contains(PASSWORD));
     let stored: Vec<Vec<u8>> = (0..6).map(variant).collect();
-    assert_stored(&plant, &stored.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    assert!(agent.end().success());
+    assert_stored(&site, &stored.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn a_registry_that_is_down_is_waited_for() {
-    let (tls, plant, bytes) = (Tls::create(), Plant::offline(), variant(0));
+fn a_download_is_retried_until_the_registry_is_back() {
+    let (tls, site, bytes) = (TlsFiles::create(), TestSite::offline(), variant(0));
     let mut registry = Registry::start(&tls, false);
     registry.push("models/parts", "v1", &[("parts.onnx", &bytes)], None);
     registry.stop();
-    apply(&plant, "parts", &registry.url("models/parts", ":v1"), &digest(&bytes));
+    apply(&site, "parts", &registry.url("models/parts", ":v1"), &digest(&bytes));
     let host = registry.host();
-    let mut agent = plant.start(&["--source-hosts", &host, "--source-ca", utf8(&tls.ca())]);
-    is_refused(&agent, "parts", &["connect", "reach"]);
+    let mut agent = site.start(&["--source-hosts", &host, "--source-ca", utf8(&tls.ca())]);
+    expect_rejection(&agent, "parts", &["connect", "reach"]);
     registry.restart();
-    arrives(&agent, "parts", &bytes);
-    assert!(agent.end().success());
+    expect_serving(&agent, "parts", &bytes);
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn objects_come_from_s3_with_a_signature() {
-    let (tls, plant, bytes) = (Tls::create(), Plant::offline(), variant(0));
+fn s3_objects_are_downloaded_with_signed_requests() {
+    let (tls, site, bytes) = (TlsFiles::create(), TestSite::offline(), variant(0));
     let s3 = S3::start(Some(&tls));
-    let secrets = plant.path("secrets");
-    secret(&secrets, "s3", &[("accessKeyId", "edge"), ("secretAccessKey", "s3-hidden-key")]);
+    let secrets = site.path("secrets");
+    write_secret(&secrets, "s3", &[("accessKeyId", "edge"), ("secretAccessKey", "s3-hidden-key")]);
     s3.put("models", "plant/parts.onnx", &bytes);
     let url = s3.url("models", "plant/parts.onnx");
-    apply_with_secret(&plant, "parts", &url, &digest(&bytes), "s3");
-    apply_with_secret(&plant, "missing", &s3.url("models", "none.onnx"), &digest(&variant(1)), "s3");
-    apply(&plant, "unsigned", &url, &digest(&variant(2)));
+    apply_with_secret(&site, "parts", &url, &digest(&bytes), "s3");
+    apply_with_secret(&site, "missing", &s3.url("models", "none.onnx"), &digest(&variant(1)), "s3");
+    apply(&site, "unsigned", &url, &digest(&variant(2)));
     let mut agent =
-        plant.start(&["--source-hosts", s3.host(), "--source-ca", utf8(&tls.ca()), "--secrets-dir", utf8(&secrets)]);
-    arrives(&agent, "parts", &bytes);
-    is_refused(&agent, "missing", &["not found", "no such", "404"]);
-    is_refused(&agent, "unsigned", &["secretRef", "credentials", "403", "refuse"]);
+        site.start(&["--source-hosts", s3.host(), "--source-ca", utf8(&tls.ca()), "--secrets-dir", utf8(&secrets)]);
+    expect_serving(&agent, "parts", &bytes);
+    expect_rejection(&agent, "missing", &["not found", "no such", "404"]);
+    expect_rejection(&agent, "unsigned", &["secretRef", "credentials", "403", "refuse"]);
     let logs = format!("{:?}", agent.logs());
     assert!(!logs.contains("s3-hidden-key"), "{logs}");
-    assert!(!logs.contains("169.254."), "nobody asks the cloud's metadata service: {logs}");
-    assert_stored(&plant, &[&bytes]);
-    assert!(agent.end().success());
+    assert!(!logs.contains("169.254."), "the metadata service of the cloud is never queried: {logs}");
+    assert_stored(&site, &[&bytes]);
+    assert!(agent.terminate().success());
 }
 
-/// A file with a token that peers share.
-fn token(plant: &Plant, value: &str) -> String {
-    plant.put("peer-token", format!("{value}\n").as_bytes());
-    utf8(&plant.path("peer-token")).to_owned()
+/// A file with the token that peers share.
+fn token(site: &TestSite, value: &str) -> String {
+    site.write("peer-token", format!("{value}\n").as_bytes());
+    utf8(&site.path("peer-token")).to_owned()
 }
 
 #[test]
-fn a_peer_gives_what_it_has_to_those_who_know_the_token() {
-    let (home, away, bytes) = (Plant::offline(), Plant::offline(), variant(0));
+fn a_peer_serves_blobs_only_to_clients_with_the_token() {
+    let (home, away, bytes) = (TestSite::offline(), TestSite::offline(), variant(0));
     let server = FileServer::start(&bytes, Fault::None);
     let path = format!("/v1/blobs/sha256/{}", &digest(&bytes)["sha256:".len()..]);
     apply(&home, "parts", &server.url("parts.onnx"), &digest(&bytes));
     let host = server.host();
     let first_token = token(&home, "site-secret");
     let mut first = home.start(&["--source-hosts", &host, "--source-http", "--peer-token-file", &first_token]);
-    arrives(&first, "parts", &bytes);
+    expect_serving(&first, "parts", &bytes);
 
-    let ask = |path: &str, headers: &[(&str, &str)]| exchange(first.http(), None, "GET", path, headers, b"");
+    let get = |path: &str, headers: &[(&str, &str)]| http_request(first.http(), None, "GET", path, headers, b"");
     let bearer = ("Authorization", "Bearer site-secret");
-    assert_eq!(ask(&path, &[]).status, 401);
-    assert_eq!(ask(&path, &[("Authorization", "Bearer site-secre")]).status, 401);
-    assert_eq!(ask(&format!("/v1/blobs/sha256/{}", "1".repeat(64)), &[]).status, 401, "strangers learn nothing");
-    assert_eq!(ask(&format!("/v1/blobs/sha256/{}", "0".repeat(64)), &[bearer]).status, 404);
-    assert_eq!(ask("/v1/blobs/sha256/..%2F..%2Flast-good.json", &[bearer]).status / 100, 4);
-    let whole = ask(&path, &[bearer]);
+    assert_eq!(get(&path, &[]).status, 401);
+    assert_eq!(get(&path, &[("Authorization", "Bearer site-secre")]).status, 401);
+    assert_eq!(
+        get(&format!("/v1/blobs/sha256/{}", "1".repeat(64)), &[]).status,
+        401,
+        "without the token, the response does not reveal which blobs exist"
+    );
+    assert_eq!(get(&format!("/v1/blobs/sha256/{}", "0".repeat(64)), &[bearer]).status, 404);
+    assert_eq!(get("/v1/blobs/sha256/..%2F..%2Flast-good.json", &[bearer]).status / 100, 4);
+    let whole = get(&path, &[bearer]);
     assert_eq!((whole.status, whole.body == bytes), (200, true));
-    let part = ask(&path, &[bearer, ("Range", "bytes=1000-1999")]);
+    let part = get(&path, &[bearer, ("Range", "bytes=1000-1999")]);
     assert_eq!((part.status, part.body == bytes[1000..2000]), (206, true));
 
     let so_far = server.requests().len();
-    apply(&away, "parts", &format!("http://{}/parts.onnx", dead_host()), &digest(&bytes));
+    apply(&away, "parts", &format!("http://{}/parts.onnx", unreachable_host()), &digest(&bytes));
     let second_token = token(&away, "site-secret");
     let mut second = away.start(&[
         "--source-hosts",
@@ -483,54 +492,54 @@ fn a_peer_gives_what_it_has_to_those_who_know_the_token() {
         "--peer-token-file",
         &second_token,
     ]);
-    arrives(&second, "parts", &bytes);
-    let from = came_from(&second, "parts");
+    expect_serving(&second, "parts", &bytes);
+    let from = download_origin(&second, "parts");
     assert!(from.contains(first.http()), "{from}");
     assert_eq!(second.metric("lineside_fetch_bytes_total{from=\"peer\"}"), bytes.len() as f64);
     assert_eq!(server.requests().len(), so_far);
     assert_stored(&away, &[&bytes]);
-    assert!(second.end().success());
-    assert!(first.end().success());
+    assert!(second.terminate().success());
+    assert!(first.terminate().success());
 
-    // Without a token there is nothing to ask for.
+    // Without a token file, the endpoint does not exist.
     let mut closed = home.start(&["--source-hosts", &host, "--source-http"]);
-    assert_eq!(exchange(closed.http(), None, "GET", &path, &[bearer], b"").status, 404);
-    assert!(closed.end().success());
+    assert_eq!(http_request(closed.http(), None, "GET", &path, &[bearer], b"").status, 404);
+    assert!(closed.terminate().success());
 }
 
 #[test]
-fn a_peer_that_refuses_lies_or_is_gone_costs_only_the_way_to_the_source() {
-    let (plant, bytes) = (Plant::offline(), variant(0));
+fn a_failing_peer_falls_back_to_the_source() {
+    let (site, bytes) = (TestSite::offline(), variant(0));
     let source = FileServer::start(&bytes, Fault::None);
-    let refusing = FileServer::start(&bytes, Fault::WantsAuthorization("Bearer another".to_owned()));
-    let lying = FileServer::start(&variant(1), Fault::None);
-    apply(&plant, "parts", &source.url("parts.onnx"), &digest(&bytes));
-    let peers = format!("{},{},{}", dead_host(), refusing.host(), lying.host());
-    let (host, token) = (source.host(), token(&plant, "site-secret"));
+    let refusing = FileServer::start(&bytes, Fault::RequiresAuthorization("Bearer another".to_owned()));
+    let corrupt = FileServer::start(&variant(1), Fault::None);
+    apply(&site, "parts", &source.url("parts.onnx"), &digest(&bytes));
+    let peers = format!("{},{},{}", unreachable_host(), refusing.host(), corrupt.host());
+    let (host, token) = (source.host(), token(&site, "site-secret"));
     let mut agent =
-        plant.start(&["--source-hosts", &host, "--source-http", "--peers", &peers, "--peer-token-file", &token]);
-    arrives(&agent, "parts", &bytes);
-    let from = came_from(&agent, "parts");
+        site.start(&["--source-hosts", &host, "--source-http", "--peers", &peers, "--peer-token-file", &token]);
+    expect_serving(&agent, "parts", &bytes);
+    let from = download_origin(&agent, "parts");
     assert!(from.contains(&host), "{from}");
-    for peer in [&refusing, &lying] {
+    for peer in [&refusing, &corrupt] {
         let requests = peer.requests();
         assert_eq!(requests[0].path, format!("/v1/blobs/sha256/{}", &digest(&bytes)["sha256:".len()..]));
         assert_eq!(requests[0].header("authorization"), Some("Bearer site-secret"));
     }
     assert!(source.requests().iter().all(|request| request.header("authorization").is_none()));
-    assert_stored(&plant, &[&bytes]);
-    assert!(agent.end().success());
+    assert_stored(&site, &[&bytes]);
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn a_capped_download_tells_how_far_it_is() {
-    let (plant, bytes) = (Plant::offline(), variant(0));
+fn a_rate_limited_download_reports_its_progress() {
+    let (site, bytes) = (TestSite::offline(), variant(0));
     let server = FileServer::start(&bytes, Fault::None);
-    apply(&plant, "parts", &server.url("parts.onnx"), &digest(&bytes));
+    apply(&site, "parts", &server.url("parts.onnx"), &digest(&bytes));
     let host = server.host();
-    let mut agent = plant.start(&["--source-hosts", &host, "--source-http", "--source-kib-per-second", "64"]);
-    let seen = until_late("progress", || {
-        let seen = model(&agent, "parts");
+    let mut agent = site.start(&["--source-hosts", &host, "--source-http", "--source-kib-per-second", "64"]);
+    let seen = until_long("progress", || {
+        let seen = model_status(&agent, "parts");
         let percent = seen["progress"]["percent"].as_f64()?;
         (percent > 0.0 && percent < 100.0).then_some(seen)
     });
@@ -538,11 +547,11 @@ fn a_capped_download_tells_how_far_it_is() {
     assert_eq!(seen["progress"]["total"].as_u64(), Some(bytes.len() as u64), "{seen}");
     assert!(seen["progress"]["bytes"].as_u64().is_some_and(|got| (1..bytes.len() as u64).contains(&got)), "{seen}");
     assert!(seen["progress"]["from"].as_str().is_some_and(|from| from.contains(&host)), "{seen}");
-    arrives(&agent, "parts", &bytes);
-    assert!(agent.end().success());
+    expect_serving(&agent, "parts", &bytes);
+    assert!(agent.terminate().success());
 }
 
-/// A small file system of its own, for as long as it is held.
+/// A small file system that is mounted on a folder until this is dropped.
 struct SmallDisk<'a>(&'a Path);
 
 impl<'a> SmallDisk<'a> {
@@ -561,27 +570,27 @@ impl Drop for SmallDisk<'_> {
 }
 
 #[test]
-fn a_full_disk_is_named_and_what_serves_goes_on() {
-    let (plant, bytes) = (Plant::offline(), variant(0));
-    let data = plant.data();
+fn a_full_disk_is_reported_and_the_serving_version_continues() {
+    let (site, bytes) = (TestSite::offline(), variant(0));
+    let data = site.data();
     let Some(disk) = SmallDisk::mount(&data) else {
-        eprintln!("skipped: this machine lets nobody mount a small file system");
+        eprintln!("skipped: mounting a file system is not permitted");
         return;
     };
-    plant.put("parts.onnx", &bytes);
-    apply(&plant, "parts", "file:../parts.onnx", &digest(&bytes));
-    let large = heavy(24, 1);
+    site.write("parts.onnx", &bytes);
+    apply(&site, "parts", "file:../parts.onnx", &digest(&bytes));
+    let large = large_model(24, 1);
     let server = FileServer::start(&large, Fault::None);
     let host = server.host();
-    let mut agent = plant.start(&["--source-hosts", &host, "--source-http"]);
-    arrives(&agent, "parts", &bytes);
-    apply(&plant, "large", &server.url("large.onnx"), &digest(&large));
-    is_refused(&agent, "large", &["space"]);
+    let mut agent = site.start(&["--source-hosts", &host, "--source-http"]);
+    expect_serving(&agent, "parts", &bytes);
+    apply(&site, "large", &server.url("large.onnx"), &digest(&large));
+    expect_rejection(&agent, "large", &["space"]);
     assert!(agent.is_running());
-    arrives(&agent, "parts", &bytes);
-    plant.check_blobs();
-    assert!(!plant.blob(&digest(&large)).exists());
-    assert!(agent.end().success());
+    expect_serving(&agent, "parts", &bytes);
+    site.verify_blobs();
+    assert!(!site.blob_path(&digest(&large)).exists());
+    assert!(agent.terminate().success());
     drop(agent);
     drop(disk);
 }

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Writes an OCI image archive from files, without a container daemon and reproducibly.
 
-The archive has one layer. It contains nothing that differs between two builds of the same input: no times, no owner names, and
-a fixed order of the files. `ctr images import`, the image folder of K3s, `docker load` and `skopeo` accept it.
+The archive has one layer. It contains nothing that differs between two builds of the same input: no times, no owner
+names, and a fixed order of the files. `ctr images import`, the image folder of K3s, `docker load` and `skopeo` accept
+it.
 
 Format: OCI image-spec 1.1, image layout. Annotations of the index name the image for containerd and Docker.
 """

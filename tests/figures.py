@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measures a built agent as a whole process: size, memory at rest and under load, time to the first result, frames per second.
 
-It starts a real mosquitto and the given program, repeats a 1920x1080 JPEG as fast as the model allows, and reads the kernel's
-counters and the agent's metrics. The figures compare two builds on one machine in one run; nothing is asserted.
+It starts a real mosquitto and the given program, repeats a 1920x1080 JPEG as fast as the model allows, and reads the
+kernel's counters and the agent's metrics. The figures compare two builds on one machine in one run; nothing is
+asserted.
 
     .venv/bin/python tests/figures.py target/release/lineside [MODEL.onnx ...]
 """

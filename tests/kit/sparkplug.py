@@ -3,11 +3,11 @@
     sparkplug.py capture HOST PORT OUTFILE     writes every message under spBv1.0/ as a line of JSON; prints `ready`
     sparkplug.py check OUTFILE                 prints a report as JSON; the exit status is 1 if there are violations
 
-A line is {"topic", "qos", "retain", "payload"}. A payload is {"timestamp", "seq", "metrics"}, and a metric {"name", "alias",
-"timestamp", "datatype", "is_historical", "is_null", "field", "value"}, where `field` is the protobuf field that holds the
-value; absent fields are omitted. STATE messages are stored as the JSON that they are. Bytes that cannot be decoded give
-{"error": ...}. After the capture lost its connection for a while there is a line {"reconnected": true}; messages that it
-missed are not counted as violations.
+A line is {"topic", "qos", "retain", "payload"}. A payload is {"timestamp", "seq", "metrics"}, and a metric {"name",
+"alias", "timestamp", "datatype", "is_historical", "is_null", "field", "value"}, where `field` is the protobuf field
+that holds the value; absent fields are omitted. STATE messages are stored as the JSON that they are. Bytes that
+cannot be decoded give {"error": ...}. After the capture lost its connection for a while there is a line
+{"reconnected": true}; messages that it missed are not counted as violations.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Records the messages that a broker delivers: subscriber.py -t FILTER [--session ID] OUTFILE, and the flags of mosquitto_sub
 -h HOST -p PORT --cafile --cert --key -u -P.
 
-It shares no code with the product or with mosquitto's clients. Every message is one line of JSON, which is written before
-the message is acknowledged. `ready` is printed whenever a subscription is granted: once, and after every reconnection. With
---session the broker stores messages while the subscriber is disconnected.
+It shares no code with the product or with mosquitto's clients. Every message is one line of JSON, which is written
+before the message is acknowledged. `ready` is printed whenever a subscription is granted: once, and after every
+reconnection. With --session the broker stores messages while the subscriber is disconnected.
 """
 
 import argparse

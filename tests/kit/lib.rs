@@ -3,7 +3,7 @@
 //!
 //! The kit uses no crate of the product, only the built program, so the product is never checked against itself. Nothing
 //! here waits for a fixed time: every wait has a condition and a limit (`wait`). Every child process ends with the test
-//! that started it (`process`).
+//! that started it (`process`). The kit has no unit tests: the suite exercises all of it.
 
 #![allow(clippy::expect_used, reason = "in a test a panic is the message")]
 
@@ -11,6 +11,7 @@ pub mod agent;
 pub mod broker;
 pub mod camera;
 pub mod certificates;
+pub mod file_server;
 pub mod hostile;
 pub mod http;
 pub mod lab;

@@ -149,7 +149,7 @@ fn serve(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                 match script {
                     ApiScript::Expired => chunked(&mut stream, &error(410, "Expired").to_string())?,
                     ApiScript::Truncated => {
-                        chunked(&mut stream, "{\"type\":\"ADDED\",\"object\":{\"apiVersion\":\"li")?
+                        chunked(&mut stream, "{\"type\":\"ADDED\",\"object\":{\"apiVersion\":\"li")?;
                     }
                     ApiScript::LimitExceeded => whole(&mut stream, 429, &status(429, "TooManyRequests").to_string())?,
                     ApiScript::Unavailable => whole(&mut stream, 503, &status(503, "ServiceUnavailable").to_string())?,

@@ -1,4 +1,4 @@
-//! The agent as a DaemonSet and the controller as a Deployment on a real Kubernetes with a real kubelet (`kit/lab.rs`), and
+//! The agent as a DaemonSet and the controller as a Deployment on a real Kubernetes with a real kubelet (`kit/lab/`), and
 //! the agent against a scripted API server.
 
 mod api_faults;

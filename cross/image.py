@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Writes an OCI image archive from files, without a container daemon and the same to the last bit each time.
+"""Writes an OCI image archive from files, without a container daemon and reproducibly.
 
-The archive holds one layer. Nothing that changes from one build to the next goes into it: no times, no owners' names, no
-order that a folder happens to have. `ctr images import`, K3s' folder of images, `docker load` and `skopeo` take it.
+The archive has one layer. It contains nothing that differs between two builds of the same input: no times, no owner
+names, and a fixed order of the files. `ctr images import`, the image folder of K3s, `docker load` and `skopeo` accept
+it.
 
-Format: OCI image-spec 1.1, image layout. The layout's index also names the image as containerd and Docker expect it.
+Format: OCI image-spec 1.1, image layout. Annotations of the index name the image for containerd and Docker.
 """
 
 import argparse
@@ -18,47 +19,47 @@ import tarfile
 
 
 def blob(blobs: dict, content: bytes, media_type: str) -> dict:
-    """Adds a blob and gives its descriptor."""
+    """Adds a blob and returns its descriptor."""
     digest = hashlib.sha256(content).hexdigest()
     blobs[digest] = content
     return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(content)}
 
 
 def entry(name: str, mode: int, size: int = 0) -> tarfile.TarInfo:
-    """A member of an archive that bears no trace of who made it when."""
+    """An archive member without time and owner names."""
     info = tarfile.TarInfo(name)
     info.mode, info.size, info.mtime, info.uid, info.gid, info.uname, info.gname = mode, size, 0, 0, 0, "", ""
     return info
 
 
 def layer(files: list, folders: list) -> bytes:
-    """The layer as a tar: every file at its place, with the folders above it."""
+    """The layer as a tar archive: all files with their parent folders."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        parents = {parent for place, _, _ in files for parent in pathlib.PurePosixPath(place).parents}
+        parents = {parent for path, _, _ in files for parent in pathlib.PurePosixPath(path).parents}
         parents |= {pathlib.PurePosixPath(folder) for folder in folders}
         for parent in sorted(str(parent) for parent in parents if str(parent) not in (".", "/")):
             info = entry(parent.lstrip("/") + "/", 0o755)
             info.type = tarfile.DIRTYPE
             archive.addfile(info)
-        for place, source, mode in sorted(files):
+        for path, source, mode in sorted(files):
             data = pathlib.Path(source).read_bytes()
-            archive.addfile(entry(place.lstrip("/"), mode, len(data)), io.BytesIO(data))
+            archive.addfile(entry(path.lstrip("/"), mode, len(data)), io.BytesIO(data))
     return content.getvalue()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="the archive to write")
-    parser.add_argument("--name", required=True, help="the image's name with its tag, such as lineside.dev/lineside:0.1.0")
+    parser.add_argument("--output", required=True, help="path of the archive")
+    parser.add_argument("--name", required=True, help="image name with tag, for example lineside.dev/lineside:0.1.0")
     parser.add_argument("--arch", required=True, choices=["amd64", "arm64"])
-    parser.add_argument("--file", action="append", default=[], metavar="PLACE=SOURCE", help="a file, readable by all")
-    parser.add_argument("--program", action="append", default=[], metavar="PLACE=SOURCE", help="a file that can be run")
-    parser.add_argument("--folder", action="append", default=[], metavar="PLACE", help="an empty folder")
+    parser.add_argument("--file", action="append", default=[], metavar="PATH=SOURCE", help="a file, readable by all users")
+    parser.add_argument("--program", action="append", default=[], metavar="PATH=SOURCE", help="an executable file")
+    parser.add_argument("--folder", action="append", default=[], metavar="PATH", help="an empty folder")
     parser.add_argument("--entrypoint", required=True)
     parser.add_argument("--user", default="65532:65532")
     parser.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--max-mib", type=float, help="fail when the archive is larger")
+    parser.add_argument("--max-mib", type=float, help="fail if the archive is larger")
     arguments = parser.parse_args()
     files = [(*pair.split("=", 1), mode) for pairs, mode in ((arguments.file, 0o644), (arguments.program, 0o755)) for pair in pairs]
     tar = layer(files, arguments.folder)
@@ -83,13 +84,13 @@ def main() -> int:
         "config": blob(blobs, as_json(config), "application/vnd.oci.image.config.v1+json"),
         "layers": [blob(blobs, compressed, "application/vnd.oci.image.layer.v1.tar+gzip")],
     }
-    described = blob(blobs, as_json(manifest), manifest["mediaType"])
-    described["annotations"] = {
+    descriptor = blob(blobs, as_json(manifest), manifest["mediaType"])
+    descriptor["annotations"] = {
         "io.containerd.image.name": arguments.name,
         "org.opencontainers.image.ref.name": arguments.name,
     }
-    described["platform"] = {"architecture": arguments.arch, "os": "linux"}
-    index = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [described]}
+    descriptor["platform"] = {"architecture": arguments.arch, "os": "linux"}
+    index = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [descriptor]}
     members = {"oci-layout": as_json({"imageLayoutVersion": "1.0.0"}), "index.json": as_json(index)}
     members |= {f"blobs/sha256/{digest}": content for digest, content in blobs.items()}
     output = pathlib.Path(arguments.output)
@@ -100,10 +101,10 @@ def main() -> int:
             archive.addfile(entry(name, 0o644, len(members[name])), io.BytesIO(members[name]))
     size = partial.stat().st_size / 2**20
     if arguments.max_mib and size > arguments.max_mib:
-        print(f"image.py: {size:.1f} MiB is more than the {arguments.max_mib:g} MiB allowed", file=sys.stderr)
+        print(f"image.py: the archive has {size:.1f} MiB, more than the maximum of {arguments.max_mib:g} MiB", file=sys.stderr)
         return 1
     partial.replace(output)
-    print(f"{output}  {size:.1f} MiB  {described['digest']}")
+    print(f"{output}  {size:.1f} MiB  {descriptor['digest']}")
     return 0
 
 

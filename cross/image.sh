@@ -3,12 +3,12 @@
 #
 #   cross/image.sh amd64|arm64 [release|dev] [OUTPUT]
 #
-# The program is linked with the C library into one static file (`+crt-static` on the last link alone, so that nothing else
-# is compiled anew), stripped, and put into an image with the root certificates of this machine and the licences. There is
-# no shell in it, and no loader. Two runs on one machine give one digest.
+# The program is linked statically with the C library. `+crt-static` is set for the last link only, so that nothing else is
+# compiled again. The image contains the stripped program, the root certificates of this machine and the licences; it has no
+# shell and no dynamic loader. Two runs on one machine give the same digest.
 #
-# `dev` takes the development profile, which is what the tests use: its dependencies are as fast as in a release, and it is
-# built minutes sooner. ARM64 needs Debian's rustc-web cargo-web rust-web-src gcc-aarch64-linux-gnu libc6-dev-arm64-cross.
+# `dev` uses the development profile, as the tests do: the hot dependencies are optimised, and it builds minutes faster. ARM64
+# requires Debian's rustc-web cargo-web rust-web-src gcc-aarch64-linux-gnu libc6-dev-arm64-cross.
 set -euo pipefail
 arch=${1:-}
 profile=${2:-release}
@@ -32,7 +32,7 @@ arm64)
 			exit 1
 		}
 	done
-	# Debian's own compiler, which comes with the sources of the standard library; rustup's is not in the way.
+	# Debian's compiler, which includes the sources of the standard library. PATH excludes the toolchain of rustup.
 	PATH=/usr/bin:$PATH RUSTC_BOOTSTRAP=1 CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
 		/usr/bin/cargo rustc --quiet -Zbuild-std=std,panic_abort --target $target -p lineside --bin lineside \
 		--profile "$profile" -- -C target-feature=+crt-static

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the licences of everything that is linked into the program: the expressions, and the texts as their authors ship
-them. Reads `cargo metadata --format-version 1 --filter-platform TARGET` on standard input."""
+"""Writes the licences of all packages that are linked into the program: the licence expressions, and the texts as the authors
+publish them. Reads `cargo metadata --format-version 1 --filter-platform TARGET` from standard input."""
 
 import json
 import pathlib
@@ -12,21 +12,21 @@ def main() -> int:
     packages = {package["id"]: package for package in metadata["packages"]}
     nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
     program = next(package["id"] for package in metadata["packages"] if package["name"] == "lineside")
-    # What is only built with, or tested with, is not in the program.
-    linked, waiting = set(), [program]
-    while waiting:
-        package = waiting.pop()
+    # Build and development dependencies are not part of the program.
+    linked, pending = set(), [program]
+    while pending:
+        package = pending.pop()
         if package in linked:
             continue
         linked.add(package)
         for dependency in nodes[package]["deps"]:
             if any(kind["kind"] is None for kind in dependency["dep_kinds"]):
-                waiting.append(dependency["pkg"])
-    print("Lineside is linked from the following packages of the Rust ecosystem, under these licences.\n")
+                pending.append(dependency["pkg"])
+    print("Lineside contains the following packages of the Rust ecosystem under these licences.\n")
     chosen = sorted((packages[package] for package in linked if packages[package]["source"]), key=lambda package: (package["name"], package["version"]))
     texts = {}
     for package in chosen:
-        print(f"{package['name']} {package['version']}: {package['license'] or 'see its text'}")
+        print(f"{package['name']} {package['version']}: {package['license'] or 'see the text'}")
         folder = pathlib.Path(package["manifest_path"]).parent
         for file in sorted(folder.iterdir()):
             if file.is_file() and file.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "NOTICE", "UNLICENSE")):

@@ -1,1 +1,1 @@
-//! The examples live beside this file; see `README.md`. This crate only makes cargo build them with everything else.
+//! The examples are in the folders next to this file; see `README.md`. This crate makes cargo build them with the workspace.

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Whole-process figures of a built agent: size, memory at rest and at work, start to first result, frames per second.
+"""Measures a built agent as a whole process: size, memory at rest and under load, time to the first result, frames per second.
 
-It starts a real mosquitto and the given program, plays a 1920x1080 JPEG in a loop as fast as the model can take it, and
-reads what the kernel and the agent's own metrics say. Figures are for comparing two builds on one machine in one run; they
-are printed, never judged.
+It starts a real mosquitto and the given program, repeats a 1920x1080 JPEG as fast as the model allows, and reads the
+kernel's counters and the agent's metrics. The figures compare two builds on one machine in one run; nothing is
+asserted.
 
     .venv/bin/python tests/figures.py target/release/lineside [MODEL.onnx ...]
 """
@@ -23,6 +23,9 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "surface-defects"
+# Intervals of the measurement: until memory at rest is stable, until the load is stable, and the load itself.
+REST_SECONDS = 3
+WARM_UP_SECONDS = 2
 MEASURE_SECONDS = 8
 
 
@@ -32,14 +35,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(what, look, seconds=60):
+def wait_for(what, condition, seconds=60):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found = look()
+        found = condition()
         if found:
             return found
         time.sleep(0.02)
-    raise SystemExit(f"waited in vain for {what}")
+    raise SystemExit(f"timed out waiting for {what}")
 
 
 def listening(port):
@@ -57,9 +60,9 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def series(text, rest):
-    start = f"lineside_inference_duration_seconds_{rest} "
-    return next(float(line[len(start):]) for line in text.splitlines() if line.startswith(start))
+def duration_series(text, suffix):
+    prefix = f"lineside_inference_duration_seconds_{suffix} "
+    return next(float(line[len(prefix):]) for line in text.splitlines() if line.startswith(prefix))
 
 
 class Agent:
@@ -74,12 +77,14 @@ class Agent:
         self.pid = self.process.pid
 
     def http(self):
-        def look():
-            for line in (self.folder / "log").read_text().splitlines():
+        def address():
+            # Only complete lines; the agent may be writing the last one.
+            for line in (self.folder / "log").read_text().split("\n")[:-1]:
                 entry = json.loads(line)
+                # Builds before the event codes are recognised by the message.
                 if entry.get("event") == "agent_started" or entry.get("message") == "lineside starts":
                     return entry["http"]
-        return wait_for("the agent", look)
+        return wait_for("the agent", address)
 
     def metrics(self):
         with urllib.request.urlopen(f"http://{self.http()}/metrics") as answer:
@@ -89,12 +94,12 @@ class Agent:
         found = re.search(r'lineside_frames_total\{outcome="processed",stream="line-1"\} (\d+)', self.metrics())
         return int(found.group(1)) if found else 0
 
-    def end(self):
+    def stop(self):
         self.process.terminate()
         self.process.wait()
 
 
-def lay_out(folder, model, mean, std):
+def write_site(folder, model, mean, std):
     frames = folder / "frames"
     frames.mkdir()
     Image.open(EXAMPLE / "frames" / "part-012-scratch.jpg").resize((1920, 1080)).save(frames / "full-hd.jpg", quality=90)
@@ -119,34 +124,37 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             agent = Agent(program, folder, port)
             agent.http()
-            time.sleep(3)
+            time.sleep(REST_SECONDS)
             print(f"RSS at rest, no model       {memory_mib(agent.pid):.1f} MiB")
-            agent.end()
+            agent.stop()
         for model in models:
-            print(f"\n{model.name}, {model.stat().st_size / 1e6:.1f} MB, one 1920x1080 JPEG after the other")
+            print(f"\n{model.name}, {model.stat().st_size / 1e6:.1f} MB, repeated 1920x1080 JPEG")
             with tempfile.TemporaryDirectory() as folder:
                 folder = pathlib.Path(folder)
-                lay_out(folder, model, 127, 128)
-                first = subprocess.Popen(["mosquitto_sub", "-p", str(port), "-C", "1", "-t", "lineside/v1/+/+/+/result"],
-                                         stdout=subprocess.DEVNULL)
-                time.sleep(0.5)
+                write_site(folder, model, 127, 128)
+                first = subprocess.Popen(
+                    ["stdbuf", "-oL", "mosquitto_sub", "-p", str(port), "-C", "1", "-d", "-t", "lineside/v1/+/+/+/result"],
+                    stdout=subprocess.PIPE, text=True)
+                for line in first.stdout:
+                    if "Subscribed (mid" in line:
+                        break
                 agent = Agent(program, folder, port)
-                first.wait()
+                first.communicate()
                 print(f"start to first result       {(time.monotonic() - agent.started) * 1e3:.0f} ms")
-                time.sleep(2)
-                frames, cpu, begun = agent.processed(), cpu_seconds(agent.pid), time.monotonic()
+                time.sleep(WARM_UP_SECONDS)
+                frames, cpu, started = agent.processed(), cpu_seconds(agent.pid), time.monotonic()
                 time.sleep(MEASURE_SECONDS)
                 frames, cpu = agent.processed() - frames, cpu_seconds(agent.pid) - cpu
-                seconds = time.monotonic() - begun
+                seconds = time.monotonic() - started
                 print(f"frames per second           {frames / seconds:.1f}")
                 print(f"frames per second of CPU    {frames / cpu:.1f}")
-                print(f"RSS at work                 {memory_mib(agent.pid):.1f} MiB (highest {memory_mib(agent.pid, 'VmHWM'):.1f})")
+                print(f"RSS under load              {memory_mib(agent.pid):.1f} MiB (peak {memory_mib(agent.pid, 'VmHWM'):.1f})")
                 text = agent.metrics()
                 for phase in ["decode", "preprocess", "infer", "postprocess"]:
-                    total, count = (series(text, f"{part}{{model=\"m\",phase=\"{phase}\",version=\"1\"}}")
+                    total, count = (duration_series(text, f"{part}{{model=\"m\",phase=\"{phase}\",version=\"1\"}}")
                                     for part in ("sum", "count"))
                     print(f"mean {phase:<22} {total / count * 1e3:.2f} ms")
-                agent.end()
+                agent.stop()
     finally:
         broker.terminate()
         broker.wait()

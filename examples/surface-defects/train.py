@@ -1,26 +1,26 @@
 """Draws pictures of metal parts, trains a small classifier on them, and exports it as ONNX.
 
-This script makes everything in this folder from nothing but a seed. It draws brushed-metal plates on a conveyor belt
-as a camera above the belt would see them, of four classes: good, scratch, dent, stain. It turns each picture into the
-model's input exactly as Lineside does at run time (JPEG, centre crop, resize, divide by 255), trains a small
-convolutional network on the result, measures it on pictures that were drawn afresh and never trained on, and stops
-with exit status 1 if fewer than 97 % of those are right. Then it writes:
+This script creates all data files in this folder from a seed. It draws brushed-metal plates on a conveyor belt as
+seen by a camera above the belt, of four classes: good, scratch, dent, stain. It converts each picture to the model's
+input exactly as Lineside does at run time (JPEG, centre crop, resize, divide by 255), trains a small convolutional
+network, evaluates it on held-out pictures, and exits with status 1 if fewer than 97 % of those are classified
+correctly. It writes:
 
     surface-defects.onnx   the model, with its class names in the metadata
     frames/                40 pictures in play order, as a camera would deliver them
-    golden/                one picture per class, with the answer that ONNX Runtime gives for it
-    report.json            seed, counts, accuracy, confusion, size and digest of the model
+    golden/                one picture per class, with the output that ONNX Runtime computes for it
+    report.json            seed, counts, accuracy, confusion matrix, size and digest of the model
 
-To run it again:
+Usage:
 
     python -m venv .venv
     .venv/bin/pip install -r requirements.txt
-    .venv/bin/python train.py                # writes next to this script
-    .venv/bin/python train.py --out DIR      # writes somewhere else
+    .venv/bin/python train.py                # writes to the folder of this script
+    .venv/bin/python train.py --out DIR      # writes to another folder
 
-It takes about 10 minutes on two processor cores and needs no graphics card. The same seed gives the same pictures and
-the same weights on one machine. On another processor the last bits of the weights may differ, because compilers order
-floating-point sums differently, and so may the digest of the model.
+It takes about 10 minutes on two processor cores and requires no GPU. On one machine the same seed gives the same
+pictures and weights. On another processor the last bits of the weights may differ, because compilers order floating-
+point sums differently, and then the digest of the model differs as well.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import shutil
 import sys
 import time
 
-# One thread per process for the linear algebra and for XLA, so that sums are taken in one fixed order.
+# One thread per process for linear algebra and XLA, so that the order of floating-point sums is fixed.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
@@ -50,7 +50,7 @@ from PIL import Image, ImageDraw, ImageFont
 # ---------------------------------------------------------------------------------------------------------------------
 
 CLASSES = ["good", "scratch", "dent", "stain"]  # In the order of the model's outputs.
-DEFAULT_SEED = 20240417  # Any whole number; everything random follows from it.
+DEFAULT_SEED = 20240417  # Any integer; determines all random numbers.
 
 # The camera.
 FRAME_WIDTH = 640  # pixels
@@ -63,7 +63,7 @@ TRAIN_COUNT = 5200  # pictures, an equal share per class
 HELD_OUT_COUNT = 1200  # pictures, an equal share per class
 FRAME_SHARES = [22, 6, 6, 6]  # pictures in frames/, per class: 55 % good and 15 % of each defect
 FRAMES_BYTES_LIMIT = 1_900_000  # bytes, all of frames/ together
-SPLITS = {"train": 0, "held-out": 1, "frames": 2, "golden": 3}  # Each draws from its own random streams.
+SPLITS = {"train": 0, "held-out": 1, "frames": 2, "golden": 3}  # Each split has its own random streams.
 RENDER_CHUNK = 50  # pictures per task handed to a drawing process
 
 # The part.
@@ -77,40 +77,40 @@ CHAMFER = 6.0  # pixels, width of the bevelled edge
 HOLE_INSET = 27.0  # pixels, from the edges of the plate to the centre of a hole
 HOLE_RADIUS = 9.5  # pixels
 DEFECT_MARGIN = 26.0  # pixels, least distance from the end of a scratch or the centre of a defect to the plate's edge
-SCRATCH_FROM_GRAIN = 14.0  # degrees, least angle between a scratch and the grain; along it, nobody sees a scratch
+SCRATCH_FROM_GRAIN = 14.0  # degrees, least angle to the grain; a scratch along the grain is invisible
 TEXTURE_SIDE = 1024  # pixels, side of the noise pictures from which grain, clouds and belt are cut
 
 # The network: (output channels, stride) of each 3x3 convolution.
 LAYERS = [(16, 2), (20, 2), (32, 2), (40, 2), (64, 1)]
-CELLS = MODEL_SIDE // math.prod(stride for _, stride in LAYERS)  # cells, side of the network's last map
+CELLS = MODEL_SIDE // math.prod(stride for _, stride in LAYERS)  # cells, side of the network's last feature map
 KERNEL = 3  # pixels, side of every convolution kernel
-PATCH = 4  # cells, side of the patches of the last map in which the strongest answer is taken
+PATCH = 4  # cells, side of the max-pooling patches of the last feature map
 
 # Training.
-TOUCHED_FLOOR = 0.03  # of full brightness; a pixel that a defect changes by more counts as touched by it
-CELL_SHARE = 0.015  # fraction of the pixels of a cell that must be touched for the defect to be seen there
-CELL_LOSS = 1.0  # weight of the answers per cell, beside the answer for the whole picture
-DEFECT_CELL_WEIGHT = 6.0  # how much more a cell with a defect counts than one without, of which there are many
+TOUCHED_FLOOR = 0.03  # fraction of full brightness; a pixel that a defect changes by more counts as touched
+CELL_SHARE = 0.015  # fraction of touched pixels from which a cell has the class of the defect
+CELL_LOSS = 1.0  # weight of the loss per cell, relative to the loss for the whole picture
+DEFECT_CELL_WEIGHT = 6.0  # weight of a cell with a defect, relative to the more frequent cells without one
 EPOCHS = 16  # passes over the training pictures
 BATCH = 32  # pictures per step
 LEARNING_RATE = 3e-3  # Adam, at its peak
 WARM_UP = 0.05  # fraction of all steps over which the rate rises to its peak; it then falls as a cosine to zero
 WEIGHT_DECAY = 1e-4  # per step, times the learning rate, on kernels only
 RUNNING_SHARE = 0.98  # fraction of the running means and variances that a step keeps
-NORMALISATION_FLOOR = 1e-5  # added to a variance before one divides by its root
-GAIN_JITTER = 0.12  # fraction, largest change of brightness either way, on top of what the drawing varies
+NORMALISATION_FLOOR = 1e-5  # added to a variance before the square root
+GAIN_JITTER = 0.12  # fraction, largest additional change of brightness either way
 EVALUATION_BATCH = 200  # pictures
 
-# What must hold.
-ACCURACY_FLOOR = 0.97  # fraction of held-out pictures that must be right
+# Requirements.
+ACCURACY_FLOOR = 0.97  # fraction of held-out pictures that must be classified correctly
 MODEL_BYTES_LIMIT = 500_000  # bytes
 LOGIT_TOLERANCE = 1e-3  # largest difference between a logit by jax and by ONNX Runtime
 ONNX_OPSET = 17
 ONNX_IR_VERSION = 8
 
 
-def say(message):
-    """Prints a line of progress on stderr."""
+def log(message):
+    """Prints a progress message to stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -173,12 +173,12 @@ class Part:
         dx, dy = _X - np.float32(self.cx), _Y - np.float32(self.cy)
         self.u = (dx * self.cos + dy * self.sin) / np.float32(self.scale)
         self.v = (dy * self.cos - dx * self.sin) / np.float32(self.scale)
-        # Direction from the plate towards the lamp, in the plane of the picture: upper left, give or take.
+        # Direction from the plate to the lamp, in the plane of the picture: approximately upper left.
         lamp = math.radians(rng.uniform(200.0, 250.0)) - self.angle
         self.lamp = (math.cos(lamp), math.sin(lamp))
 
     def outline(self, shift_u=0.0, shift_v=0.0):
-        """Returns the signed distance to the plate's edge, negative inside, and the two distances it is made of."""
+        """Returns the signed distance to the plate's edge, negative inside, and its two components."""
         qu = np.abs(self.u - np.float32(shift_u)) - np.float32(PLATE_HALF_WIDTH - PLATE_CORNER)
         qv = np.abs(self.v - np.float32(shift_v)) - np.float32(PLATE_HALF_HEIGHT - PLATE_CORNER)
         outside = np.hypot(np.maximum(qu, 0), np.maximum(qv, 0))
@@ -204,7 +204,7 @@ class Part:
         return rows, columns
 
     def place(self, rng, margin):
-        """Returns a random point (u, v) of the plate, so far from its edges and clear of the holes in its corners."""
+        """Returns a random point (u, v) of the plate with a margin to the edges and to the holes in the corners."""
         while True:
             u = rng.uniform(-1, 1) * (PLATE_HALF_WIDTH - margin)
             v = rng.uniform(-1, 1) * (PLATE_HALF_HEIGHT - margin)
@@ -261,7 +261,7 @@ def draw_plate(rng, textures, part):
     marked = part.warp(stamp, _STAMP_WIDTH / 2 + 4, _STAMP_HEIGHT / 2 + 4 - (PLATE_HALF_HEIGHT - 30.0))
     plate *= 1.0 - np.float32(rng.uniform(0.30, 0.45) / 255.0) * marked
 
-    # Four holes with a countersink; through them one sees the dark below.
+    # Four holes with a countersink, dark inside.
     hu = np.abs(part.u) - np.float32(PLATE_HALF_WIDTH - HOLE_INSET)
     hv = np.abs(part.v) - np.float32(PLATE_HALF_HEIGHT - HOLE_INSET)
     from_hole = np.hypot(hu, hv)
@@ -346,7 +346,7 @@ def add_dent(rng, part, plate):
     plate[win] *= np.clip(1.0 + 0.85 * shade + glint, 0.15, 1.75)
 
 
-STAIN_COLOURS = [  # Share of the light that the stain lets back, for red, green, blue.
+STAIN_COLOURS = [  # Fraction of the light that passes the stain, for red, green, blue.
     (0.58, 0.43, 0.24),  # oil
     (0.62, 0.36, 0.19),  # rust
     (0.40, 0.47, 0.56),  # dried coolant
@@ -356,7 +356,7 @@ STAIN_COLOURS = [  # Share of the light that the stain lets back, for red, green
 
 
 def add_stain(rng, textures, part, picture):
-    """Spills something on the plate: an uneven film with a ragged outline, a darker rim, and at times some drops."""
+    """Adds a stain to the plate: an uneven film with a ragged outline, a darker rim, and sometimes drops."""
     colour = np.array(STAIN_COLOURS[rng.integers(len(STAIN_COLOURS))]) * rng.uniform(0.85, 1.15)
     strength = rng.uniform(0.42, 0.90)
     radius = rng.uniform(19.0, 52.0)  # pixels
@@ -383,7 +383,7 @@ def add_stain(rng, textures, part, picture):
         body = np.clip(inward / edge, 0, 1)
         rim = np.exp(-(((inward - edge) / (0.8 * edge + 1.5)) ** 2))
         film = np.maximum(film, body * (1.0 - rim_share + 0.13 * cloud[win] + rim_share * rim))
-    inside = np.clip(-part.outline()[0][win], 0, 1)  # What runs over the edge does not stain the belt.
+    inside = np.clip(-part.outline()[0][win], 0, 1)  # The stain does not extend to the belt.
     film = np.clip(film * strength, 0, 0.95) * inside
     picture[win] *= 1.0 - film[..., None] * (1.0 - colour.astype(np.float32))
 
@@ -451,7 +451,7 @@ def preprocess(jpeg):
 
 
 def cells_of(touched, class_index):
-    """Returns which class is to be seen in each cell of the network's last map; -1 where that is a matter of taste."""
+    """Returns the class of each cell of the network's last feature map; -1 if the cell is ambiguous and is ignored."""
     left = (FRAME_WIDTH - FRAME_HEIGHT) // 2
     size = FRAME_HEIGHT // CELLS
     square = touched[:, left : left + FRAME_HEIGHT].reshape(CELLS, size, CELLS, size)
@@ -484,7 +484,7 @@ def draw_chunk(task):
 
 
 def draw_split(pool, seed, split, labels, keep_jpeg=False):
-    """Draws a picture per label; returns inputs, cells and JPEG bytes. The number of processes changes nothing."""
+    """Draws a picture per label; returns inputs, cells and JPEG bytes, regardless of the number of processes."""
     started = time.monotonic()
     starts = range(0, len(labels), RENDER_CHUNK)
     tasks = [(seed, split, start, labels[start : start + RENDER_CHUNK], keep_jpeg) for start in starts]
@@ -495,7 +495,7 @@ def draw_split(pool, seed, split, labels, keep_jpeg=False):
         jpegs.extend(some_jpegs)
         if done % 20 == 0 or done == len(tasks):
             drawn = min(done * RENDER_CHUNK, len(labels))
-            say(f"  {split}: {drawn} of {len(labels)} pictures drawn, {time.monotonic() - started:.0f} s")
+            log(f"  {split}: {drawn} of {len(labels)} pictures drawn, {time.monotonic() - started:.0f} s")
     return np.concatenate(inputs), np.concatenate(cells), jpegs
 
 
@@ -537,7 +537,7 @@ def convolve(x, kernel, stride):
 
 
 def pool(x):
-    """The strongest answer in each patch of the map, averaged over the patches: a small defect must not drown."""
+    """The maxima of the patches of the feature map, averaged, so that small defects are not averaged out."""
     n, height, width, channels = x.shape
     patches = x.reshape(n, height // PATCH, PATCH, width // PATCH, PATCH, channels)
     return patches.max(axis=(2, 4)).mean(axis=(1, 2))
@@ -583,8 +583,8 @@ def forward(weights, x):
 def train(seed, pixels, labels, cells, epochs):
     """Trains with Adam and returns the weights of the plain network.
 
-    Who draws a defect knows where it is. So the network must say, beside what the picture shows, what each cell of
-    its last map shows, through a linear layer that is dropped afterwards. A picture teaches far more that way.
+    The position of every drawn defect is known. Therefore a second linear layer, which is discarded afterwards, also
+    predicts the class of each cell of the last feature map. This makes much better use of every picture.
     """
     import jax
     import jax.numpy as jnp
@@ -607,7 +607,7 @@ def train(seed, pixels, labels, cells, epochs):
     def step(weights, first, second, running, number, x, y, seen, gain):
         x = jnp.clip(x.astype(jnp.float32) / 255.0 * gain[:, None, None, None], 0.0, 1.0)
         (loss, (right, moments)), slope = jax.value_and_grad(loss_of, has_aux=True)(weights, x, y, seen)
-        # An average over the last steps; over all of them as long as they are few.
+        # An exponential average over the last steps; the plain average during the first steps.
         keep = jnp.minimum(RUNNING_SHARE, (number - 1) / number)
         running = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, running, moments)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((number - warm_up) / (total - warm_up), 0, 1)))
@@ -633,7 +633,7 @@ def train(seed, pixels, labels, cells, epochs):
         for at in range(0, steps_per_epoch * BATCH, BATCH):
             chosen = order[at : at + BATCH]
             x, y, seen = pixels[chosen], labels[chosen], cells[chosen].astype(np.int32)
-            # A mirrored part is as good an example as the part itself.
+            # Mirrored parts are additional examples.
             sideways, upside = rng.random(BATCH) < 0.5, rng.random(BATCH) < 0.5
             x[sideways] = x[sideways, :, ::-1]
             x[upside] = x[upside, ::-1]
@@ -646,9 +646,9 @@ def train(seed, pixels, labels, cells, epochs):
             )
             losses.append(float(loss))
             rights.append(float(right))
-        say(
+        log(
             f"  epoch {epoch:2d} of {epochs}: loss {np.mean(losses):.4f}, "
-            f"right in training {100 * np.mean(rights):.2f} %, {time.monotonic() - started:.0f} s"
+            f"training accuracy {100 * np.mean(rights):.2f} %, {time.monotonic() - started:.0f} s"
         )
     return fold(weights, running)
 
@@ -683,7 +683,7 @@ def export(weights, path):
 
     for number, (_, stride) in enumerate(LAYERS, 1):
         name = f"conv{number}"
-        # ONNX wants kernels as out, in, height, width.
+        # ONNX stores kernels as out, in, height, width.
         kernel = constant(f"{name}.weight", weights[f"{name}.weight"].transpose(3, 2, 0, 1))
         bias = constant(f"{name}.bias", weights[f"{name}.bias"])
         nodes.append(
@@ -769,18 +769,18 @@ def macs_and_parameters():
 
 def print_confusion(confusion):
     """Prints the confusion table: a row per true class, a column per predicted one."""
-    say("  true \\ predicted " + "".join(f"{name:>9}" for name in CLASSES))
+    log("  true \\ predicted " + "".join(f"{name:>9}" for name in CLASSES))
     for name, row in zip(CLASSES, confusion):
-        say(f"  {name:>16} " + "".join(f"{count:9d}" for count in row))
+        log(f"  {name:>16} " + "".join(f"{count:9d}" for count in row))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of it
+# Main
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def equal_shares(count):
-    """Returns `count` class numbers that take turns, so that every class has the same share."""
+    """Returns `count` class numbers in turn, so that every class has the same share."""
     return [i % len(CLASSES) for i in range(count)]
 
 
@@ -794,7 +794,7 @@ def fresh_folder(path):
 def main():
     parser = argparse.ArgumentParser(
         description="Draw metal parts, train the surface-defects classifier, measure it, and export it as ONNX.",
-        epilog="Exits with 1 if the model is not good enough. The text at the top of this script says more.",
+        epilog="The exit status is 1 if the model does not meet the requirements. See the docstring of this script.",
     )
     here = pathlib.Path(__file__).resolve().parent
     parser.add_argument("--out", type=pathlib.Path, default=here, help="folder to write to (default: the script's own)")
@@ -809,7 +809,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
-    say("Drawing.")
+    log("Drawing.")
     train_labels, held_out_labels = equal_shares(arguments.train_count), equal_shares(HELD_OUT_COUNT)
     frame_labels = [c for c, share in enumerate(FRAME_SHARES) for _ in range(share)]
     np.random.default_rng([seed, SPLITS["frames"], 0, 1]).shuffle(frame_labels)
@@ -822,12 +822,12 @@ def main():
         train_inputs, train_cells, _ = draw_split(pool, seed, "train", train_labels)
     drawing_seconds = time.monotonic() - started
 
-    say("Training.")
+    log("Training.")
     training_started = time.monotonic()
     weights = train(seed, train_inputs, np.array(train_labels, np.int32), train_cells, arguments.epochs)
     training_seconds = time.monotonic() - training_started
 
-    say("Exporting and measuring.")
+    log("Exporting and measuring.")
     model_path = out / "surface-defects.onnx"
     export(weights, model_path)
     session = open_session(model_path)
@@ -847,18 +847,18 @@ def main():
     assert parameters == sum(value.size for value in weights.values())
     frames_bytes = sum(len(jpeg) for jpeg in frame_jpegs)
 
-    say(f"  held-out accuracy {100 * accuracy:.2f} % by ONNX Runtime, {100 * accuracy_by_jax:.2f} % by jax")
-    say(f"  largest difference between a logit of the two: {difference:.2e}")
-    say(f"  probability of the right class: above 0.9 for {100 * (right_share > 0.9).mean():.2f} % of the pictures")
-    say(f"  frames right: {frames_right} of {len(frame_labels)}, {frames_bytes} bytes")
-    say(f"  model: {parameters} parameters, {len(model_bytes)} bytes, {macs / 1e6:.2f} million multiply-adds")
+    log(f"  held-out accuracy {100 * accuracy:.2f} % by ONNX Runtime, {100 * accuracy_by_jax:.2f} % by jax")
+    log(f"  largest difference between a logit of the two: {difference:.2e}")
+    log(f"  probability of the correct class: above 0.9 for {100 * (right_share > 0.9).mean():.2f} % of the pictures")
+    log(f"  frames correct: {frames_right} of {len(frame_labels)}, {frames_bytes} bytes")
+    log(f"  model: {parameters} parameters, {len(model_bytes)} bytes, {macs / 1e6:.2f} million multiply-adds")
     print_confusion(confusion)
 
     failures = []
     if accuracy < ACCURACY_FLOOR:
         failures.append(f"The held-out accuracy is below {100 * ACCURACY_FLOOR:.0f} %.")
     if accuracy != accuracy_by_jax or difference > LOGIT_TOLERANCE:
-        failures.append("ONNX Runtime does not answer as jax does.")
+        failures.append("The outputs of ONNX Runtime and jax differ.")
     if len(model_bytes) > MODEL_BYTES_LIMIT:
         failures.append("The model file is too large.")
     if frames_bytes > FRAMES_BYTES_LIMIT:
@@ -870,7 +870,7 @@ def main():
 
     folder = fresh_folder(out / "golden")
     for label, jpeg in zip(golden_labels, golden_jpegs):
-        # Alone, as Lineside would run it, and from the file's own bytes.
+        # As a batch of one and from the bytes of the file, as in Lineside.
         logits = logits_by_onnxruntime(session, preprocess(jpeg)[None])
         scores = softmax(logits)[0]
         classes = [
@@ -881,7 +881,7 @@ def main():
         answer = {"outputs": outputs, "classes": classes}
         (folder / f"{CLASSES[label]}.json").write_text(json.dumps(answer, indent=2) + "\n")
         if classes[0]["class"] != label:
-            failures.append(f"The golden sample of class {CLASSES[label]} is taken for {classes[0]['label']}.")
+            failures.append(f"The golden sample of class {CLASSES[label]} is classified as {classes[0]['label']}.")
 
     report = {
         "seed": seed,
@@ -909,9 +909,9 @@ def main():
         "trainingSeconds": round(training_seconds),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    say(f"Written to {out}. {time.monotonic() - started:.0f} s in all.")
+    log(f"Written to {out}. {time.monotonic() - started:.0f} s in all.")
     for failure in failures:
-        say(f"Failed: {failure}")
+        log(f"Failed: {failure}")
     return 1 if failures else 0
 
 

@@ -1,85 +1,86 @@
-//! The built agent as a process, with its logs.
+//! The built agent as a process, with its log entries, metrics and exit status.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 
+use crate::process::{Process, command};
 use crate::wait::{until, until_true};
 
-/// The built program. Cargo builds it before the suite and names it to the test at run time.
+/// The built program. Cargo builds it before the suite, and passes its path to the test at run time.
 ///
 /// # Panics
-/// When the test was not started by cargo.
+/// If the test was not started by cargo.
 pub fn program() -> PathBuf {
-    std::env::var_os("CARGO_BIN_EXE_lineside").expect("cargo names the built program to the suite").into()
+    std::env::var_os("CARGO_BIN_EXE_lineside").expect("cargo sets CARGO_BIN_EXE_lineside for the suite").into()
 }
 
-/// Runs a command of the program to its end.
+/// Runs a command of the program to completion.
 ///
 /// # Panics
-/// When it cannot be started.
+/// If the program cannot be started.
 pub fn lineside(arguments: &[&str]) -> Output {
-    Command::new(program()).args(arguments).output().expect("the program starts")
+    command(program()).args(arguments).output().expect("the program starts")
 }
 
-/// A running agent.
+/// A running agent. It is killed when it is dropped.
 pub struct Agent {
-    child: Child,
+    process: Process,
     logs: Arc<Mutex<Vec<Value>>>,
     http: String,
-    pid: u32,
 }
 
-/// What an agent is started with.
-pub struct Start<'a> {
-    /// Its folder of manifests.
+/// The options that every agent is started with.
+pub struct AgentOptions<'a> {
+    /// The folder of manifests, or the kubeconfig for [`Agent::start_command`].
     pub manifests: &'a Path,
-    /// Its own folder.
+    /// The data folder.
     pub data: &'a Path,
-    /// The broker's address.
+    /// The URL of the broker, or several separated by commas.
     pub mqtt: &'a str,
     /// Further flags.
     pub flags: &'a [&'a str],
 }
 
 impl Agent {
-    /// Starts an agent called `edge-1` at the site `plant` and waits until it says where it serves.
+    /// Starts an agent for the node `edge-1` of the site `plant`, and waits until it serves HTTP.
     ///
     /// # Panics
-    /// When it does not come up.
-    pub fn start(start: &Start<'_>) -> Self {
-        Self::start_by(Command::new(program()), "edge-1", "--manifests", start)
+    /// If the agent does not start.
+    pub fn start(options: &AgentOptions<'_>) -> Self {
+        Self::spawn(command(program()), "edge-1", "--manifests", options)
     }
 
-    /// The same for one that follows the cluster of a kubeconfig.
+    /// Starts an agent that watches the cluster of a kubeconfig.
     ///
     /// # Panics
-    /// When it does not come up.
-    pub fn follow(kubeconfig: &Path, data: &Path, mqtt: &str) -> Self {
-        Self::follow_as(Command::new(program()), "edge-1", &Start { manifests: kubeconfig, data, mqtt, flags: &[] })
+    /// If the agent does not start.
+    pub fn start_with_kubeconfig(kubeconfig: &Path, data: &Path, mqtt: &str) -> Self {
+        let options = AgentOptions { manifests: kubeconfig, data, mqtt, flags: &[] };
+        Self::start_command(command(program()), "edge-1", &options)
     }
 
-    /// The same for one of another name, by a command that runs the [`program`] in its own way; `start.manifests` is the
-    /// kubeconfig.
+    /// Starts an agent for another node, with a command that runs the [`program`], for example in a network namespace.
+    /// `options.manifests` is the kubeconfig.
     ///
     /// # Panics
-    /// When it does not come up.
-    pub fn follow_as(command: Command, node: &str, start: &Start<'_>) -> Self {
-        Self::start_by(command, node, "--kubeconfig", start)
+    /// If the agent does not start.
+    pub fn start_command(command: Command, node: &str, options: &AgentOptions<'_>) -> Self {
+        Self::spawn(command, node, "--kubeconfig", options)
     }
 
-    fn start_by(mut command: Command, node: &str, wishes: &str, start: &Start<'_>) -> Self {
+    fn spawn(mut command: Command, node: &str, source_flag: &str, options: &AgentOptions<'_>) -> Self {
         let mut child = command
             .arg("run")
-            .args(["--node", node, "--site", "plant", "--http", "127.0.0.1:0", "--mqtt", start.mqtt])
-            .arg(wishes)
-            .arg(start.manifests)
+            .args(["--node", node, "--site", "plant", "--http", "127.0.0.1:0", "--mqtt", options.mqtt])
+            .arg(source_flag)
+            .arg(options.manifests)
             .arg("--data-dir")
-            .arg(start.data)
-            .args(start.flags)
+            .arg(options.data)
+            .args(options.flags)
             .env("LINESIDE_SOURCE_JITTER_SECONDS", "0")
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
@@ -96,122 +97,120 @@ impl Agent {
                 }
             }
         });
-        let pid = child.id();
-        let mut agent = Self { child, logs, http: String::new(), pid };
-        agent.http = until("the agent to say where it serves", || {
+        let mut agent = Self { process: Process::new(child), logs, http: String::new() };
+        agent.http = until("the agent to log its HTTP address", || {
             agent.events("agent_started").first().and_then(|entry| entry["http"].as_str().map(str::to_owned))
         });
         agent
     }
 
-    /// Log entries with this event code, oldest first.
+    /// The log entries with this event code, oldest first.
     pub fn events(&self, code: &str) -> Vec<Value> {
         let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
         logs.iter().filter(|entry| entry["event"] == code).cloned().collect()
     }
 
-    /// All log entries.
+    /// All log entries, oldest first.
     pub fn logs(&self) -> Vec<Value> {
         self.logs.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits for a log entry with this event code.
+    /// Waits for a log entry with this event code, and returns the newest one.
     ///
     /// # Panics
-    /// When none comes.
+    /// If there is none in time.
     pub fn wait_for_event(&self, code: &str) -> Value {
         until(&format!("a log entry with event {code}\n{:#?}", self.logs()), || self.events(code).last().cloned())
     }
 
-    /// Where it serves.
+    /// The address (host and port) of its HTTP server.
     pub fn http(&self) -> &str {
         &self.http
     }
 
-    /// Its process id.
+    /// The process id.
     pub fn pid(&self) -> u32 {
-        self.pid
+        self.process.id()
     }
 
-    /// The value of a metric with its labels, as it stands in the text format; 0 where it is not there.
+    /// The value of a time series, which is given with its labels as in the text format; 0 if it does not exist.
     ///
     /// # Panics
-    /// When the metrics cannot be had.
+    /// If the agent does not respond.
     pub fn metric(&self, series: &str) -> f64 {
-        let (status, text) = crate::http::get(&self.http, "/metrics").expect("the agent answers");
+        let (status, text) = crate::http::get(&self.http, "/metrics").expect("the agent responds");
         assert_eq!(status, 200);
         text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok()).unwrap_or_default()
     }
 
-    /// Waits until a metric has at least this value.
+    /// Waits until a metric is at least this value.
     ///
     /// # Panics
-    /// When it does not get there.
-    pub fn wait_for_metric(&self, series: &str, least: f64) {
-        until_true(&format!("{series} >= {least}"), || self.metric(series) >= least);
+    /// If it does not reach the value in time.
+    pub fn wait_for_metric(&self, series: &str, minimum: f64) {
+        until_true(&format!("{series} >= {minimum}"), || self.metric(series) >= minimum);
     }
 
     /// Waits until a metric has exactly this value.
     ///
     /// # Panics
-    /// When it does not get there.
-    pub fn wait_for_value(&self, series: &str, value: f64) {
+    /// If it does not reach the value in time.
+    pub fn wait_for_metric_value(&self, series: &str, value: f64) {
         until_true(&format!("{series} == {value}"), || self.metric(series) == value);
     }
 
-    /// Waits until `/readyz` says yes.
+    /// Waits until `/readyz` responds with 200.
     ///
     /// # Panics
-    /// When it does not.
-    pub fn wait_ready(&self) {
+    /// If it does not in time.
+    pub fn wait_until_ready(&self) {
         until_true(&format!("readiness\n{:#?}", self.logs()), || {
             crate::http::get(&self.http, "/readyz").is_ok_and(|(status, _)| status == 200)
         });
     }
 
-    /// Whether the process is still there.
+    /// Whether the process runs.
     ///
     /// # Panics
-    /// When the system does not tell.
+    /// If the operating system does not report the state of the process.
     pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().expect("the process can be asked").is_none()
+        self.process.try_wait().expect("the state of a child is known").is_none()
     }
 
-    /// Sends a signal such as `TERM` to it.
+    /// Sends a signal such as `TERM`.
     ///
     /// # Panics
-    /// When `kill` cannot be run.
+    /// If `kill` fails.
     pub fn signal(&self, name: &str) {
-        let done = Command::new("kill").arg(format!("-{name}")).arg(self.pid.to_string()).status();
-        assert!(done.expect("kill runs").success());
+        let status = Command::new("kill").arg(format!("-{name}")).arg(self.pid().to_string()).status();
+        assert!(status.expect("kill runs").success());
     }
 
-    /// Asks it to end and waits until it has.
+    /// Sends SIGTERM and waits until the agent has shut down.
     ///
     /// # Panics
-    /// When it does not end.
-    pub fn end(&mut self) -> ExitStatus {
+    /// If it does not exit in time.
+    pub fn terminate(&mut self) -> ExitStatus {
         self.signal("TERM");
         self.wait()
     }
 
-    /// Waits until it has ended.
+    /// Waits until the process has exited.
     ///
     /// # Panics
-    /// When it does not end.
+    /// If it does not exit in time.
     pub fn wait(&mut self) -> ExitStatus {
-        until("the agent to end", || self.child.try_wait().expect("the process can be asked"))
+        until("the agent to exit", || self.process.try_wait().expect("the state of a child is known"))
     }
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        // A failed test shows what its agents have logged. `process` kills the agent.
         if std::thread::panicking() {
             for entry in self.logs() {
                 eprintln!("agent: {entry}");
             }
         }
-        drop(self.child.kill());
-        drop(self.child.wait());
     }
 }

@@ -1,70 +1,75 @@
-//! A real mosquitto, set up as a test wants it, and its own clients.
+//! A real mosquitto broker with a configuration per test, and mosquitto's own clients.
 //!
-//! It drops nothing for a subscriber's sake: queues and windows have no bounds, so that whatever a connected subscriber
-//! misses was not published. The kit's own clients use the first user of the setup and a certificate of its authority.
+//! Queues and in-flight windows of the broker are unbounded, so a message that a connected subscriber misses was never
+//! published. The kit's own clients connect as the first user of the options, with a certificate of the same authority.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::certificates::Certificates;
-use crate::plant::{feed, utf8};
-use crate::wait::until_true;
+use crate::process::{Process, command, run_with_input};
+use crate::utf8;
+use crate::wait::{until, until_true};
 
-/// A port nobody listens on. It is given back before it is used, so somebody may be faster; callers try again.
+/// The URL of a broker that is never reachable: nothing listens on port 1 of the loopback address.
+pub const UNREACHABLE_BROKER: &str = "mqtt://127.0.0.1:1";
+
+/// A free port. It is released before the caller binds it, so another process can take it in between; callers retry.
 ///
 /// # Panics
-/// When the machine has no free port.
+/// If no port is free.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.local_addr().expect("a bound socket has an address").port()
 }
 
-/// How a broker is set up. The default is open to everybody and keeps nothing when it ends.
+/// The configuration of a broker. By default every client may connect, and nothing is persisted.
 #[derive(Debug, Clone, Default)]
-pub struct Setup {
-    /// Whether it keeps sessions and messages, which are saved after every change so that a crash takes next to none.
+pub struct BrokerOptions {
+    /// Whether the broker persists sessions and messages. It saves them after every change, so that a crash loses
+    /// almost nothing.
     pub persistence: bool,
-    /// With what it speaks TLS, if it does.
+    /// The certificates for TLS; `None` is plain TCP.
     pub tls: Option<Certificates>,
-    /// Whether clients need a certificate of the same authority; only with TLS.
+    /// Whether clients must present a certificate of the same authority; only with TLS.
     pub client_certificates: bool,
-    /// Names and passwords of those who may connect; everybody may when there are none.
+    /// Users and passwords; anonymous clients are allowed only if the list is empty.
     pub users: Vec<(String, String)>,
-    /// The contents of its file of access rules, in mosquitto's words.
+    /// The contents of mosquitto's `acl_file`.
     pub acl: Option<String>,
-    /// Further lines of its configuration.
+    /// Additional lines of the configuration.
     pub extra: String,
 }
 
-/// What a client needs to get at a broker.
+/// The options with which a client connects to a broker.
 #[derive(Debug, Clone)]
-pub struct Access {
-    /// The host's name.
+pub struct ConnectOptions {
+    /// The host.
     pub host: String,
     /// The port.
     pub port: u16,
-    /// The authority to trust; with it the client speaks TLS.
+    /// The certificate authority to trust; with one, the client uses TLS.
     pub ca: Option<PathBuf>,
-    /// The client's certificate and its key.
+    /// The client's certificate and key.
     pub certificate: Option<(PathBuf, PathBuf)>,
-    /// The user's name and password.
+    /// The user and the password.
     pub user: Option<(String, String)>,
 }
 
-impl Access {
-    /// To an open broker at this port of loopback.
+impl ConnectOptions {
+    /// A broker without authentication on this loopback port.
     pub fn at(port: u16) -> Self {
         Self { host: "127.0.0.1".to_owned(), port, ca: None, certificate: None, user: None }
     }
 
-    /// As flags of mosquitto's clients, which `subscriber.py` shares.
+    /// The options as flags of mosquitto's clients, which `subscriber.py` accepts as well.
     pub(crate) fn flags(&self) -> Vec<String> {
         let mut flags = vec!["-h".to_owned(), self.host.clone(), "-p".to_owned(), self.port.to_string()];
         let mut add = |flag: &str, value: &str| flags.extend([flag.to_owned(), value.to_owned()]);
@@ -83,32 +88,32 @@ impl Access {
     }
 }
 
-/// A mosquitto that can be stopped and started on one port.
+/// A mosquitto process that can be stopped and restarted on the same port.
 pub struct Broker {
     port: u16,
-    setup: Setup,
+    options: BrokerOptions,
     folder: TempDir,
-    child: Option<Child>,
+    process: Option<Process>,
 }
 
 impl Broker {
-    /// Starts one that keeps nothing when it ends.
+    /// Starts a broker with the default configuration.
     ///
     /// # Panics
-    /// When mosquitto is not installed or does not come up.
+    /// If mosquitto is not installed or does not start.
     pub fn start() -> Self {
-        Self::with(Setup::default())
+        Self::with(BrokerOptions::default())
     }
 
-    /// Starts one that is set up like this.
+    /// Starts a broker with this configuration.
     ///
     /// # Panics
-    /// When mosquitto is not installed or does not come up.
-    pub fn with(setup: Setup) -> Self {
-        // In memory it costs little to save after every change, and a crash of the process takes nothing from there.
+    /// If mosquitto is not installed or does not start.
+    pub fn with(options: BrokerOptions) -> Self {
+        // In memory, saving after every change is cheap, and a crash of the process loses nothing.
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a temporary folder");
-        let mut broker = Self { port: 0, setup, folder, child: None };
-        // Somebody else may have taken the port in between; then mosquitto ends, and another port is tried.
+        let mut broker = Self { port: 0, options, folder, process: None };
+        // Another process may take the port first; then mosquitto exits, and the next port is tried.
         for _ in 0..5 {
             broker.port = free_port();
             if broker.try_restart() {
@@ -118,64 +123,62 @@ impl Broker {
         panic!("mosquitto does not start; is it installed? run `make test-tools` once\n{}", broker.configuration());
     }
 
-    /// Its address. Over TLS it has the host's name, which the certificate has too.
+    /// The broker's URL. With TLS it contains the host name of the certificate.
     pub fn url(&self) -> String {
-        let scheme = if self.setup.tls.is_some() { "mqtts" } else { "mqtt" };
-        format!("{scheme}://{}:{}", self.access().host, self.port)
+        let scheme = if self.options.tls.is_some() { "mqtts" } else { "mqtt" };
+        format!("{scheme}://{}:{}", self.connect_options().host, self.port)
     }
 
-    /// Its port.
+    /// The port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// What the kit's own clients need to get at it.
-    pub fn access(&self) -> Access {
-        let user = self.setup.users.first().cloned();
-        match &self.setup.tls {
-            None => Access { user, ..Access::at(self.port) },
-            Some(tls) => Access {
+    /// The options with which the kit's own clients connect.
+    pub fn connect_options(&self) -> ConnectOptions {
+        let user = self.options.users.first().cloned();
+        match &self.options.tls {
+            None => ConnectOptions { user, ..ConnectOptions::at(self.port) },
+            Some(tls) => ConnectOptions {
                 host: "localhost".to_owned(),
                 port: self.port,
                 ca: Some(tls.ca()),
-                certificate: self.setup.client_certificates.then(|| tls.client()),
+                certificate: self.options.client_certificates.then(|| tls.client()),
                 user,
             },
         }
     }
 
-    /// Ends it at once, as a crash would.
+    /// Kills the broker, as a crash would.
     pub fn stop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            drop(child.kill());
-            drop(child.wait());
-        }
+        self.process = None;
     }
 
-    /// Starts it again on its port.
+    /// Starts the broker on its previous port.
     ///
     /// # Panics
-    /// When it does not come up.
+    /// If the broker does not start.
     pub fn restart(&mut self) {
         assert!(self.try_restart(), "mosquitto does not start on port {}", self.port);
     }
 
-    /// Ends it at once, and starts it again on its port with another setup.
+    /// Kills the broker, and starts it on the same port with another configuration.
     ///
     /// # Panics
-    /// When it does not come up.
-    pub fn reconfigure(&mut self, setup: Setup) {
-        self.setup = setup;
+    /// If the broker does not start.
+    pub fn reconfigure(&mut self, options: BrokerOptions) {
+        self.options = options;
         self.restart();
     }
 
-    /// What its configuration says. Files that it names are written by [`Broker::write_files`].
+    /// The contents of the configuration file. [`Broker::write_files`] writes the files that it refers to.
     fn configuration(&self) -> String {
-        let Setup { persistence, tls, client_certificates, users, acl, extra } = &self.setup;
+        let BrokerOptions { persistence, tls, client_certificates, users, acl, extra } = &self.options;
         let folder = utf8(self.folder.path());
         let mut lines = vec![
             format!("listener {} 127.0.0.1", self.port),
-            // Started as root it would become another user, who may not read this folder. For others this says nothing.
+            // If mosquitto starts as root, it changes to an unprivileged user who cannot read this folder. For other
+            // users this line has no effect.
             "user root".to_owned(),
             "max_queued_messages 0".to_owned(),
             "max_inflight_messages 0".to_owned(),
@@ -210,10 +213,10 @@ impl Broker {
     fn write_files(&self) {
         let path = |name: &str| self.folder.path().join(name);
         fs::write(path("mosquitto.conf"), self.configuration()).expect("the configuration is written");
-        fs::write(path("acl"), self.setup.acl.as_deref().unwrap_or_default()).expect("the rules are written");
+        fs::write(path("acl"), self.options.acl.as_deref().unwrap_or_default()).expect("the rules are written");
         fs::write(path("passwords"), "").expect("the passwords are written");
-        for (name, password) in &self.setup.users {
-            feed("mosquitto_passwd", &["-b", utf8(&path("passwords")), name, password], b"");
+        for (name, password) in &self.options.users {
+            run_with_input("mosquitto_passwd", &["-b", utf8(&path("passwords")), name, password], b"");
         }
     }
 
@@ -221,93 +224,88 @@ impl Broker {
         self.stop();
         self.write_files();
         let log = self.folder.path().join("mosquitto.log");
-        let child = Command::new(mosquitto())
+        let child = command(mosquitto())
             .arg("-c")
             .arg(self.folder.path().join("mosquitto.conf"))
             .stdout(Stdio::null())
-            .stderr(fs::File::create(&log).expect("the folder is ours"))
+            .stderr(fs::File::create(&log).expect("the folder is writable"))
             .spawn()
             .expect("mosquitto is installed; run `make test-tools` once");
-        self.child = Some(child);
-        // Its own word counts: somebody else may listen on that port and have been faster.
-        crate::wait::until("mosquitto to listen", || {
-            let has_ended =
-                self.child.as_mut().is_some_and(|child| child.try_wait().expect("the process can be asked").is_some());
-            let runs = fs::read_to_string(&log).is_ok_and(|said| said.lines().any(|line| line.ends_with(" running")));
-            (has_ended || runs).then_some(runs && !has_ended)
+        self.process = Some(Process::new(child));
+        // A successful connection to the port proves nothing, as another process may have bound it first. Mosquitto's own
+        // log shows whether it listens.
+        until("mosquitto to listen", || {
+            let process = self.process.as_mut()?;
+            let has_exited = process.try_wait().expect("the state of a child is known").is_some();
+            let listens = fs::read_to_string(&log).is_ok_and(|log| log.lines().any(|line| line.ends_with(" running")));
+            (has_exited || listens).then_some(listens && !has_exited)
         })
     }
 
     /// Subscribes to a topic filter.
     pub fn subscribe(&self, filter: &str) -> Subscriber {
-        Subscriber::with(&self.access(), filter)
+        Subscriber::with(&self.connect_options(), filter)
     }
 
-    /// Publishes with QoS 1, and returns when the broker has it. An empty payload clears what is retained.
+    /// Publishes with QoS 1, and returns once the broker has acknowledged. An empty payload clears a retained message.
     ///
     /// # Panics
-    /// When the broker does not take it.
+    /// If the broker does not acknowledge.
     pub fn publish(&self, topic: &str, payload: impl AsRef<[u8]>, retain: bool) {
         let payload = payload.as_ref();
-        let flags = self.access().flags();
-        // Its `-s` reads the payload whole, but refuses one that is empty.
+        let flags = self.connect_options().flags();
+        // `-s` reads the payload from stdin, but rejects an empty one.
         let source = if payload.is_empty() { "-n" } else { "-s" };
         let mut arguments: Vec<&str> = flags.iter().map(String::as_str).collect();
         arguments.extend(["-q", "1", "-t", topic, source]);
         arguments.extend(retain.then_some("-r"));
-        feed("mosquitto_pub", &arguments, payload);
+        run_with_input("mosquitto_pub", &arguments, payload);
     }
 }
 
-impl Drop for Broker {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-/// Debian puts daemons where an ordinary user's PATH does not lead.
+/// Debian installs daemons in a folder that is not in the PATH of an ordinary user.
 fn mosquitto() -> &'static str {
     if std::path::Path::new("/usr/sbin/mosquitto").exists() { "/usr/sbin/mosquitto" } else { "mosquitto" }
 }
 
-/// One message as a subscriber got it.
+/// A message as a subscriber received it.
 #[derive(Debug, Clone)]
 pub struct Message {
-    /// Where it was published.
+    /// The topic.
     pub topic: String,
-    /// Whether the broker had kept it.
+    /// Whether the message was retained by the broker.
     pub retained: bool,
-    /// The quality it came with.
+    /// The QoS of the delivery.
     pub qos: u8,
-    /// What it says.
+    /// The payload: JSON, or a string if it is not JSON.
     pub payload: Value,
 }
 
-/// A `mosquitto_sub` and what it has printed so far.
+/// A `mosquitto_sub` process and the messages it has received.
 pub struct Subscriber {
-    child: Child,
+    _process: Process,
     messages: Arc<Mutex<Vec<Message>>>,
 }
 
 impl Subscriber {
-    /// Starts one at an open broker, which has subscribed when this returns.
+    /// Subscribes at a broker without authentication. The subscription is active when this returns.
     ///
     /// # Panics
-    /// When `mosquitto_sub` is not installed.
+    /// If `mosquitto_sub` is not installed.
     pub fn start(port: u16, filter: &str) -> Self {
-        Self::with(&Access::at(port), filter)
+        Self::with(&ConnectOptions::at(port), filter)
     }
 
-    /// The same at any broker.
+    /// Subscribes at any broker.
     ///
     /// # Panics
-    /// When `mosquitto_sub` is not installed.
-    pub fn with(access: &Access, filter: &str) -> Self {
-        // `-d` makes it say on stdout when the subscription was granted, which it would keep in its buffer without
-        // `stdbuf`; messages begin with a tab.
-        let mut child = Command::new("stdbuf")
+    /// If `mosquitto_sub` is not installed.
+    pub fn with(options: &ConnectOptions, filter: &str) -> Self {
+        // With `-d`, mosquitto_sub prints when the subscription is granted; `stdbuf` makes it print at once. Lines with
+        // messages start with a tab.
+        let mut child = command("stdbuf")
             .args(["-oL", "mosquitto_sub", "-q", "1", "-d", "-F", "\t%t\t%r\t%q\t%p", "-t", filter])
-            .args(access.flags())
+            .args(options.flags())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -315,6 +313,7 @@ impl Subscriber {
         let messages = Arc::new(Mutex::new(Vec::new()));
         let granted = Arc::new(Mutex::new(false));
         let lines = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let process = Process::new(child);
         std::thread::spawn({
             let (messages, granted) = (messages.clone(), granted.clone());
             move || {
@@ -338,36 +337,29 @@ impl Subscriber {
             }
         });
         until_true("the subscription", || *granted.lock().unwrap_or_else(PoisonError::into_inner));
-        Self { child, messages }
+        Self { _process: process, messages }
     }
 
-    /// Everything that has come so far.
+    /// All messages so far.
     pub fn messages(&self) -> Vec<Message> {
         self.messages.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Payloads whose topic ends like this.
-    pub fn payloads(&self, topic_end: &str) -> Vec<Value> {
+    /// The payloads of messages whose topic has this suffix.
+    pub fn payloads(&self, topic_suffix: &str) -> Vec<Value> {
         self.messages()
             .into_iter()
-            .filter(|message| message.topic.ends_with(topic_end))
+            .filter(|message| message.topic.ends_with(topic_suffix))
             .map(|message| message.payload)
             .collect()
     }
 
-    /// Waits until so many messages with this end of a topic have come, and returns their payloads.
+    /// Waits for at least `count` messages whose topic has this suffix, and returns their payloads.
     ///
     /// # Panics
-    /// When they do not come.
-    pub fn wait_for(&self, topic_end: &str, count: usize) -> Vec<Value> {
-        until_true(&format!("{count} messages on {topic_end}"), || self.payloads(topic_end).len() >= count);
-        self.payloads(topic_end)
-    }
-}
-
-impl Drop for Subscriber {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
+    /// If they do not arrive in time.
+    pub fn wait_for(&self, topic_suffix: &str, count: usize) -> Vec<Value> {
+        until_true(&format!("{count} messages on {topic_suffix}"), || self.payloads(topic_suffix).len() >= count);
+        self.payloads(topic_suffix)
     }
 }

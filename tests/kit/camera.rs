@@ -1,96 +1,102 @@
-//! Cameras over HTTP: a scripted one for faults, and ffmpeg as a real one.
+//! HTTP cameras: a scripted one that produces faults, and ffmpeg as a real one.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::broker::free_port;
-use crate::wait::until_true;
+use crate::process::{Process, command};
+use crate::wait::{until, until_true};
 
-/// Between two frames of the scripted MJPEG.
-const FRAME_EVERY: Duration = Duration::from_millis(40);
+/// The interval between two frames of the scripted MJPEG stream.
+const FRAME_INTERVAL: Duration = Duration::from_millis(40);
 
-/// What the scripted camera answers with.
+/// The response of the scripted camera.
 #[derive(Clone)]
-pub enum Script {
-    /// These bytes, as one picture.
+pub enum CameraScript {
+    /// These bytes as one JPEG image per request.
     Snapshot(Vec<u8>),
-    /// An endless MJPEG of this picture.
+    /// An endless MJPEG stream of this image.
     Mjpeg(Vec<u8>),
-    /// Exactly this answer, then the end of the connection.
+    /// Exactly these bytes; then the connection is closed.
     Raw(Vec<u8>),
-    /// Nothing at all.
+    /// No response; the connection stays open.
     Silence,
 }
 
-/// A camera that does as it is told.
-pub struct Camera {
+/// A camera that follows a script.
+pub struct ScriptedCamera {
     port: u16,
-    script: Arc<Mutex<Script>>,
+    script: Arc<Mutex<CameraScript>>,
     open: Arc<Mutex<Vec<TcpStream>>>,
     is_stopped: Arc<AtomicBool>,
     requests: Arc<AtomicUsize>,
 }
 
-impl Camera {
-    /// Starts one.
+impl ScriptedCamera {
+    /// Starts a camera on a free port.
     ///
     /// # Panics
-    /// When no port can be had.
-    pub fn start(script: Script) -> Self {
+    /// If no port is free.
+    pub fn start(script: CameraScript) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let camera = Self {
-            port: free_port(),
+            port: listener.local_addr().expect("a bound socket has an address").port(),
             script: Arc::new(Mutex::new(script)),
             open: Arc::default(),
-            is_stopped: Arc::new(AtomicBool::new(true)),
+            is_stopped: Arc::default(),
             requests: Arc::default(),
         };
-        camera.resume();
+        camera.serve(listener);
         camera
     }
 
-    /// Its address.
+    /// The camera's URL.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}/video", self.port)
     }
 
-    /// Requests so far.
+    /// The number of requests so far.
     pub fn requests(&self) -> usize {
         self.requests.load(Ordering::SeqCst)
     }
 
-    /// Changes what the next request gets.
-    pub fn play(&self, script: Script) {
+    /// Sets the response to subsequent requests.
+    pub fn set(&self, script: CameraScript) {
         *self.script.lock().unwrap_or_else(PoisonError::into_inner) = script;
     }
 
-    /// Pulls the plug: connections break, and no new one is accepted.
+    /// Stops the camera: open connections are closed, and no new one is accepted.
     pub fn stop(&self) {
         if !self.is_stopped.swap(true, Ordering::SeqCst) {
-            // The accept loop sees the flag when somebody knocks.
+            // The accept loop checks the flag after the next connection.
             drop(TcpStream::connect(("127.0.0.1", self.port)));
             self.break_connections();
-            until_true("the camera to be gone", || TcpStream::connect(("127.0.0.1", self.port)).is_err());
+            until_true("the camera to refuse connections", || TcpStream::connect(("127.0.0.1", self.port)).is_err());
         }
     }
 
-    /// Breaks the open connections.
+    /// Closes the open connections.
     pub fn break_connections(&self) {
         for stream in self.open.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             drop(stream.shutdown(Shutdown::Both));
         }
     }
 
-    /// Plugs it in again, on its port.
+    /// Starts the camera again on its previous port.
     ///
     /// # Panics
-    /// When somebody else has taken the port.
+    /// If another process has taken the port.
     pub fn resume(&self) {
-        let listener = crate::wait::until("the camera's port", || TcpListener::bind(("127.0.0.1", self.port)).ok());
+        let listener = until("the camera's port", || TcpListener::bind(("127.0.0.1", self.port)).ok());
         self.is_stopped.store(false, Ordering::SeqCst);
+        self.serve(listener);
+    }
+
+    fn serve(&self, listener: TcpListener) {
         let (script, open, is_stopped) = (self.script.clone(), self.open.clone(), self.is_stopped.clone());
         let requests = self.requests.clone();
         std::thread::spawn(move || {
@@ -108,22 +114,22 @@ impl Camera {
     }
 }
 
-impl Drop for Camera {
+impl Drop for ScriptedCamera {
     fn drop(&mut self) {
         self.stop();
     }
 }
 
-/// Answers request after request until the other end has enough.
-fn answer(stream: TcpStream, script: &Mutex<Script>, requests: &AtomicUsize) {
+/// Answers requests until the script or the client closes the connection.
+fn answer(stream: TcpStream, script: &Mutex<CameraScript>, requests: &AtomicUsize) {
     let Ok(copy) = stream.try_clone() else { return };
     let mut reader = BufReader::new(copy);
     let mut writer = stream;
     while read_request(&mut reader) {
         requests.fetch_add(1, Ordering::SeqCst);
         let script = script.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let goes_on = match script {
-            Script::Snapshot(picture) => writer
+        let keep_alive = match script {
+            CameraScript::Snapshot(picture) => writer
                 .write_all(
                     &[
                         format!(
@@ -136,20 +142,20 @@ fn answer(stream: TcpStream, script: &Mutex<Script>, requests: &AtomicUsize) {
                     .concat(),
                 )
                 .is_ok(),
-            Script::Mjpeg(picture) => {
+            CameraScript::Mjpeg(picture) => {
                 mjpeg(&mut writer, &picture);
                 false
             }
-            Script::Raw(bytes) => {
+            CameraScript::Raw(bytes) => {
                 drop(writer.write_all(&bytes));
                 false
             }
-            Script::Silence => {
+            CameraScript::Silence => {
                 drop(reader.read(&mut [0; 1]));
                 false
             }
         };
-        if !goes_on {
+        if !keep_alive {
             drop(writer.shutdown(Shutdown::Both));
             return;
         }
@@ -176,27 +182,28 @@ fn mjpeg(writer: &mut TcpStream, picture: &[u8]) {
         b"\r\n".to_vec(),
     ]
     .concat();
-    let mut goes_on = writer.write_all(head).is_ok();
-    while goes_on {
-        goes_on = writer.write_all(&part).is_ok();
-        std::thread::park_timeout(FRAME_EVERY);
+    let mut is_open = writer.write_all(head).is_ok();
+    while is_open {
+        is_open = writer.write_all(&part).is_ok();
+        std::thread::park_timeout(FRAME_INTERVAL);
     }
 }
 
-/// ffmpeg, serving one picture as an endless MJPEG over HTTP to one client at a time.
-pub struct Ffmpeg {
+/// An ffmpeg process that serves one JPEG file as an endless MJPEG stream over HTTP, to one client at a time.
+pub struct FfmpegCamera {
     port: u16,
-    child: Child,
+    _process: Process,
 }
 
-impl Ffmpeg {
-    /// Starts one that plays a JPEG file, unchanged, at 10 frames per second.
+impl FfmpegCamera {
+    /// Starts a camera that repeats a JPEG file, without re-encoding it, at 10 frames per second. ffmpeg cannot bind
+    /// port 0 and report the port, so a free one is chosen before.
     ///
     /// # Panics
-    /// When ffmpeg is not installed.
+    /// If ffmpeg is not installed.
     pub fn start(picture: &std::path::Path) -> Self {
         let port = free_port();
-        let child = Command::new("ffmpeg")
+        let child = command("ffmpeg")
             .args(["-hide_banner", "-loglevel", "error", "-re", "-loop", "1", "-framerate", "10", "-i"])
             .arg(picture)
             .args(["-c:v", "copy", "-f", "mpjpeg", "-listen", "1", "-content_type"])
@@ -206,18 +213,11 @@ impl Ffmpeg {
             .stderr(Stdio::null())
             .spawn()
             .expect("ffmpeg is installed; run `make test-tools` once");
-        Self { port, child }
+        Self { port, _process: Process::new(child) }
     }
 
-    /// Its address.
+    /// The camera's URL.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}/video", self.port)
-    }
-}
-
-impl Drop for Ffmpeg {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
     }
 }

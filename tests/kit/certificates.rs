@@ -1,22 +1,21 @@
-//! Certificates for MQTT over TLS, made by openssl's own little authority, and laid out as Kubernetes mounts a Secret.
+//! Certificates for MQTT over TLS, created with openssl, and laid out as Kubernetes mounts a Secret.
 //!
-//! Every set has an authority of its own, so that one knows nothing of another's. Certificates are valid from a year
-//! ago, so that a clock that is wrong by days does not matter, until so many days from now: one that ends in the past
-//! has expired. Keys are EC P-256.
+//! Every set has its own certificate authority, so no set trusts another. Certificates are valid from one year ago, so
+//! that a clock that is wrong by days does not matter, until a given number of days from now; a negative number gives
+//! an expired certificate. Keys are EC P-256.
 
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use crate::plant::said;
+use crate::process::{command, output_text};
 
-/// Long enough for any test.
-const LONG_DAYS: i64 = 3650;
-/// What `openssl ca` wants to be told, and the extensions of what it signs.
+/// The validity of certificates that do not expire during a test.
+const VALID_DAYS: i64 = 3650;
+/// The configuration of `openssl ca`, with the extensions of the certificates that it signs.
 const CONFIGURATION: &str = "
 [ca]
 default_ca = authority
@@ -41,31 +40,31 @@ basicConstraints = critical, CA:FALSE
 extendedKeyUsage = clientAuth
 ";
 
-/// An authority, and certificates for localhost and for the kit's own clients. Clones share them.
+/// A certificate authority, with certificates for localhost and for the kit's own clients. Clones share the files.
 #[derive(Debug, Clone)]
 pub struct Certificates {
     folder: Arc<TempDir>,
 }
 
 impl Certificates {
-    /// Makes them.
+    /// Creates the authority and the certificates.
     ///
     /// # Panics
-    /// When openssl is not installed.
-    #[allow(clippy::new_without_default, reason = "a default would not tell that it runs programs")]
+    /// If openssl is not installed.
+    #[allow(clippy::new_without_default, reason = "a default would hide that it runs programs")]
     pub fn new() -> Self {
         let certificates = Self { folder: Arc::new(tempfile::tempdir().expect("a temporary folder")) };
-        fs::write(certificates.path("openssl.cnf"), CONFIGURATION).expect("the folder is ours");
-        fs::write(certificates.path("index.txt"), "").expect("the folder is ours");
-        // Authorities of one name would be taken for one another until a signature is looked at.
+        fs::write(certificates.path("openssl.cnf"), CONFIGURATION).expect("the folder is writable");
+        fs::write(certificates.path("index.txt"), "").expect("the folder is writable");
+        // The name is unique: authorities with the same name are only distinguished when a signature is verified.
         let name = certificates.folder.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
-        certificates.certify("ca", &name, LONG_DAYS);
-        certificates.certify_server(LONG_DAYS);
-        certificates.certify("client", "kit", LONG_DAYS);
+        certificates.certify("ca", &name, VALID_DAYS);
+        certificates.certify_server(VALID_DAYS);
+        certificates.certify("client", "kit", VALID_DAYS);
         certificates
     }
 
-    /// The authority, which clients are to trust.
+    /// The certificate of the authority, which clients must trust.
     pub fn ca(&self) -> PathBuf {
         self.path("ca.crt")
     }
@@ -80,26 +79,26 @@ impl Certificates {
         self.path("server.key")
     }
 
-    /// A client's certificate and key, which the kit's own clients use.
+    /// The certificate and key of the kit's own clients.
     pub fn client(&self) -> (PathBuf, PathBuf) {
         (self.path("client.crt"), self.path("client.key"))
     }
 
-    /// Makes a new certificate for the server, which ends after so many days; before now when they are negative. A
-    /// broker reads it when it starts.
+    /// Creates a new server certificate that expires in `days` days; a negative number gives an expired one. A broker
+    /// reads it when it starts.
     ///
     /// # Panics
-    /// When openssl fails.
+    /// If openssl fails.
     pub fn certify_server(&self, days: i64) {
         self.certify("server", "localhost", days);
     }
 
-    /// Writes `ca.crt`, `tls.crt` and `tls.key` of a new client certificate, which ends after so many days; before now
-    /// when they are negative. The files are links into a folder that is exchanged as a whole, as the kubelet does it,
-    /// so that nobody sees a certificate with the key of another.
+    /// Writes `ca.crt`, `tls.crt` and `tls.key` of a new client certificate that expires in `days` days; a negative
+    /// number gives an expired one. As with the kubelet, the files are links into a folder that is replaced as a whole,
+    /// so that no reader sees a certificate with the key of another.
     ///
     /// # Panics
-    /// When openssl fails or the folder cannot be written.
+    /// If openssl fails or the folder cannot be written.
     pub fn client_secret(&self, folder: &Path, days: i64) {
         let path = |name: &str| folder.join(name);
         fs::create_dir_all(folder).expect("a folder for the secret");
@@ -112,10 +111,11 @@ impl Certificates {
                 symlink(Path::new("..data").join(to), path(to)).expect("the secret is written");
             }
         }
-        symlink(fresh.file_name().expect("it has a name"), path("..new")).expect("the secret is written");
+        symlink(fresh.file_name().expect("a temporary folder has a name"), path("..new"))
+            .expect("the secret is written");
         fs::rename(path("..new"), path("..data")).expect("the secret is exchanged");
         if let Ok(old) = old {
-            fs::remove_dir_all(folder.join(old)).expect("the old secret was ours");
+            fs::remove_dir_all(folder.join(old)).expect("the old secret is removed");
         }
     }
 
@@ -123,7 +123,8 @@ impl Certificates {
         self.folder.path().join(name)
     }
 
-    /// Makes a key and a certificate `<file>.key` and `<file>.crt`, signed by the authority, which signs itself.
+    /// Creates a key and a certificate, `<file>.key` and `<file>.crt`, signed by the authority. The authority signs
+    /// itself.
     fn certify(&self, file: &str, name: &str, days: i64) {
         let (key, request, certificate) = (format!("{file}.key"), format!("{file}.csr"), format!("{file}.crt"));
         self.run(
@@ -149,15 +150,19 @@ impl Certificates {
         );
     }
 
-    /// Runs a program in the folder and returns the line that it prints.
+    /// Runs a program in the folder and returns its standard output.
     fn run(&self, program: &str, arguments: &[&str], more: &[&str]) -> String {
-        let output = Command::new(program)
+        let output = command(program)
             .args(arguments)
             .args(more)
             .current_dir(self.folder.path())
             .output()
-            .expect("openssl is installed; run `make test-tools` once");
-        assert!(output.status.success(), "{program} {arguments:?} {more:?}: {}", said(&output));
+            .expect("setpriv is installed; it is part of util-linux");
+        assert!(
+            output.status.success(),
+            "{program} {arguments:?} {more:?} fails; is it installed? run `make test-tools` once: {}",
+            output_text(&output)
+        );
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 }

@@ -1,6 +1,6 @@
 """Serves a folder over HTTPS on a free port, which it prints: files_over_tls.py FOLDER CERT KEY [AUTHORIZATION].
 
-It understands GET and HEAD with ETag, Range and If-Range. With AUTHORIZATION it refuses requests without that header.
+Supports GET and HEAD with ETag, Range and If-Range. With AUTHORIZATION it rejects requests without this header value.
 """
 
 import http.server
@@ -24,10 +24,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(404)
         body, meta = file.read_bytes(), file.stat()
         headers = {"ETag": f'"{meta.st_mtime_ns:x}-{meta.st_size:x}"', "Accept-Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
-        if not asked or self.headers["If-Range"] not in (None, headers["ETag"]):
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+        if not requested or self.headers["If-Range"] not in (None, headers["ETag"]):
             return self.answer(200, headers, body)
-        first, last = int(asked[1]), min(int(asked[2] or len(body)), len(body) - 1)
+        first, last = int(requested[1]), min(int(requested[2] or len(body)), len(body) - 1)
         if first > last:
             return self.answer(416, {"Content-Range": f"bytes */{len(body)}"})
         headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
@@ -50,7 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 context.load_cert_chain(certificate, key)
-# The handshake is left to the thread of the connection, so that a client who never begins one holds up nobody.
+# The handshake runs in the thread of the connection, so that a client that never starts one does not block others.
 server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
 print(server.server_port, flush=True)
 server.serve_forever()

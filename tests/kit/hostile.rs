@@ -1,40 +1,38 @@
-//! ONNX files that mean harm: each takes a small picture and has an output, so that only a closer look finds it out.
+//! Hostile ONNX files. Each declares a small image input and an output, so that only an inspection of the graph or its
+//! execution reveals it.
 
 use crate::onnx::{Attribute, Dim, FLOAT, Model};
 
-/// More elements, by this factor, than any node has memory for.
+/// A dimension with which a tensor exceeds the memory of any node.
 const HUGE: i64 = 1_000_000_000;
-/// Two dimensions of this size multiply to 2^64, which wraps round to 0.
+/// Two dimensions of this size multiply to 2^64, which overflows to 0.
 const WRAPS: u64 = 1 << 32;
-/// Operators of the long chain.
+/// The number of operators in the long chain.
 const CHAIN: usize = 50_000;
-/// Graphs within graphs.
+/// The nesting depth of graphs.
 const DEPTH: usize = 1_000;
 /// `AttributeProto.AttributeType.GRAPH`.
 const GRAPH: u8 = 5;
 /// `TensorProto.DataType.BOOL`.
 const BOOL: i64 = 9;
 
-/// Hostile models by name.
+/// The hostile models with their names.
 pub fn hostile_models() -> Vec<(&'static str, Vec<u8>)> {
     let add = |model: Model, other: &str| model.node("Add", &["x", other], &["y"], &[]).build();
     let shape = [HUGE, 3, 8, 8];
     let conv = |attributes: &[Attribute]| {
-        picture().floats("w", &[1, 3, 3, 3], &[1.0; 27]).node("Conv", &["x", "w"], &["y"], attributes).build()
+        image().floats("w", &[1, 3, 3, 3], &[1.0; 27]).node("Conv", &["x", "w"], &["y"], attributes).build()
     };
     vec![
         (
             "constant-of-shape",
-            add(picture().integers("shape", &[4], &shape).node("ConstantOfShape", &["shape"], &["big"], &[]), "big"),
+            add(image().integers("shape", &[4], &shape).node("ConstantOfShape", &["shape"], &["big"], &[]), "big"),
         ),
-        ("expand", picture().integers("shape", &[4], &shape).node("Expand", &["x", "shape"], &["y"], &[]).build()),
-        (
-            "tile",
-            picture().integers("times", &[4], &[HUGE, 1, 1, 1]).node("Tile", &["x", "times"], &["y"], &[]).build(),
-        ),
+        ("expand", image().integers("shape", &[4], &shape).node("Expand", &["x", "shape"], &["y"], &[]).build()),
+        ("tile", image().integers("times", &[4], &[HUGE, 1, 1, 1]).node("Tile", &["x", "times"], &["y"], &[]).build()),
         (
             "range",
-            picture()
+            image()
                 .integers("start", &[], &[0])
                 .integers("limit", &[], &[1000 * HUGE])
                 .integers("step", &[], &[1])
@@ -44,13 +42,13 @@ pub fn hostile_models() -> Vec<(&'static str, Vec<u8>)> {
                 .node("Add", &["floats", "mean"], &["y"], &[])
                 .build(),
         ),
-        ("wrapping-dims", add(picture().floats("w", &[WRAPS, WRAPS, 3, 8, 8], &[]), "w")),
-        ("short-initializer", add(picture().floats("w", &[1_000_000, 3, 8, 8], &[1.0; 12]), "w")),
-        ("cycle", add(picture().node("Relu", &["y"], &["z"], &[]), "z")),
+        ("wrapping-dims", add(image().floats("w", &[WRAPS, WRAPS, 3, 8, 8], &[]), "w")),
+        ("short-initializer", add(image().floats("w", &[1_000_000, 3, 8, 8], &[1.0; 12]), "w")),
+        ("cycle", add(image().node("Relu", &["y"], &["z"], &[]), "z")),
         ("chain", chain()),
         (
             "gather",
-            picture()
+            image()
                 .integers("indices", &[2], &[1000, -1000])
                 .node("Gather", &["x", "indices"], &["y"], &[Attribute::Int("axis", 1)])
                 .build(),
@@ -58,11 +56,12 @@ pub fn hostile_models() -> Vec<(&'static str, Vec<u8>)> {
         ("conv-pads", conv(&[Attribute::Ints("pads", vec![(1 << 31) - 3; 4])])),
         ("conv-strides", conv(&[Attribute::Ints("strides", vec![0, -1]), Attribute::Ints("dilations", vec![HUGE; 2])])),
         ("nested-ifs", nested_ifs()),
-        ("nan", picture().floats("w", &[1, 3, 8, 8], &[f32::NAN; 192]).node("Mul", &["x", "w"], &["y"], &[]).build()),
+        ("nan", image().floats("w", &[1, 3, 8, 8], &[f32::NAN; 192]).node("Mul", &["x", "w"], &["y"], &[]).build()),
     ]
 }
 
-/// Copies of a file with bytes changed, bits flipped, parts moved, or the end cut off. The same seed gives the same copies.
+/// Mutated copies of a file: changed bytes, flipped bits, inserted bytes, rotated content or a truncated end. The same
+/// seed gives the same copies.
 pub fn mutations(bytes: &[u8], count: usize, seed: u64) -> Vec<Vec<u8>> {
     let mut random = Random::new(seed);
     (0..count)
@@ -84,17 +83,17 @@ pub fn mutations(bytes: &[u8], count: usize, seed: u64) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Numbers that look random and are the same for the same seed: xorshift64.
+/// A pseudo-random number generator (xorshift64) that gives the same sequence for the same seed.
 pub struct Random(u64);
 
 impl Random {
-    /// Numbers of this seed.
+    /// A generator with this seed.
     pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
 
     /// The next number.
-    #[allow(clippy::should_implement_trait, reason = "it never ends, so it is no iterator's")]
+    #[allow(clippy::should_implement_trait, reason = "the sequence is infinite, so it is not an iterator")]
     pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -102,20 +101,20 @@ impl Random {
         self.0
     }
 
-    /// A number below this one, which is not 0.
+    /// A number less than `end`, which must not be 0.
     pub fn below(&mut self, end: usize) -> usize {
         (self.next() % end as u64) as usize
     }
 }
 
-/// The input `x` and the output `y` that all of them declare.
-fn picture() -> Model {
+/// The input `x` and the output `y` that every hostile model declares.
+fn image() -> Model {
     let shape = [1, 3, 8, 8].map(Dim::Size);
     Model::new().input("x", FLOAT, &shape).output("y", FLOAT, &shape)
 }
 
 fn chain() -> Vec<u8> {
-    let mut model = picture();
+    let mut model = image();
     let mut before = "x".to_owned();
     for index in 1..CHAIN {
         let next = format!("n{index}");
@@ -125,9 +124,10 @@ fn chain() -> Vec<u8> {
     model.node("Tanh", &[&before], &["y"], &[]).build()
 }
 
-/// `If` in a branch of an `If`, and so on. Protobuf merges the second `graph` of a file into the first.
+/// `If` operators nested in the branches of `If` operators. A protobuf parser merges the second `graph` field of a file
+/// into the first.
 fn nested_ifs() -> Vec<u8> {
-    let head = picture().integers("one", &[], &[1]).node("Cast", &["one"], &["yes"], &[Attribute::Int("to", BOOL)]);
+    let head = image().integers("one", &[], &[1]).node("Cast", &["one"], &["yes"], &[Attribute::Int("to", BOOL)]);
     let leaf = branch(&node("Identity", "x", &[]));
     let mut innermost = node("Identity", "x", &[]);
     for _ in 0..DEPTH {
@@ -147,17 +147,17 @@ fn node(operator: &str, input: &str, attributes: &[Vec<u8>]) -> Vec<u8> {
         .collect()
 }
 
-/// A `GraphProto` of one node.
+/// A `GraphProto` with one node.
 fn branch(node: &[u8]) -> Vec<u8> {
     [field(1, node), field(2, b"branch"), field(12, &field(1, b"y"))].concat()
 }
 
-/// An `AttributeProto` that holds a graph. Field 20, its type, is written `A0 01`.
+/// An `AttributeProto` with a graph. Field 20, its type, is encoded as `A0 01`.
 fn attribute(name: &str, graph: &[u8]) -> Vec<u8> {
     [field(1, name.as_bytes()), field(6, graph), vec![0xA0, 0x01, GRAPH]].concat()
 }
 
-/// A field of bytes with a number below 16.
+/// A length-delimited field with a field number below 16.
 fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
     let mut out = vec![number << 3 | 2];
     let mut length = bytes.len();

@@ -1,8 +1,9 @@
-//! A kit of peers and parts for tests: the agent as a process, a real broker, cameras, and models written by hand.
+//! The test kit: the agent as a process, real peers (mosquitto, Paho, docker-registry, moto, ffmpeg, Kubernetes), scripted
+//! peers for faults that real ones do not produce on demand, and hand-written ONNX models.
 //!
-//! It uses nothing of the product's but the built program, so that nothing is checked against itself. Nothing in here
-//! waits for a fixed time or uses a fixed port: whatever is waited for has a condition and a generous bound, and what is
-//! started is ended by its own id when the test is over.
+//! The kit uses no crate of the product, only the built program, so the product is never checked against itself. Nothing
+//! here waits for a fixed time: every wait has a condition and a limit (`wait`). Every child process ends with the test
+//! that started it (`process`). The kit has no unit tests: the suite exercises all of it.
 
 #![allow(clippy::expect_used, reason = "in a test a panic is the message")]
 
@@ -10,15 +11,17 @@ pub mod agent;
 pub mod broker;
 pub mod camera;
 pub mod certificates;
+pub mod file_server;
 pub mod hostile;
 pub mod http;
 pub mod lab;
 pub mod onnx;
 pub mod paho;
-pub mod plant;
+pub mod process;
 pub mod relay;
 pub mod scripted_api;
 pub mod scripted_broker;
+pub mod site;
 pub mod source;
 pub mod sparkplug;
 pub mod wait;
@@ -30,24 +33,32 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The bundled example: model, frames and golden samples.
+/// A path in the bundled example, which holds a model, frames and golden samples.
 pub fn example(path: &str) -> PathBuf {
     root().join("examples/surface-defects").join(path)
 }
 
-/// A frame of the bundled example, as JPEG.
+/// A frame of the bundled example as JPEG bytes.
 pub fn frame(name: &str) -> Vec<u8> {
     std::fs::read(example("frames").join(name)).expect("the example's frames are committed")
 }
 
-/// The Python with the packages of `tests/requirements.txt`, which `make test` sets up.
+/// The Python interpreter with the packages of `tests/requirements.txt`, which `make test` installs.
 pub fn python() -> PathBuf {
     let python = root().join(".venv/bin/python");
     assert!(python.exists(), "{} is missing; run `make test-tools` once", python.display());
     python
 }
 
-/// An `EdgeModel` manifest; `more` is further YAML of its spec, two spaces deep.
+/// A path as text.
+///
+/// # Panics
+/// If the path is not UTF-8.
+pub fn utf8(path: &Path) -> &str {
+    path.to_str().expect("temporary folders have UTF-8 names")
+}
+
+/// An `EdgeModel` manifest; `more` is further YAML of its spec, indented by two spaces.
 pub fn model_manifest(name: &str, version: u64, uri: &str, more: &str) -> String {
     format!(
         "apiVersion: lineside.dev/v1alpha1\nkind: EdgeModel\nmetadata: {{name: {name}}}\nspec:\n  version: {version}\n  \
@@ -55,7 +66,7 @@ pub fn model_manifest(name: &str, version: u64, uri: &str, more: &str) -> String
     )
 }
 
-/// A `CameraStream` manifest; `more` is further YAML of its spec, two spaces deep.
+/// A `CameraStream` manifest; `more` is further YAML of its spec, indented by two spaces.
 pub fn stream_manifest(name: &str, uri: &str, model: &str, more: &str) -> String {
     format!(
         "apiVersion: lineside.dev/v1alpha1\nkind: CameraStream\nmetadata: {{name: {name}}}\nspec:\n  \

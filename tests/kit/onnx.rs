@@ -1,7 +1,8 @@
-//! Writes small ONNX models without any library of the product's, so that tests do not check an engine with itself.
+//! Writes small ONNX models without any library of the product, so that the product's engine is not checked against
+//! itself.
 //!
-//! Only the fields that tests need are written. Format: `onnx.proto3` of the ONNX project; the numbers below are its
-//! field numbers.
+//! Only the fields that the tests need are written. Format: `onnx.proto3` of the ONNX project; the numbers in the code
+//! are its field numbers.
 
 /// `TensorProto.DataType.FLOAT`.
 pub const FLOAT: u64 = 1;
@@ -10,12 +11,12 @@ pub const UINT8: u64 = 2;
 /// `TensorProto.DataType.INT64`.
 pub const INT64: u64 = 7;
 
-/// One dimension of a declared tensor.
+/// A dimension of a declared tensor.
 #[derive(Clone, Copy)]
 pub enum Dim {
-    /// Fixed.
+    /// A fixed size.
     Size(u64),
-    /// Open, under a name.
+    /// A symbolic size with this name.
     Named(&'static str),
 }
 
@@ -27,7 +28,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// A model with nothing in it.
+    /// An empty model.
     pub fn new() -> Self {
         Self::default()
     }
@@ -55,21 +56,21 @@ impl Model {
         self
     }
 
-    /// Adds float weights.
+    /// Adds an initializer of type `FLOAT`.
     pub fn floats(mut self, name: &str, shape: &[u64], values: &[f32]) -> Self {
         let raw: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         bytes(&mut self.graph, 5, &tensor(name, FLOAT, shape, &raw));
         self
     }
 
-    /// Adds integer weights.
+    /// Adds an initializer of type `INT64`.
     pub fn integers(mut self, name: &str, shape: &[u64], values: &[i64]) -> Self {
         let raw: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         bytes(&mut self.graph, 5, &tensor(name, INT64, shape, &raw));
         self
     }
 
-    /// Adds weights that lie in another file, which the product refuses.
+    /// Adds an initializer whose data is stored in another file, which the product rejects.
     pub fn external(mut self, name: &str, shape: &[u64], file: &str) -> Self {
         let mut tensor = tensor(name, FLOAT, shape, &[]);
         bytes(&mut tensor, 13, &entry("location", file));
@@ -78,13 +79,13 @@ impl Model {
         self
     }
 
-    /// Adds an entry to the metadata.
+    /// Adds a metadata entry.
     pub fn metadata(mut self, key: &str, value: &str) -> Self {
         bytes(&mut self.metadata, 14, &entry(key, value));
         self
     }
 
-    /// The finished file.
+    /// The encoded model file.
     pub fn build(&self) -> Vec<u8> {
         let mut model = Vec::new();
         integer(&mut model, 1, 8);
@@ -100,11 +101,11 @@ impl Model {
     }
 }
 
-/// A constant of an operator.
+/// An attribute of an operator.
 pub enum Attribute {
-    /// One integer.
+    /// An integer.
     Int(&'static str, i64),
-    /// Several integers.
+    /// A list of integers.
     Ints(&'static str, Vec<i64>),
 }
 
@@ -127,8 +128,8 @@ impl Attribute {
     }
 }
 
-/// A classifier `[batch, 3, height, width]` to `[batch, classes]` whose logits are the mean of red, of green, of blue and
-/// then zeros: what it says of a picture can be worked out in the head.
+/// A classifier from `[batch, 3, height, width]` to `[batch, classes]` whose logits are the means of red, green and
+/// blue, followed by zeros. Its result for an image can be computed by hand.
 pub fn mean_colour_classifier(height: u64, width: u64, classes: u64) -> Model {
     let weights: Vec<f32> =
         (0..3).flat_map(|channel| (0..classes).map(move |class| if class == channel { 10.0 } else { 0.0 })).collect();

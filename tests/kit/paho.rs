@@ -1,37 +1,40 @@
-//! A subscriber that is neither the product's nor mosquitto's, Eclipse Paho, and what its record says of lost results.
+//! A subscriber based on Eclipse Paho, which is independent of the product and of mosquitto, and a check of the
+//! recorded results for gaps and duplicates.
 //!
-//! With a session it misses nothing that the broker keeps for it; the broker may then deliver what was on the way once
-//! more, with `dup` set, which is no repeat of the publisher's.
+//! With a persistent session the subscriber receives everything that the broker stores for it. The broker may then
+//! redeliver in-flight messages with `dup` set; such a repeat does not come from the publisher.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::broker::Access;
+use crate::broker::ConnectOptions;
+use crate::process::{Process, command};
 use crate::wait::until_true;
 
-/// A Python program of the kit that prints `ready` whenever a subscription stands, and is ended with its owner.
-pub(crate) struct Listener {
-    child: Child,
+/// A Python program of the kit that prints `ready` whenever its subscription is granted. It is killed when it is
+/// dropped.
+pub(crate) struct PythonSubscriber {
+    _process: Process,
     ready: Arc<AtomicUsize>,
 }
 
-impl Listener {
-    /// Starts one, which has subscribed when this returns.
+impl PythonSubscriber {
+    /// Starts a program. Its subscription is active when this returns.
     pub(crate) fn start(program: &str, arguments: &[String]) -> Self {
-        Self::start_by(Command::new(crate::python()), program, arguments)
+        Self::start_with(command(crate::python()), program, arguments)
     }
 
-    /// The same by a Python that may be elsewhere.
-    fn start_by(mut python: Command, program: &str, arguments: &[String]) -> Self {
+    /// Starts a program with another Python command, for example in a network namespace.
+    fn start_with(mut python: Command, program: &str, arguments: &[String]) -> Self {
         let mut child = python
             .arg(crate::root().join("tests/kit").join(program))
             .args(arguments)
@@ -39,122 +42,119 @@ impl Listener {
             .spawn()
             .expect("Python starts");
         let lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
-        let listener = Self { child, ready: Arc::default() };
+        let subscriber = Self { _process: Process::new(child), ready: Arc::default() };
         std::thread::spawn({
-            let ready = listener.ready.clone();
+            let ready = subscriber.ready.clone();
             move || {
                 for _ in lines.map_while(Result::ok) {
                     ready.fetch_add(1, Ordering::SeqCst);
                 }
             }
         });
-        until_true(&format!("{program} {arguments:?} to subscribe"), || listener.ready() > 0);
-        listener
+        until_true(&format!("{program} {arguments:?} to subscribe"), || subscriber.ready() > 0);
+        subscriber
     }
 
-    /// How often a subscription stood so far.
+    /// The number of granted subscriptions so far.
     pub(crate) fn ready(&self) -> usize {
         self.ready.load(Ordering::SeqCst)
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-/// What was read from the record so far: lines with their topics, which take less room than what they say.
+/// The part of the record that has been read: topics with their lines, which need less memory than parsed messages.
 #[derive(Default)]
 struct Record {
     bytes: u64,
     lines: Vec<(String, String)>,
 }
 
-/// A subscriber that writes down what it gets, and connects again by itself.
+/// A subscriber that records every message, and reconnects by itself.
 pub struct Paho {
-    listener: Listener,
+    process: PythonSubscriber,
     folder: TempDir,
     record: Mutex<Record>,
 }
 
 impl Paho {
-    /// Starts one, which has subscribed with QoS 1 when this returns. A session is the name under which the broker
-    /// keeps the subscription and what comes while the subscriber is away.
+    /// Subscribes with QoS 1. The subscription is active when this returns. With a session name the broker keeps the
+    /// subscription and stores messages while the subscriber is disconnected.
     ///
     /// # Panics
-    /// When the broker does not grant the subscription.
-    pub fn start(access: &Access, filter: &str, session: Option<&str>) -> Self {
-        Self::start_by(Command::new(crate::python()), access, filter, session)
+    /// If the broker does not grant the subscription.
+    pub fn start(options: &ConnectOptions, filter: &str, session: Option<&str>) -> Self {
+        Self::start_with(command(crate::python()), options, filter, session)
     }
 
-    /// The same by a Python that may be in another network.
+    /// Like [`Paho::start`], with another Python command, for example in a network namespace.
     ///
     /// # Panics
-    /// As [`Paho::start`].
-    pub fn start_by(python: Command, access: &Access, filter: &str, session: Option<&str>) -> Self {
+    /// If the broker does not grant the subscription.
+    pub fn start_with(python: Command, options: &ConnectOptions, filter: &str, session: Option<&str>) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut arguments = access.flags();
+        let mut arguments = options.flags();
         arguments.extend(["-t".to_owned(), filter.to_owned()]);
         arguments.extend(session.into_iter().flat_map(|name| ["--session".to_owned(), name.to_owned()]));
-        arguments.push(crate::plant::utf8(&folder.path().join("record")).to_owned());
-        Self { listener: Listener::start_by(python, "subscriber.py", &arguments), folder, record: Mutex::default() }
+        arguments.push(crate::utf8(&folder.path().join("record")).to_owned());
+        Self {
+            process: PythonSubscriber::start_with(python, "subscriber.py", &arguments),
+            folder,
+            record: Mutex::default(),
+        }
     }
 
-    /// How often its subscription stood so far: one more after every reconnection.
+    /// The number of granted subscriptions so far: one, plus one per reconnection.
     pub fn subscriptions(&self) -> usize {
-        self.listener.ready()
+        self.process.ready()
     }
 
-    /// Where it writes its record, a message per line.
+    /// The path of the record, which has one message per line.
     pub fn file(&self) -> PathBuf {
         self.folder.path().join("record")
     }
 
-    /// Everything that has come so far: `topic`, `qos`, `retain`, `dup`, `received_at` in seconds since 1970, and
-    /// `payload`, which is `{"base64": ...}` where it is no JSON.
+    /// All messages so far: `topic`, `qos`, `retain`, `dup`, `received_at` in seconds since 1970, and `payload`, which
+    /// is `{"base64": ...}` if it is not JSON.
     ///
     /// # Panics
-    /// When the record is broken.
+    /// If the record is not valid.
     pub fn messages(&self) -> Vec<Value> {
         self.with_lines(|lines| lines.iter().map(|(_, line)| parse(line)).collect())
     }
 
-    /// Payloads whose topic ends like this.
+    /// The payloads of messages whose topic has this suffix.
     ///
     /// # Panics
-    /// When the record is broken.
-    pub fn payloads(&self, topic_end: &str) -> Vec<Value> {
+    /// If the record is not valid.
+    pub fn payloads(&self, topic_suffix: &str) -> Vec<Value> {
         self.with_lines(|lines| {
-            let lines = lines.iter().filter(|(topic, _)| topic.ends_with(topic_end));
+            let lines = lines.iter().filter(|(topic, _)| topic.ends_with(topic_suffix));
             lines.map(|(_, line)| parse(line)["payload"].take()).collect()
         })
     }
 
-    /// All results.
+    /// The payloads of all results.
     pub fn results(&self) -> Vec<Value> {
         self.payloads("/result")
     }
 
-    /// How many messages with this end of a topic have come; much faster than their payloads.
-    pub fn count(&self, topic_end: &str) -> usize {
-        self.with_lines(|lines| lines.iter().filter(|(topic, _)| topic.ends_with(topic_end)).count())
+    /// The number of messages whose topic has this suffix; much faster than reading their payloads.
+    pub fn count(&self, topic_suffix: &str) -> usize {
+        self.with_lines(|lines| lines.iter().filter(|(topic, _)| topic.ends_with(topic_suffix)).count())
     }
 
-    /// Waits until so many messages with this end of a topic have come, and returns their payloads.
+    /// Waits for at least `count` messages whose topic has this suffix, and returns their payloads.
     ///
     /// # Panics
-    /// When they do not come.
-    pub fn wait_for(&self, topic_end: &str, count: usize) -> Vec<Value> {
-        until_true(&format!("{count} messages on {topic_end}"), || self.count(topic_end) >= count);
-        self.payloads(topic_end)
+    /// If they do not arrive in time.
+    pub fn wait_for(&self, topic_suffix: &str, count: usize) -> Vec<Value> {
+        until_true(&format!("{count} messages on {topic_suffix}"), || self.count(topic_suffix) >= count);
+        self.payloads(topic_suffix)
     }
 
-    /// Reads what is new in the record, up to the last whole line.
-    fn with_lines<T>(&self, look: impl FnOnce(&[(String, String)]) -> T) -> T {
+    /// Reads the new part of the record, up to the last complete line.
+    fn with_lines<T>(&self, read: impl FnOnce(&[(String, String)]) -> T) -> T {
         let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut file = File::open(self.file()).expect("the subscriber has opened its record");
+        let mut file = File::open(self.file()).expect("the subscriber has created its record");
         file.seek(SeekFrom::Start(record.bytes)).expect("a record is a file");
         let mut fresh = Vec::new();
         file.read_to_end(&mut fresh).expect("a record is a file");
@@ -164,7 +164,7 @@ impl Paho {
             let topic = parse(line)["topic"].as_str().unwrap_or_default().to_owned();
             record.lines.push((topic, line.to_owned()));
         }
-        look(&record.lines)
+        read(&record.lines)
     }
 }
 
@@ -172,42 +172,42 @@ fn parse(line: &str) -> Value {
     serde_json::from_str(line).expect("the subscriber writes JSON")
 }
 
-/// Sequence numbers that never came.
+/// A range of sequence numbers that were never received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gap {
-    /// The node.
+    /// The node name.
     pub node: String,
-    /// Its boot epoch.
+    /// The boot epoch of the agent.
     pub epoch: u64,
-    /// The first missing number and the last.
+    /// The first and the last missing number.
     pub missing: RangeInclusive<u64>,
 }
 
-/// What a sequence of results holds.
+/// The outcome of a sequence check.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Summary {
-    /// Different ids.
+pub struct SequenceSummary {
+    /// The number of distinct ids.
     pub distinct: usize,
-    /// Results whose id had come before.
+    /// The number of results whose id was received before.
     pub duplicates: usize,
-    /// What is missing between 1 and the highest number of each epoch.
+    /// The gaps between 1 and the highest number of each epoch.
     pub gaps: Vec<Gap>,
-    /// The highest number by node and epoch. What is missing after it cannot be seen from here.
+    /// The highest number by node and epoch. Results that are missing after it cannot be detected here.
     pub highest: BTreeMap<(String, u64), u64>,
 }
 
-/// Looks through results for repeats and gaps, by their ids.
+/// Checks results for duplicates and gaps, by their ids.
 ///
 /// # Panics
-/// When an id is not `node:epoch:seq`, or when a result comes again with other contents than before; `historical` may
-/// differ.
-pub fn check_sequence(results: &[Value]) -> Summary {
+/// If an id is not of the form `node:epoch:seq`, or if a duplicate differs from the first result in more than
+/// `historical`.
+pub fn check_sequence(results: &[Value]) -> SequenceSummary {
     let contents = |result: &Value| {
         let mut result = result.clone();
         result.as_object_mut().map(|fields| fields.remove("historical"));
         result
     };
-    let mut summary = Summary::default();
+    let mut summary = SequenceSummary::default();
     let mut epochs: BTreeMap<(String, u64), HashMap<u64, &Value>> = BTreeMap::new();
     for result in results {
         let id = result["id"].as_str().unwrap_or_default();
@@ -221,7 +221,7 @@ pub fn check_sequence(results: &[Value]) -> Summary {
             None => summary.distinct += 1,
             Some(before) => {
                 summary.duplicates += 1;
-                assert_eq!(contents(before), contents(result), "{id} came again with other contents");
+                assert_eq!(contents(before), contents(result), "{id} was received again with different contents");
             }
         }
     }

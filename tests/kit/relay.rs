@@ -1,34 +1,35 @@
-//! A link that can be throttled, held and cut while it runs: a TCP relay from a port of its own to another on loopback.
+//! A network link that can be throttled, held and cut while it is in use: a TCP relay from its own port to another
+//! loopback port.
 //!
-//! In either direction bytes arrive whole and in order, or not at all. What was sent while the link was held arrives
-//! when it passes again. A connection that was cut stays cut, even when the link passes again at once.
+//! In both directions bytes are delivered in order or not at all. Bytes that are sent while the link is held are
+//! delivered when it passes again. A connection that was cut stays closed, even if the link passes again immediately.
 
 use std::io::{ErrorKind, Read as _, Result, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// What is read at once.
-const PIECE: usize = 16 << 10;
-/// How long a read or a write may take until the link is looked at again.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// A throttled link moves a piece this often per second.
-const PIECES_PER_SECOND: u64 = 10;
+/// The size of a read, in bytes.
+const CHUNK_BYTES: usize = 16 << 10;
+/// The timeout of a read or write, after which the mode of the link is checked again.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// The number of writes per second on a throttled link.
+const CHUNKS_PER_SECOND: u64 = 10;
 
-/// What a link does.
+/// The behaviour of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Bytes go on at once.
+    /// Bytes are forwarded immediately.
     Pass,
-    /// Connections are cut, those there are and those to come.
+    /// Open connections are cut, and new ones are closed immediately.
     Refuse,
-    /// Connections stay and new ones are accepted, but nothing moves and nobody is told.
+    /// Connections stay open and new ones are accepted, but no bytes are forwarded.
     Hold,
 }
 
 struct State {
     mode: Mode,
-    /// How often the link was cut; a connection from before a cut is dead.
+    /// The number of cuts; a connection that was opened before a cut is dead.
     cuts: u64,
     bytes_per_second: Option<u64>,
     connections: usize,
@@ -42,17 +43,17 @@ struct Link {
     changed: Condvar,
 }
 
-/// A relay. Its connections are cut when it is dropped.
+/// A relay. Dropping it cuts its connections.
 pub struct Relay {
     port: u16,
     link: Arc<Link>,
 }
 
 impl Relay {
-    /// Starts one to this port, which passes everything on.
+    /// Starts a relay to this port that forwards everything.
     ///
     /// # Panics
-    /// When no port can be had.
+    /// If no port is free.
     pub fn start(target_port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = listener.local_addr().expect("a bound socket has an address").port();
@@ -75,7 +76,7 @@ impl Relay {
                 state.connections += 1;
                 if state.mode != Mode::Refuse {
                     let (link, cuts) = (link.clone(), state.cuts);
-                    // A connection that ends with an error has ended, which is all that the other side is to see.
+                    // The other side only needs to see that the connection has ended; the error is of no interest.
                     std::thread::spawn(move || drop(link.serve(client, cuts)));
                 }
             }
@@ -83,7 +84,7 @@ impl Relay {
         relay
     }
 
-    /// The address for an MQTT client.
+    /// The URL for an MQTT client.
     pub fn url(&self) -> String {
         format!("mqtt://127.0.0.1:{}", self.port)
     }
@@ -93,7 +94,7 @@ impl Relay {
         self.port
     }
 
-    /// Behaves like this from now on.
+    /// Sets the behaviour of the link.
     pub fn set(&self, mode: Mode) {
         self.change(|state| {
             state.mode = mode;
@@ -101,18 +102,18 @@ impl Relay {
         });
     }
 
-    /// Lets every connection send so many bytes per second to the target at most; `None` is as many as it can. The
-    /// system's buffers before the relay take some MiB more at once, so that a client feels it late.
+    /// Limits the rate to the target, in bytes per second and connection; `None` is unlimited. The buffers of the
+    /// operating system before the relay take a few MiB at once, so a client notices the limit late.
     pub fn throttle(&self, bytes_per_second: Option<u64>) {
         self.change(|state| state.bytes_per_second = bytes_per_second);
     }
 
-    /// The connections accepted so far, with those that were cut at once.
+    /// The number of connections accepted so far, including those that were cut immediately.
     pub fn connections(&self) -> usize {
         self.link.lock().connections
     }
 
-    /// The bytes that went to the target so far, counted just after they went.
+    /// The number of bytes forwarded to the target so far.
     pub fn bytes_to_target(&self) -> u64 {
         self.link.lock().bytes_to_target
     }
@@ -126,7 +127,7 @@ impl Relay {
 impl Drop for Relay {
     fn drop(&mut self) {
         self.change(|state| state.is_stopped = true);
-        // The accept loop sees the flag when somebody knocks.
+        // The accept loop checks the flag after the next connection.
         drop(TcpStream::connect(("127.0.0.1", self.port)));
     }
 }
@@ -136,7 +137,7 @@ impl Link {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while the link is held, and says whether a connection from before so many cuts still lives.
+    /// Waits while the link is held. Returns whether a connection that was opened after `cuts` cuts is still alive.
     fn is_alive(&self, cuts: u64) -> bool {
         let is_held = |state: &mut State| state.mode == Mode::Hold && state.cuts == cuts && !state.is_stopped;
         let state = self.changed.wait_while(self.lock(), is_held).unwrap_or_else(PoisonError::into_inner);
@@ -150,8 +151,8 @@ impl Link {
         let target = TcpStream::connect(("127.0.0.1", self.target_port))?;
         for stream in [&client, &target] {
             stream.set_nodelay(true)?;
-            stream.set_read_timeout(Some(LOOK_EVERY))?;
-            stream.set_write_timeout(Some(LOOK_EVERY))?;
+            stream.set_read_timeout(Some(POLL_INTERVAL))?;
+            stream.set_write_timeout(Some(POLL_INTERVAL))?;
         }
         let back = (self.clone(), target.try_clone()?, client.try_clone()?);
         std::thread::spawn(move || back.0.pump(&back.1, &back.2, cuts, false));
@@ -159,24 +160,24 @@ impl Link {
         Ok(())
     }
 
-    /// Moves bytes until one end or the link is gone, and closes both ends then.
+    /// Forwards bytes until one end or the link is closed, and then closes both ends.
     fn pump(&self, from: &TcpStream, to: &TcpStream, cuts: u64, is_to_target: bool) {
-        // Whatever goes wrong with one end is the end of the connection for the other.
+        // Any error on one end closes the connection on the other.
         drop(self.move_bytes(from, to, cuts, is_to_target));
         drop(from.shutdown(Shutdown::Both));
         drop(to.shutdown(Shutdown::Both));
     }
 
     fn move_bytes(&self, mut from: &TcpStream, mut to: &TcpStream, cuts: u64, is_to_target: bool) -> Result<()> {
-        let mut buffer = [0; PIECE];
+        let mut buffer = [0; CHUNK_BYTES];
         while self.is_alive(cuts) {
-            let Some(count) = unless_late(from.read(&mut buffer))? else { continue };
+            let Some(count) = unless_timed_out(from.read(&mut buffer))? else { continue };
             let mut rest = &buffer[..count];
-            // The link may have been held meanwhile: then an end of the stream has to wait as well.
+            // The link may have been held in the meantime; in that case the end of the stream must be delayed as well.
             while self.is_alive(cuts) && !rest.is_empty() {
                 let rate = self.lock().bytes_per_second.filter(|_| is_to_target);
-                let most = rate.map_or(rest.len(), |rate| (rate / PIECES_PER_SECOND).max(1) as usize);
-                let written = unless_late(to.write(&rest[..most.min(rest.len())]))?.unwrap_or(0);
+                let most = rate.map_or(rest.len(), |rate| (rate / CHUNKS_PER_SECOND).max(1) as usize);
+                let written = unless_timed_out(to.write(&rest[..most.min(rest.len())]))?.unwrap_or(0);
                 rest = &rest[written..];
                 if is_to_target {
                     self.lock().bytes_to_target += written as u64;
@@ -192,7 +193,7 @@ impl Link {
         Ok(())
     }
 
-    /// Waits as long as so many bytes take at this rate, unless something changes.
+    /// Waits for the time that `bytes` take at this rate, unless the mode or the rate changes.
     fn pause(&self, bytes: usize, bytes_per_second: u64, cuts: u64) {
         let pause = Duration::from_secs_f64(bytes as f64 / bytes_per_second.max(1) as f64);
         let is_same = |state: &mut State| {
@@ -202,8 +203,8 @@ impl Link {
     }
 }
 
-/// Nothing where the time for it was over.
-fn unless_late(result: Result<usize>) -> Result<Option<usize>> {
+/// `None` if the operation timed out.
+fn unless_timed_out(result: Result<usize>) -> Result<Option<usize>> {
     match result {
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
             Ok(None)

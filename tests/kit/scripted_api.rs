@@ -1,6 +1,6 @@
-//! An API server that answers as it is told, for what a real one does not do on demand: storms of 410, 429 and 503, and
-//! JSON that breaks off. It knows lists and watches of EdgeModels and CameraStreams, says that there is no such Node, and
-//! takes every other write.
+//! A scripted Kubernetes API server for faults that a real one does not produce on demand: series of 410, 429 and 503
+//! responses, and truncated JSON. It supports lists and watches of EdgeModels and CameraStreams, answers 404 for a
+//! Node, and accepts every other write.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -11,45 +11,45 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// How lists and watches are answered.
+/// The responses to lists and watches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Script {
-    /// As a server in good order does.
+pub enum ApiScript {
+    /// Correct responses.
     #[default]
-    Well,
-    /// Every watch ends at once: the version is too old.
+    Healthy,
+    /// Every watch ends immediately with 410: the resource version is too old.
     Expired,
-    /// Too many requests, without a word on when to come again.
+    /// 429 without a `Retry-After` header.
     LimitExceeded,
-    /// Not available.
+    /// 503.
     Unavailable,
-    /// Every answer breaks off in the middle.
+    /// Every response is truncated.
     Truncated,
 }
 
 #[derive(Default)]
 struct State {
-    script: Script,
+    script: ApiScript,
     objects: BTreeMap<&'static str, Vec<Value>>,
     version: u64,
     lists: BTreeMap<&'static str, Vec<Instant>>,
     watches: usize,
 }
 
-/// The server. Its threads end with the process.
+/// The server. Its threads run until the process exits.
 pub struct ScriptedApi {
     state: Arc<Mutex<State>>,
     address: String,
 }
 
 impl ScriptedApi {
-    /// One with no objects, in good order.
+    /// Starts a healthy server without objects.
     ///
     /// # Panics
-    /// When there is no free port.
+    /// If no port is free.
     pub fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let address = listener.local_addr().expect("it is bound").to_string();
+        let address = listener.local_addr().expect("a bound socket has an address").to_string();
         let state = Arc::new(Mutex::new(State { version: 1, ..State::default() }));
         std::thread::spawn({
             let state = state.clone();
@@ -67,10 +67,10 @@ impl ScriptedApi {
         lock(&self.state)
     }
 
-    /// A kubeconfig that leads here.
+    /// Writes a kubeconfig for this server.
     ///
     /// # Panics
-    /// When it cannot be written.
+    /// If it cannot be written.
     pub fn kubeconfig(&self, folder: &Path) -> PathBuf {
         let path = folder.join("kubeconfig");
         let text = json!({
@@ -79,16 +79,16 @@ impl ScriptedApi {
             "users": [{"name": "a", "user": {"token": "t"}}],
             "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
         });
-        std::fs::write(&path, text.to_string()).expect("the folder is ours");
+        std::fs::write(&path, text.to_string()).expect("the folder is writable");
         path
     }
 
-    /// Answers so from now on.
-    pub fn follow(&self, script: Script) {
+    /// Sets the responses.
+    pub fn set(&self, script: ApiScript) {
         self.state().script = script;
     }
 
-    /// Puts an object, by the plural of its kind.
+    /// Creates or replaces an object of the kind with this plural name.
     pub fn put(&self, plural: &'static str, name: &str, generation: u64, spec: &Value) {
         let mut state = self.state();
         state.version += 1;
@@ -103,12 +103,12 @@ impl ScriptedApi {
         objects.push(object);
     }
 
-    /// When lists of a kind were asked for.
+    /// The times of the list requests for a kind.
     pub fn lists(&self, plural: &str) -> Vec<Instant> {
         self.state().lists.get(plural).cloned().unwrap_or_default()
     }
 
-    /// How many watches were asked for.
+    /// The number of watch requests.
     pub fn watches(&self) -> usize {
         self.state().watches
     }
@@ -147,18 +147,20 @@ fn serve(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
             Some(_) if path.contains("watch=true") => {
                 lock(state).watches += 1;
                 match script {
-                    Script::Expired => chunked(&mut stream, &error(410, "Expired").to_string())?,
-                    Script::Truncated => chunked(&mut stream, "{\"type\":\"ADDED\",\"object\":{\"apiVersion\":\"li")?,
-                    Script::LimitExceeded => whole(&mut stream, 429, &status(429, "TooManyRequests").to_string())?,
-                    Script::Unavailable => whole(&mut stream, 503, &status(503, "ServiceUnavailable").to_string())?,
-                    // A quiet watch, which ends when the script changes.
-                    Script::Well => {
+                    ApiScript::Expired => chunked(&mut stream, &error(410, "Expired").to_string())?,
+                    ApiScript::Truncated => {
+                        chunked(&mut stream, "{\"type\":\"ADDED\",\"object\":{\"apiVersion\":\"li")?;
+                    }
+                    ApiScript::LimitExceeded => whole(&mut stream, 429, &status(429, "TooManyRequests").to_string())?,
+                    ApiScript::Unavailable => whole(&mut stream, 503, &status(503, "ServiceUnavailable").to_string())?,
+                    // A watch without events, which ends when the script or an object changes.
+                    ApiScript::Healthy => {
                         write!(
                             stream,
                             "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
                         )?;
                         let before = lock(state).version;
-                        while lock(state).script == Script::Well && lock(state).version == before {
+                        while lock(state).script == ApiScript::Healthy && lock(state).version == before {
                             std::thread::park_timeout(Duration::from_millis(50));
                         }
                         write!(stream, "0\r\n\r\n")?;
@@ -176,10 +178,10 @@ fn serve(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                     .to_string()
                 };
                 match script {
-                    Script::LimitExceeded => whole(&mut stream, 429, &status(429, "TooManyRequests").to_string())?,
-                    Script::Unavailable => whole(&mut stream, 503, &status(503, "ServiceUnavailable").to_string())?,
-                    Script::Truncated => whole(&mut stream, 200, &list[..list.len() / 2])?,
-                    Script::Well | Script::Expired => whole(&mut stream, 200, &list)?,
+                    ApiScript::LimitExceeded => whole(&mut stream, 429, &status(429, "TooManyRequests").to_string())?,
+                    ApiScript::Unavailable => whole(&mut stream, 503, &status(503, "ServiceUnavailable").to_string())?,
+                    ApiScript::Truncated => whole(&mut stream, 200, &list[..list.len() / 2])?,
+                    ApiScript::Healthy | ApiScript::Expired => whole(&mut stream, 200, &list)?,
                 }
             }
             None if path.contains("/nodes/") => whole(&mut stream, 404, &status(404, "NotFound").to_string())?,

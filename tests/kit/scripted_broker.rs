@@ -1,7 +1,7 @@
-//! An MQTT 3.1.1 broker that answers as it is told, for what mosquitto does not do on demand.
+//! A scripted MQTT 3.1.1 broker for behaviour that mosquitto does not produce on demand.
 //!
-//! It understands CONNECT, PUBLISH with QoS 0 and 1, SUBSCRIBE, PINGREQ and DISCONNECT, and closes the connection on
-//! anything else. It passes nothing on to subscribers, and keeps no session; it records what it was told.
+//! It supports CONNECT, PUBLISH with QoS 0 and 1, SUBSCRIBE, PINGREQ and DISCONNECT, and closes the connection on any
+//! other packet. It delivers nothing to subscribers and keeps no sessions; it records what it receives.
 
 use std::io::{Error, ErrorKind, Read as _, Result, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -10,87 +10,88 @@ use std::time::{Duration, Instant};
 
 use crate::hostile::Random;
 
-/// How long a read may take until the script is looked at again.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// What waits to be acknowledged in another order waits no longer than this for further ones.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// How many bytes an answer has that is no MQTT.
+/// The timeout of a read, after which the script is checked again.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// The longest time that acknowledgements are delayed for reordering.
+const REORDER_TIMEOUT: Duration = Duration::from_millis(200);
+/// The length of a response that is not valid MQTT.
 const GARBAGE_BYTES: usize = 64;
 
-/// How a scripted broker answers.
+/// The behaviour of a scripted broker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Script {
-    /// Every publish is acknowledged at once.
+pub enum BrokerScript {
+    /// Every publish is acknowledged immediately.
     InOrder,
-    /// So many publishes are collected and acknowledged in reverse order; fewer when 200 ms pass without a further one.
+    /// This many publishes are collected and acknowledged in reverse order; fewer if no further one arrives within 200
+    /// ms.
     Reversed(usize),
     /// No publish is acknowledged.
     Never,
     /// Every publish is acknowledged twice.
     Twice,
-    /// The first publish of a connection is never acknowledged, every other one at once.
+    /// The first publish of a connection is never acknowledged, every other one immediately.
     SkipOne,
-    /// A publish is answered with bytes that are no MQTT.
+    /// A publish is answered with bytes that are not valid MQTT.
     Garbage,
-    /// A publish is acknowledged under an identifier that was never used, by a client that has no more than 32767 on
-    /// the way.
+    /// A publish is acknowledged with a packet identifier that was never used; assumes that the client has at most
+    /// 32767 publishes in flight.
     WrongIdentifiers,
-    /// New connections are refused with this code; on those there are, every publish is acknowledged.
+    /// New connections are refused with this CONNACK code; publishes on open connections are acknowledged.
     RefuseConnect(u8),
-    /// New connections are never answered; on those there are, every publish is acknowledged.
+    /// CONNECT is never answered; publishes on open connections are acknowledged.
     SilentConnect,
 }
 
-/// A connection as it introduced itself.
+/// A connection, as described by its CONNECT packet.
 #[derive(Debug, Clone)]
-pub struct Connection {
-    /// When its CONNECT had arrived.
+pub struct ClientConnection {
+    /// The time at which the CONNECT packet arrived.
     pub at: Instant,
-    /// The client's identifier.
+    /// The client identifier.
     pub client: String,
-    /// The Will's topic and payload.
+    /// The topic and payload of the will.
     pub will: Option<(String, Vec<u8>)>,
-    /// The user's name.
+    /// The user name.
     pub user: Option<String>,
 }
 
-/// A message as it arrived.
+/// A message as it was received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
-    /// Where it was published.
+    /// The topic.
     pub topic: String,
-    /// What it says.
+    /// The payload.
     pub payload: Vec<u8>,
-    /// The quality it came with.
+    /// The QoS.
     pub qos: u8,
-    /// Whether it is to be retained.
+    /// Whether the retain flag is set.
     pub retain: bool,
-    /// Whether the client says that it may have been sent before.
+    /// Whether the dup flag is set.
     pub dup: bool,
 }
 
 struct State {
-    script: Script,
-    connections: Vec<Connection>,
-    /// What was published, and whether it was acknowledged.
+    script: BrokerScript,
+    connections: Vec<ClientConnection>,
+    /// The received messages, and whether each was acknowledged.
     received: Vec<(Published, bool)>,
     is_stopped: bool,
 }
 
 type Shared = Arc<Mutex<State>>;
 
-/// A broker. Its connections are closed when it is dropped.
+/// A scripted broker. Dropping it closes its connections.
 pub struct ScriptedBroker {
     port: u16,
     state: Shared,
 }
 
 impl ScriptedBroker {
-    /// Starts one.
+    /// Starts a broker on a free port.
     ///
     /// # Panics
-    /// When no port can be had.
-    pub fn start(script: Script) -> Self {
+    /// If no port is free.
+    pub fn start(script: BrokerScript) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = listener.local_addr().expect("a bound socket has an address").port();
         let state = State { script, connections: Vec::new(), received: Vec::new(), is_stopped: false };
@@ -101,35 +102,35 @@ impl ScriptedBroker {
                 if lock(&state).is_stopped {
                     return;
                 }
-                let session = Session { stream, state: state.clone(), waiting: Vec::new(), last: None, mute: false };
-                // A client that breaks off or talks nonsense is closed, and that is all there is to do.
+                let session = Session { stream, state: state.clone(), delayed: Vec::new(), last: None, is_mute: false };
+                // Invalid input only closes the connection, so the error is of no interest.
                 std::thread::spawn(move || drop(session.run()));
             }
         });
         broker
     }
 
-    /// Its address.
+    /// The broker's URL.
     pub fn url(&self) -> String {
         format!("mqtt://127.0.0.1:{}", self.port)
     }
 
-    /// Its port.
+    /// The port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Answers like this from now on.
-    pub fn set(&self, script: Script) {
+    /// Sets the behaviour.
+    pub fn set(&self, script: BrokerScript) {
         lock(&self.state).script = script;
     }
 
-    /// The connections so far, refused and unanswered ones among them.
-    pub fn connections(&self) -> Vec<Connection> {
+    /// All connections so far, including refused and unanswered ones.
+    pub fn connections(&self) -> Vec<ClientConnection> {
         lock(&self.state).connections.clone()
     }
 
-    /// The messages with QoS 1 that were acknowledged properly, in the order they arrived in.
+    /// The QoS 1 messages that were acknowledged correctly, in the order of their arrival.
     pub fn acknowledged(&self) -> Vec<Published> {
         let state = lock(&self.state);
         state
@@ -140,7 +141,7 @@ impl ScriptedBroker {
             .collect()
     }
 
-    /// All messages that arrived, acknowledged or not.
+    /// All received messages, whether acknowledged or not.
     pub fn received(&self) -> Vec<Published> {
         lock(&self.state).received.iter().map(|(message, _)| message.clone()).collect()
     }
@@ -149,7 +150,7 @@ impl ScriptedBroker {
 impl Drop for ScriptedBroker {
     fn drop(&mut self) {
         lock(&self.state).is_stopped = true;
-        // The accept loop sees the flag when somebody knocks.
+        // The accept loop checks the flag after the next connection.
         drop(TcpStream::connect(("127.0.0.1", self.port)));
     }
 }
@@ -161,22 +162,22 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 struct Session {
     stream: TcpStream,
     state: Shared,
-    /// Publishes to be acknowledged later: their place among the received, and their identifier.
-    waiting: Vec<(usize, u16)>,
-    /// When the last publish with QoS 1 came.
+    /// Publishes to be acknowledged later: their index in `received`, and their packet identifier.
+    delayed: Vec<(usize, u16)>,
+    /// The arrival of the last QoS 1 publish.
     last: Option<Instant>,
-    /// Whether it never answers.
-    mute: bool,
+    /// Whether the broker never answers on this connection.
+    is_mute: bool,
 }
 
 impl Session {
     fn run(mut self) -> Result<()> {
         self.stream.set_nodelay(true)?;
-        self.stream.set_read_timeout(Some(LOOK_EVERY))?;
+        self.stream.set_read_timeout(Some(POLL_INTERVAL))?;
         let (mut bytes, mut buffer) = (Vec::new(), [0; 16 << 10]);
         while !lock(&self.state).is_stopped {
-            if self.last.is_some_and(|last| last.elapsed() > PATIENCE) {
-                self.acknowledge_waiting()?;
+            if self.last.is_some_and(|last| last.elapsed() > REORDER_TIMEOUT) {
+                self.acknowledge_delayed()?;
             }
             match self.stream.read(&mut buffer) {
                 Ok(0) => break,
@@ -185,8 +186,8 @@ impl Session {
                 Err(error) => return Err(error),
             }
             while let Some((head, body)) = take_packet(&mut bytes)? {
-                let goes_on = self.mute || self.handle(head, Fields(&body))?;
-                if !goes_on {
+                let is_open = self.is_mute || self.handle(head, Fields(&body))?;
+                if !is_open {
                     return Ok(());
                 }
             }
@@ -194,7 +195,7 @@ impl Session {
         Ok(())
     }
 
-    /// Answers one packet, and says whether the connection goes on.
+    /// Answers one packet. Returns whether the connection stays open.
     fn handle(&mut self, head: u8, mut fields: Fields<'_>) -> Result<bool> {
         match head >> 4 {
             1 => return self.connect(&mut fields),
@@ -215,7 +216,7 @@ impl Session {
         Ok(true)
     }
 
-    /// Format: protocol name, level, flags, keep-alive, then what the flags announce.
+    /// Format: protocol name, level, flags, keep-alive, then the fields that the flags announce.
     fn connect(&mut self, fields: &mut Fields<'_>) -> Result<bool> {
         fields.bytes()?;
         fields.byte()?;
@@ -225,15 +226,15 @@ impl Session {
         let will = if flags & 0x04 == 0 { None } else { Some((fields.text()?, fields.bytes()?.to_vec())) };
         let user = if flags & 0x80 == 0 { None } else { Some(fields.text()?) };
         let mut state = lock(&self.state);
-        state.connections.push(Connection { at: Instant::now(), client, will, user });
+        state.connections.push(ClientConnection { at: Instant::now(), client, will, user });
         let script = state.script;
         drop(state);
         let code = match script {
-            Script::SilentConnect => {
-                self.mute = true;
+            BrokerScript::SilentConnect => {
+                self.is_mute = true;
                 return Ok(true);
             }
-            Script::RefuseConnect(code) => code,
+            BrokerScript::RefuseConnect(code) => code,
             _ => 0,
         };
         self.stream.write_all(&[0x20, 2, 0, code])?;
@@ -251,48 +252,52 @@ impl Session {
         let message = Published { topic, payload, qos, retain: head & 1 != 0, dup: head & 8 != 0 };
         let mut state = lock(&self.state);
         state.received.push((message, false));
-        let (place, script) = (state.received.len() - 1, state.script);
+        let (index, script) = (state.received.len() - 1, state.script);
         drop(state);
         let Some(identifier) = identifier else { return Ok(()) };
         let is_first = self.last.replace(Instant::now()).is_none();
         match script {
-            Script::Never => {}
-            Script::SkipOne if is_first => {}
-            Script::Reversed(count) => {
-                self.waiting.push((place, identifier));
-                if self.waiting.len() >= count {
-                    self.acknowledge_waiting()?;
+            BrokerScript::Never => {}
+            BrokerScript::SkipOne if is_first => {}
+            BrokerScript::Reversed(count) => {
+                self.delayed.push((index, identifier));
+                if self.delayed.len() >= count {
+                    self.acknowledge_delayed()?;
                 }
             }
-            Script::Garbage => {
-                let mut random = Random::new(place as u64);
+            BrokerScript::Garbage => {
+                let mut random = Random::new(index as u64);
                 let mut garbage: Vec<u8> = (0..GARBAGE_BYTES).map(|_| random.next() as u8).collect();
-                // No packet of MQTT 3.1.1 has the type 15.
+                // Packet type 15 is reserved in MQTT 3.1.1.
                 garbage[0] |= 0xF0;
                 self.stream.write_all(&garbage)?;
             }
-            Script::WrongIdentifiers => self.send_puback(identifier ^ 0x8000)?,
-            Script::Twice => {
-                self.acknowledge(place, identifier)?;
+            BrokerScript::WrongIdentifiers => self.send_puback(identifier ^ 0x8000)?,
+            BrokerScript::Twice => {
+                self.acknowledge(index, identifier)?;
                 self.send_puback(identifier)?;
             }
-            Script::InOrder | Script::SkipOne | Script::RefuseConnect(_) | Script::SilentConnect => {
-                self.acknowledge(place, identifier)?;
+            BrokerScript::InOrder
+            | BrokerScript::SkipOne
+            | BrokerScript::RefuseConnect(_)
+            | BrokerScript::SilentConnect => {
+                self.acknowledge(index, identifier)?;
             }
         }
         Ok(())
     }
 
-    fn acknowledge_waiting(&mut self) -> Result<()> {
-        while let Some((place, identifier)) = self.waiting.pop() {
-            self.acknowledge(place, identifier)?;
+    fn acknowledge_delayed(&mut self) -> Result<()> {
+        while let Some((index, identifier)) = self.delayed.pop() {
+            self.acknowledge(index, identifier)?;
         }
         Ok(())
     }
 
-    /// It stands as acknowledged before the client can know of it.
-    fn acknowledge(&mut self, place: usize, identifier: u16) -> Result<()> {
-        lock(&self.state).received[place].1 = true;
+    /// The message is marked before the client can receive the acknowledgement, so a test never sees it the other way
+    /// round.
+    fn acknowledge(&mut self, index: usize, identifier: u16) -> Result<()> {
+        lock(&self.state).received[index].1 = true;
         self.send_puback(identifier)
     }
 
@@ -302,7 +307,7 @@ impl Session {
     }
 }
 
-/// Takes a whole packet from the front, if there is one: its first byte, and what comes after its length.
+/// Removes one complete packet from the front, if there is one, and returns its first byte and its body.
 fn take_packet(bytes: &mut Vec<u8>) -> Result<Option<(u8, Vec<u8>)>> {
     let (mut length, mut start) = (0, 1);
     loop {
@@ -323,7 +328,7 @@ fn take_packet(bytes: &mut Vec<u8>) -> Result<Option<(u8, Vec<u8>)>> {
     Ok(Some((packet[0], packet[start..].to_vec())))
 }
 
-/// What is left of a packet.
+/// The unread part of a packet.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -341,7 +346,7 @@ impl<'a> Fields<'a> {
         Ok(u16::from_be_bytes([self.byte()?, self.byte()?]))
     }
 
-    /// Format: two bytes of length, then so many bytes.
+    /// Format: two bytes of length, then the content.
     fn bytes(&mut self) -> Result<&'a [u8]> {
         let count = self.number()?;
         self.take(count.into())

@@ -1,13 +1,13 @@
-"""Watches Sparkplug B traffic and holds it against the rules of Sparkplug 3.0, with no code of the product's.
+"""Captures Sparkplug B traffic and checks it against the Sparkplug 3.0 specification, without code of the product.
 
     sparkplug.py capture HOST PORT OUTFILE     writes every message under spBv1.0/ as a line of JSON; prints `ready`
-    sparkplug.py check OUTFILE                 prints a report as JSON; the exit status is 1 when rules were broken
+    sparkplug.py check OUTFILE                 prints a report as JSON; the exit status is 1 if there are violations
 
-A line is {"topic", "qos", "retain", "payload"}; a payload is {"timestamp", "seq", "metrics"} with what is there of it,
-and a metric {"name", "alias", "timestamp", "datatype", "is_historical", "is_null", "field", "value"}, where `field` is
-the one of the protobuf message that holds the value. STATE messages are JSON and stay it. Bytes that cannot be decoded
-give {"error": ...}. After the capture lost the broker for a while there is a line {"reconnected": true}; what it missed
-there is held against nobody.
+A line is {"topic", "qos", "retain", "payload"}. A payload is {"timestamp", "seq", "metrics"}, and a metric {"name",
+"alias", "timestamp", "datatype", "is_historical", "is_null", "field", "value"}, where `field` is the protobuf field
+that holds the value; absent fields are omitted. STATE messages are stored as the JSON that they are. Bytes that
+cannot be decoded give {"error": ...}. After the capture lost its connection for a while there is a line
+{"reconnected": true}; messages that it missed are not counted as violations.
 """
 
 import argparse
@@ -23,7 +23,7 @@ INT64, BOOLEAN = 4, 11
 BIRTHS, DEATHS, DATA = ("NBIRTH", "DBIRTH"), ("NDEATH", "DDEATH"), ("NDATA", "DDATA")
 COMMANDS = ("NCMD", "DCMD")
 REBIRTH = "Node Control/Rebirth"
-# The field that holds a value, by the number of its type (section 6.4.16); other types are not looked into.
+# The field that holds a value, by the number of its data type (section 6.4.16); other types are not checked.
 FIELD = {
     **dict.fromkeys((1, 2, 3, 5, 6, 7), "int_value"),
     **dict.fromkeys((4, 8, 13), "long_value"),
@@ -37,7 +37,7 @@ SIGNED_BITS = {1: 32, 2: 32, 3: 32, 4: 64}
 
 
 def payload_class():
-    """The message of the specification's section 6.4, as far as it is looked into; what is nested further is bytes."""
+    """The payload message of section 6.4 of the specification, as far as it is checked; deeper levels are kept as bytes."""
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="lineside_check.proto", package="check", syntax="proto2")
 
@@ -115,7 +115,7 @@ def decoded_metric(metric):
         if isinstance(value, bytes):
             value = base64.b64encode(value).decode()
         elif isinstance(value, float) and value - value != 0:
-            value = str(value)  # JSON has no number for it.
+            value = str(value)  # JSON has no representation of NaN and infinity.
         bits = SIGNED_BITS.get(metric.datatype)
         if bits and isinstance(value, int) and value >> (bits - 1):
             value -= 1 << bits
@@ -142,19 +142,19 @@ def capture(host, port, path):
             write({"topic": message.topic, "qos": message.qos, "retain": message.retain, "payload": payload})
 
         arguments = argparse.Namespace(host=host, port=port, filter="spBv1.0/#", session=None, cafile=None, user=None)
-        # To a bridge mosquitto shows whether a message was published to be retained; to others it hides that.
+        # Mosquitto forwards the retain flag of a message only to bridges.
         subscriber.listen(arguments, on_message, on_ready, lambda client: client.enable_bridge_mode())
 
 
 class Node:
-    """What its messages so far say of an edge node; `is_alive` is None where the capture missed something."""
+    """The state of an edge node according to its messages; `is_alive` is None after a gap in the capture."""
 
     def __init__(self):
         self.is_alive = False
         self.bd_seq = None
         self.seq = None
-        self.rebirths_wanted = 0
-        self.births = {}  # By device, "" for the node's own: {name: metric}.
+        self.rebirths_requested = 0
+        self.births = {}  # By device, "" for the node itself: {name: metric}.
 
 
 class Checker:
@@ -166,7 +166,7 @@ class Checker:
     def report(self):
         return {**self.counts, "violations": self.violations}
 
-    def look_at(self, line):
+    def check_line(self, line):
         if line.get("reconnected"):
             for node in self.nodes.values():
                 node.is_alive = None
@@ -181,7 +181,7 @@ class Checker:
         is_known = kind in BIRTHS + DEATHS + DATA + COMMANDS
         length = 4 if kind.startswith("N") else 5
         is_known = is_known and parts[0] == "spBv1.0" and len(parts) == length and all(parts)
-        if not self.expect(is_known, "has no topic of Sparkplug's"):
+        if not self.expect(is_known, "does not have a Sparkplug topic"):
             return
         payload = line["payload"]
         if not self.expect("error" not in payload, f"cannot be decoded: {payload.get('error')}"):
@@ -189,38 +189,38 @@ class Checker:
         node = self.nodes.setdefault((parts[1], parts[3]), Node())
         device = parts[4] if length == 5 else ""
         if kind in COMMANDS:
-            asked = any(metric.get("name") == REBIRTH and metric.get("value") for metric in payload["metrics"])
-            node.rebirths_wanted += kind == "NCMD" and asked
+            is_rebirth = any(metric.get("name") == REBIRTH and metric.get("value") for metric in payload["metrics"])
+            node.rebirths_requested += kind == "NCMD" and is_rebirth
             return
         for count, kinds in (("births", BIRTHS), ("deaths", DEATHS), ("data", DATA)):
             self.counts[count] += kind in kinds
         is_historical = any(metric.get("is_historical") for metric in payload["metrics"])
         self.counts["historical"] += kind in DATA and is_historical
         if kind != "NDEATH":
-            self.expect(line["qos"] == 0, f"comes with QoS {line['qos']}")
+            self.expect(line["qos"] == 0, f"has QoS {line['qos']}")
             self.expect("timestamp" in payload, "has no timestamp")
         getattr(self, kind.lower())(node, device, payload)
 
-    def expect(self, is_so, text):
-        if not is_so:
+    def expect(self, condition, text):
+        if not condition:
             self.violations.append(f"message {self.counts['messages']} {self.topic} {text}")
-        return is_so
+        return condition
 
     def nbirth(self, node, _device, payload):
         self.expect(payload.get("seq") == 0, f"has seq {payload.get('seq')} instead of 0")
         metrics = {metric.get("name"): metric for metric in payload["metrics"]}
         bd_seq = self.birth_of_session(metrics.get("bdSeq"))
         rebirth = metrics.get(REBIRTH, {})
-        is_well = rebirth.get("datatype") == BOOLEAN and rebirth.get("value") is False
-        self.expect(is_well, f"has no metric {REBIRTH} that is a Boolean and false")
-        # A birth that somebody asked for repeats the session's number; any other one begins a session.
-        is_again = node.is_alive is None or (node.is_alive and node.rebirths_wanted > 0)
+        is_valid = rebirth.get("datatype") == BOOLEAN and rebirth.get("value") is False
+        self.expect(is_valid, f"has no metric {REBIRTH} that is a Boolean and false")
+        # A requested rebirth repeats the bdSeq of the session; any other birth begins a new session.
+        is_again = node.is_alive is None or (node.is_alive and node.rebirths_requested > 0)
         if bd_seq == node.bd_seq:
             self.expect(is_again or bd_seq is None, f"repeats bdSeq {bd_seq}")
-            node.rebirths_wanted = max(0, node.rebirths_wanted - 1)
+            node.rebirths_requested = max(0, node.rebirths_requested - 1)
         else:
-            self.expect(not node.is_alive, "begins a session before the death of the last")
-            node.rebirths_wanted = 0
+            self.expect(not node.is_alive, "begins a session before the death of the previous one")
+            node.rebirths_requested = 0
         node.is_alive, node.bd_seq, node.seq = True, bd_seq, 0
         node.births = {}
         self.born(node, "", payload)
@@ -230,15 +230,15 @@ class Checker:
         metrics = payload["metrics"]
         self.expect([metric.get("name") for metric in metrics] == ["bdSeq"], "has other metrics than bdSeq")
         bd_seq = self.birth_of_session(next(iter(metrics), None))
-        # One that meets nobody alive comes of a connection that ended before its birth, or twice.
+        # A death of a node that is not alive belongs to a connection that ended before its birth, or is a repetition.
         if not node.is_alive or self.expect(bd_seq == node.bd_seq, f"has bdSeq {bd_seq}, the birth had {node.bd_seq}"):
             node.is_alive, node.births = False, {}
 
     def birth_of_session(self, metric):
         metric = metric or {}
         value = metric.get("value")
-        is_well = metric.get("datatype") == INT64 and metric.get("field") == FIELD[INT64] and 0 <= value <= 255
-        self.expect(is_well, "has no metric bdSeq that is an INT64 from 0 to 255")
+        is_valid = metric.get("datatype") == INT64 and metric.get("field") == FIELD[INT64] and 0 <= value <= 255
+        self.expect(is_valid, "has no metric bdSeq that is an INT64 from 0 to 255")
         return value
 
     def dbirth(self, node, device, payload):
@@ -250,11 +250,11 @@ class Checker:
         taken = {metric.get("alias") for birth in node.births.values() for metric in birth.values()}
         for metric in payload["metrics"]:
             name, alias = metric.get("name"), metric.get("alias")
-            if not self.expect(name and "datatype" in metric, f"bears a metric without a name or a datatype: {metric}"):
+            if not self.expect(name and "datatype" in metric, f"contains a metric without a name or a datatype: {metric}"):
                 continue
-            self.expect(name not in node.births[device], f"bears {name} twice")
-            self.expect(alias is None or alias not in taken, f"gives {name} the alias {alias} of another metric")
-            self.look_at_value(name, metric, metric["datatype"])
+            self.expect(name not in node.births[device], f"contains {name} twice")
+            self.expect(alias is None or alias not in taken, f"assigns {name} the alias {alias} of another metric")
+            self.check_value(name, metric, metric["datatype"])
             node.births[device][name] = metric
             taken.add(alias)
 
@@ -262,33 +262,33 @@ class Checker:
         if self.follows(node, payload) and self.expect(device in node.births, "has no birth before it"):
             by_alias = {metric.get("alias"): metric for metric in node.births[device].values()}
             for metric in payload["metrics"]:
-                self.look_at_data(metric, node.births[device], by_alias)
+                self.check_data(metric, node.births[device], by_alias)
 
     ddata = ndata
 
-    def look_at_data(self, metric, by_name, by_alias):
+    def check_data(self, metric, by_name, by_alias):
         name, alias = metric.get("name"), metric.get("alias")
         born = by_name.get(name) if alias is None else by_alias.get(alias)
         if not self.expect(born, f"has a metric that no birth announced: {metric}"):
             return
         name = born["name"]
-        self.expect("alias" not in born or "name" not in metric, f"names {name} instead of its alias alone")
+        self.expect("alias" not in born or "name" not in metric, f"uses the name {name} although the birth assigned an alias")
         datatype = metric.get("datatype", born["datatype"])
-        self.expect(datatype == born["datatype"], f"gives {name} another datatype than its birth")
-        self.look_at_value(name, metric, born["datatype"])
+        self.expect(datatype == born["datatype"], f"has another datatype for {name} than the birth")
+        self.check_value(name, metric, born["datatype"])
 
-    def look_at_value(self, name, metric, datatype):
+    def check_value(self, name, metric, datatype):
         self.expect("timestamp" in metric, f"has {name} without a timestamp")
         field = metric.get("field")
-        is_well = metric.get("is_null") if field is None else field == FIELD.get(datatype, field)
-        self.expect(is_well, f"has {name} of datatype {datatype} with {field or 'no value'}")
+        is_valid = metric.get("is_null") if field is None else field == FIELD.get(datatype, field)
+        self.expect(is_valid, f"has {name} of datatype {datatype} with {field or 'no value'}")
 
     def ddeath(self, node, device, payload):
         if self.follows(node, payload):
-            self.expect(node.births.pop(device, None), "ends a device that was not born")
+            self.expect(node.births.pop(device, None), "ends a device without a birth")
 
     def follows(self, node, payload):
-        """Whether a message belongs to a session; its seq must be the next one."""
+        """Whether the message belongs to a session; its seq must be the next one."""
         if node.is_alive is None or not self.expect(node.is_alive, "has no NBIRTH before it"):
             return False
         due, node.seq = (node.seq + 1) % 256, payload.get("seq")
@@ -301,7 +301,7 @@ def check(path):
     checker = Checker()
     with open(path, encoding="utf-8") as file:
         for line in file:
-            checker.look_at(json.loads(line))
+            checker.check_line(json.loads(line))
     print(json.dumps(checker.report()))
     sys.exit(bool(checker.violations))
 

@@ -1,9 +1,9 @@
-"""Writes what a broker delivers to a file: subscriber.py -t FILTER [--session ID] OUTFILE, and flags as mosquitto_sub's
+"""Records the messages that a broker delivers: subscriber.py -t FILTER [--session ID] OUTFILE, and the flags of mosquitto_sub
 -h HOST -p PORT --cafile --cert --key -u -P.
 
-It shares no code with the product and none with mosquitto's clients. Every message is one line of JSON, which is
-written before the broker is told that it arrived. `ready` is printed each time a subscription stands, the first time
-and after every reconnection. With --session the broker is asked to keep what comes while the subscriber is away.
+It shares no code with the product or with mosquitto's clients. Every message is one line of JSON, which is written
+before the message is acknowledged. `ready` is printed whenever a subscription is granted: once, and after every
+reconnection. With --session the broker stores messages while the subscriber is disconnected.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import paho.mqtt.client as mqtt
 
 
 def listen(arguments, on_message, on_ready=lambda: None, prepare=lambda client: None):
-    """Subscribes, and goes on for ever."""
+    """Subscribes, and handles messages until the process is killed."""
     client = mqtt.Client(
         mqtt.CallbackAPIVersion.VERSION2,
         client_id=arguments.session or "",
@@ -52,13 +52,13 @@ def listen(arguments, on_message, on_ready=lambda: None, prepare=lambda client: 
 
 
 def parsed(payload):
-    """JSON, or what stands for other bytes. Python would let NaN pass, which is none."""
+    """JSON, or an object with base64 for other bytes. NaN, which Python would accept, is not valid JSON."""
 
-    def refuse(name):
+    def reject(name):
         raise ValueError(name)
 
     try:
-        return json.loads(payload, parse_constant=refuse)
+        return json.loads(payload, parse_constant=reject)
     except ValueError:
         return {"base64": base64.b64encode(payload).decode()}
 

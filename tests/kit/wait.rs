@@ -1,39 +1,49 @@
-//! Waiting for a condition, with a bound.
+//! Waits for conditions, each with a time limit. A test never waits for a fixed time.
 
 use std::time::{Duration, Instant};
 
-/// Long enough for anything a test waits for on a slow and busy machine.
-pub const BOUND: Duration = Duration::from_secs(30);
-/// Between two looks.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// The default limit; sufficient for any single step on a slow, busy machine.
+pub const TIMEOUT: Duration = Duration::from_secs(30);
+/// The limit for operations that are retried with backoff, or that compute for a long time.
+pub const LONG_TIMEOUT: Duration = Duration::from_secs(180);
+/// The time between two evaluations of a condition.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Looks until there is something, and returns it.
+/// Evaluates a condition until it returns a value, and returns the value.
 ///
 /// # Panics
-/// When the bound is over; `what` says what was waited for.
-pub fn until<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
-    until_within(BOUND, what, look)
+/// If [`TIMEOUT`] expires; `what` names the condition in the message.
+pub fn until<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    until_within(TIMEOUT, what, condition)
 }
 
-/// The same with a bound of one's own.
+/// Like [`until`], with [`LONG_TIMEOUT`].
 ///
 /// # Panics
-/// As [`until`].
-pub fn until_within<T>(bound: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+/// If the limit expires.
+pub fn until_long<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    until_within(LONG_TIMEOUT, what, condition)
+}
+
+/// Like [`until`], with another limit.
+///
+/// # Panics
+/// If the limit expires.
+pub fn until_within<T>(limit: Duration, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
-        if let Some(found) = look() {
+        if let Some(found) = condition() {
             return found;
         }
-        assert!(started.elapsed() < bound, "waited {bound:?} in vain for: {what}");
-        std::thread::park_timeout(LOOK_EVERY);
+        assert!(started.elapsed() < limit, "timed out after {limit:?} waiting for {what}");
+        std::thread::park_timeout(POLL_INTERVAL);
     }
 }
 
-/// Looks until it is so.
+/// Evaluates a condition until it is true.
 ///
 /// # Panics
-/// As [`until`].
-pub fn until_true(what: &str, mut look: impl FnMut() -> bool) {
-    until(what, || look().then_some(()));
+/// If [`TIMEOUT`] expires.
+pub fn until_true(what: &str, mut condition: impl FnMut() -> bool) {
+    until(what, || condition().then_some(()));
 }

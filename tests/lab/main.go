@@ -1,11 +1,10 @@
-// The lab's Kubernetes: every component in one program, told apart by the first argument.
+// All Kubernetes components of the lab in one program. The first argument selects the component.
 //
-//	lab etcd FOLDER                 a store on 127.0.0.1:2379 that does not wait for the disk
+//	lab etcd FOLDER                 etcd on 127.0.0.1:2379 without syncs to disk
 //	lab kube-apiserver FLAGS...     and kube-controller-manager, kube-scheduler, kube-proxy, kubelet, kubectl
 //
-// The components are those of the published module k8s.io/kubernetes, unchanged. Called by a link that bears a
-// component's name it is that component, so that a link `kubectl` is kubectl. The script lab.sh beside this file starts
-// them together.
+// The components are those of the published module k8s.io/kubernetes, unchanged. If the program is started through a link
+// with the name of a component, for example `kubectl`, it runs that component. The script lab.sh in this folder starts them.
 package main
 
 import (
@@ -32,7 +31,7 @@ func main() {
 	component := filepath.Base(os.Args[0])
 	if command(component) == nil && component != "etcd" {
 		if len(os.Args) < 2 {
-			fmt.Fprintln(os.Stderr, "lab: name a component: etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kube-proxy, kubelet, kubectl")
+			fmt.Fprintln(os.Stderr, "lab: the component is missing: one of etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kube-proxy, kubelet, kubectl")
 			os.Exit(64)
 		}
 		component = os.Args[1]
@@ -47,14 +46,14 @@ func main() {
 	}
 	chosen := command(component)
 	if chosen == nil {
-		fmt.Fprintf(os.Stderr, "lab: there is no component %q\n", component)
+		fmt.Fprintf(os.Stderr, "lab: unknown component %q\n", component)
 		os.Exit(64)
 	}
 	os.Exit(cli.Run(chosen()))
 }
 
-// command gives the constructor of a component's command, or nil. The constructors register flags and metrics, so only the
-// one that is wanted may be called.
+// command returns the constructor of a component's command, or nil. The constructors register flags and metrics, so only
+// that of the selected component may be called.
 func command(component string) func() *cobra.Command {
 	switch component {
 	case "kube-apiserver":
@@ -73,7 +72,7 @@ func command(component string) func() *cobra.Command {
 	return nil
 }
 
-// etcd serves a store in a folder until it is told to end.
+// etcd runs an etcd server in a folder until it receives a signal.
 func etcd(arguments []string) error {
 	if len(arguments) != 1 {
 		return fmt.Errorf("usage: lab etcd FOLDER")

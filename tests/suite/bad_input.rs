@@ -1,16 +1,17 @@
-//! Whatever comes in: each a clear error that names the file or the field, never a panic, never a stopped agent.
+//! Invalid input of every kind causes a clear error that names the file or field, never a panic and never the end of
+//! the agent.
 
 use std::fs;
 use std::path::Path;
 
-use lineside_tests::agent::{Agent, Start, lineside};
-use lineside_tests::broker::Broker;
+use lineside_tests::agent::{Agent, AgentOptions, lineside};
+use lineside_tests::broker::{Broker, UNREACHABLE_BROKER};
 use lineside_tests::onnx::{Dim, FLOAT, Model};
 use lineside_tests::wait::until;
 use lineside_tests::{example, frame, model_manifest, stream_manifest};
 
 #[test]
-fn bad_frames_are_counted_named_once_and_passed_over() {
+fn invalid_frames_are_counted_logged_once_and_skipped() {
     let broker = Broker::start();
     let subscriber = broker.subscribe("lineside/v1/plant/#");
     let folder = tempfile::tempdir().unwrap();
@@ -34,7 +35,7 @@ fn bad_frames_are_counted_named_once_and_passed_over() {
         + "---\n"
         + &stream_manifest("line-1", &format!("dir://{}", frames.display()), "parts", "");
     fs::write(manifests.join("all.yaml"), text).unwrap();
-    let mut agent = Agent::start(&Start {
+    let mut agent = Agent::start(&AgentOptions {
         manifests: &manifests,
         data: &folder.path().join("data"),
         mqtt: &broker.url(),
@@ -50,15 +51,15 @@ fn bad_frames_are_counted_named_once_and_passed_over() {
     };
     let failed = reasons("frame_failed").join("\n");
     for expected in ["is cut off", "neither JPEG nor PNG", "is empty", "60000x60000"] {
-        assert!(failed.contains(expected), "{expected} in {failed}");
+        assert!(failed.contains(expected), "{expected} is not in {failed}");
     }
-    assert_eq!(reasons("frame_unreadable").len(), 2, "a folder and a dead link");
+    assert_eq!(reasons("frame_unreadable").len(), 2, "a folder and a dangling link");
     assert_eq!(agent.events("panic").len(), 0);
-    assert!(agent.end().success());
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn models_that_are_none_are_refused_with_a_reason() {
+fn invalid_models_are_rejected_with_a_reason() {
     let unknown = Model::new()
         .input("x", FLOAT, &[Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)])
         .node("PaintItBlack", &["x"], &["y"], &[])
@@ -87,21 +88,21 @@ fn models_that_are_none_are_refused_with_a_reason() {
         fs::write(&file, bytes).unwrap();
         fs::write(manifests.join(format!("{name}.yaml")), model_manifest(name, 1, &format!("file:../{name}.onnx"), ""))
             .unwrap();
-        // The tool says the same as the agent.
+        // The command reports the same reason as the agent.
         let output = lineside(&["check", file.to_str().unwrap()]);
         assert_eq!(output.status.code(), Some(1), "{name}");
-        let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
-        assert!(said.contains(expected) && said.contains(&format!("{name}.onnx")), "{name}: {said}");
-        assert!(!said.contains("panicked"), "{name}: {said}");
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        assert!(printed.contains(expected) && printed.contains(&format!("{name}.onnx")), "{name}: {printed}");
+        assert!(!printed.contains("panicked"), "{name}: {printed}");
     }
-    let mut agent = Agent::start(&Start {
+    let mut agent = Agent::start(&AgentOptions {
         manifests: &manifests,
         data: &folder.path().join("data"),
-        mqtt: "mqtt://127.0.0.1:1",
+        mqtt: UNREACHABLE_BROKER,
         flags: &[],
     });
     for (name, _, expected) in &cases {
-        let reason = until(&format!("{name} to be refused"), || {
+        let reason = until(&format!("{name} to be rejected"), || {
             let entries = agent.events("model_load_failed");
             entries
                 .iter()
@@ -111,11 +112,11 @@ fn models_that_are_none_are_refused_with_a_reason() {
         assert!(reason.contains(expected) && reason.contains(&format!("{name}.onnx")), "{name}: {reason}");
     }
     assert!(agent.is_running());
-    assert!(agent.end().success());
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn one_start_reports_every_mistake_of_the_command_line_and_exits_64() {
+fn one_start_reports_every_configuration_error_and_exits_64() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("lineside.yaml");
     fs::write(&config, "speed: 9\nsite: a/b\n").unwrap();
@@ -131,10 +132,10 @@ fn one_start_reports_every_mistake_of_the_command_line_and_exits_64() {
         "0.0.0.0:80",
     ]);
     assert_eq!(output.status.code(), Some(64));
-    let said = String::from_utf8_lossy(&output.stderr);
+    let printed = String::from_utf8_lossy(&output.stderr);
     for expected in ["speed: is not a known key", "site: `a/b`", "--manifests: /no/such", "--mqtt: ", "--insecure-bind"]
     {
-        assert!(said.contains(expected), "{expected} in {said}");
+        assert!(printed.contains(expected), "{expected} is not in {printed}");
     }
     for wrong in [&["run", "--no-such-flag"][..], &["fly"], &["check"], &["demo", "--fps", "-1"]] {
         assert_eq!(lineside(wrong).status.code(), Some(64), "{wrong:?}");
@@ -143,7 +144,7 @@ fn one_start_reports_every_mistake_of_the_command_line_and_exits_64() {
 }
 
 #[test]
-fn a_busy_port_and_a_data_folder_that_cannot_be_used_are_said_and_exit_1() {
+fn a_busy_port_and_an_unusable_data_folder_are_reported_and_exit_1() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let folder = tempfile::tempdir().unwrap();
@@ -153,7 +154,7 @@ fn a_busy_port_and_a_data_folder_that_cannot_be_used_are_said_and_exit_1() {
             "--manifests",
             folder.path().to_str().unwrap(),
             "--mqtt",
-            "mqtt://127.0.0.1:1",
+            UNREACHABLE_BROKER,
             "--data-dir",
             data.to_str().unwrap(),
             "--http",
@@ -161,26 +162,26 @@ fn a_busy_port_and_a_data_folder_that_cannot_be_used_are_said_and_exit_1() {
         ]);
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
-    let (code, said) = run(&folder.path().join("data"), &address);
+    let (code, printed) = run(&folder.path().join("data"), &address);
     assert_eq!(code, Some(1));
-    assert!(said.contains(&format!("--http {address} cannot be bound")), "{said}");
-    let (code, said) = run(Path::new("/proc/nowhere"), "127.0.0.1:0");
+    assert!(printed.contains(&format!("--http {address} cannot be bound")), "{printed}");
+    let (code, printed) = run(Path::new("/proc/nowhere"), "127.0.0.1:0");
     assert_eq!(code, Some(1));
-    assert!(said.contains("--data-dir /proc/nowhere"), "{said}");
+    assert!(printed.contains("--data-dir /proc/nowhere"), "{printed}");
     fs::write(folder.path().join("data/boot-epoch"), "many").unwrap();
-    let (code, said) = run(&folder.path().join("data"), "127.0.0.1:0");
+    let (code, printed) = run(&folder.path().join("data"), "127.0.0.1:0");
     assert_eq!(code, Some(1));
-    assert!(said.contains("boot-epoch"), "{said}");
+    assert!(printed.contains("boot-epoch"), "{printed}");
 }
 
 #[test]
-fn a_client_that_never_finishes_its_request_is_let_go_and_others_are_served() {
+fn slow_http_clients_are_disconnected_and_others_are_served() {
     use std::io::{Read as _, Write as _};
     let folder = tempfile::tempdir().unwrap();
-    let mut agent = Agent::start(&Start {
+    let mut agent = Agent::start(&AgentOptions {
         manifests: folder.path(),
         data: &folder.path().join("data"),
-        mqtt: "mqtt://127.0.0.1:1",
+        mqtt: UNREACHABLE_BROKER,
         flags: &[],
     });
     let mut slow: Vec<_> = (0..300)
@@ -190,21 +191,22 @@ fn a_client_that_never_finishes_its_request_is_let_go_and_others_are_served() {
             stream
         })
         .collect();
-    // Beyond the cap connections are closed at once; below it, those that dawdle are closed after the header timeout.
+    // Connections above the limit are closed immediately; below it, clients that send no complete header are
+    // disconnected after the header timeout.
     let last = slow.last_mut().unwrap();
-    last.set_read_timeout(Some(lineside_tests::wait::BOUND)).unwrap();
-    assert!(matches!(last.read(&mut [0; 64]), Ok(0) | Err(_)), "beyond the cap");
+    last.set_read_timeout(Some(lineside_tests::wait::TIMEOUT)).unwrap();
+    assert!(matches!(last.read(&mut [0; 64]), Ok(0) | Err(_)), "above the connection limit");
     let first = &mut slow[0];
-    first.set_read_timeout(Some(lineside_tests::wait::BOUND)).unwrap();
+    first.set_read_timeout(Some(lineside_tests::wait::TIMEOUT)).unwrap();
     let mut rest = Vec::new();
     drop(first.read_to_end(&mut rest));
-    agent.wait_ready();
+    agent.wait_until_ready();
     assert!(agent.metric("lineside_http_connections_refused_total") >= 40.0);
-    assert!(agent.end().success());
+    assert!(agent.terminate().success());
 }
 
 #[test]
-fn a_result_too_large_for_the_wire_is_counted_and_holds_up_nobody() {
+fn oversized_results_are_counted_and_do_not_block_other_streams() {
     let broker = Broker::start();
     let subscriber = broker.subscribe("lineside/v1/plant/#");
     let folder = tempfile::tempdir().unwrap();
@@ -221,7 +223,7 @@ fn a_result_too_large_for_the_wire_is_counted_and_holds_up_nobody() {
         stream_manifest("line-1", &frames, "parts", ""),
     ];
     fs::write(manifests.join("all.yaml"), text.join("---\n")).unwrap();
-    let mut agent = Agent::start(&Start {
+    let mut agent = Agent::start(&AgentOptions {
         manifests: &manifests,
         data: &folder.path().join("data"),
         mqtt: &broker.url(),
@@ -230,11 +232,11 @@ fn a_result_too_large_for_the_wire_is_counted_and_holds_up_nobody() {
     agent.wait_for_metric("lineside_spool_dropped_total{reason=\"too_large\"}", 3.0);
     let results = subscriber.wait_for("/line-1/result", 40);
     let seqs: Vec<u64> = results.iter().map(|result| result["seq"].as_u64().unwrap()).collect();
-    assert_eq!(seqs, (1..=40).collect::<Vec<u64>>(), "what was never sent has used no number");
+    assert_eq!(seqs, (1..=40).collect::<Vec<u64>>(), "a result that was never sent has no sequence number");
     assert!(subscriber.payloads("/wide/result").is_empty());
     assert_eq!(agent.metric("lineside_mqtt_connected"), 1.0);
-    let complaints = agent.events("frame_failed");
-    assert_eq!(complaints.len(), 1, "{complaints:#?}");
-    assert!(complaints[0]["reason"].as_str().unwrap().contains("cannot be sent"));
-    assert!(agent.end().success());
+    let entries = agent.events("frame_failed");
+    assert_eq!(entries.len(), 1, "{entries:#?}");
+    assert!(entries[0]["reason"].as_str().unwrap().contains("cannot be sent"));
+    assert!(agent.terminate().success());
 }

@@ -1,10 +1,10 @@
-//! Cameras over HTTP, good and bad ones.
+//! HTTP cameras: working, unavailable and faulty ones.
 
 use std::fs;
 
-use lineside_tests::agent::{Agent, Start};
+use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::{Broker, Subscriber};
-use lineside_tests::camera::{Camera, Ffmpeg, Script};
+use lineside_tests::camera::{CameraScript, FfmpegCamera, ScriptedCamera};
 use lineside_tests::{example, frame, model_manifest, stream_manifest};
 use tempfile::TempDir;
 
@@ -15,7 +15,7 @@ struct Site {
     agent: Agent,
 }
 
-/// A site with the bundled model, the streams given, and one more that must never notice anything.
+/// A site with the bundled model, the given streams, and a stream `steady` that must not be affected by them.
 fn site(streams: &[String]) -> Site {
     let broker = Broker::start();
     let subscriber = broker.subscribe("lineside/v1/plant/#");
@@ -30,7 +30,7 @@ fn site(streams: &[String]) -> Site {
     for (index, stream) in streams.iter().enumerate() {
         fs::write(manifests.join(format!("c-stream-{index}.yaml")), stream).unwrap();
     }
-    let agent = Agent::start(&Start {
+    let agent = Agent::start(&AgentOptions {
         manifests: &manifests,
         data: &folder.path().join("data"),
         mqtt: &broker.url(),
@@ -39,7 +39,7 @@ fn site(streams: &[String]) -> Site {
     Site { broker, subscriber, folder, agent }
 }
 
-/// A stream's steadiness, seen by a subscriber: it goes on now.
+/// Checks that the stream `steady` produces results and has neither reconnected nor failed.
 fn assert_steady(site: &Site) {
     let so_far = site.subscriber.payloads("/steady/result").len();
     site.subscriber.wait_for("/steady/result", so_far + 10);
@@ -48,11 +48,11 @@ fn assert_steady(site: &Site) {
 }
 
 #[test]
-fn snapshots_and_mjpeg_give_the_same_answer_as_the_file() {
+fn snapshots_and_mjpeg_give_the_same_result_as_the_file() {
     let scratch = frame("part-012-scratch.jpg");
-    let snapshot = Camera::start(Script::Snapshot(scratch.clone()));
-    let mjpeg = Camera::start(Script::Mjpeg(scratch));
-    let ffmpeg = Ffmpeg::start(&example("frames/part-012-scratch.jpg"));
+    let snapshot = ScriptedCamera::start(CameraScript::Snapshot(scratch.clone()));
+    let mjpeg = ScriptedCamera::start(CameraScript::Mjpeg(scratch));
+    let ffmpeg = FfmpegCamera::start(&example("frames/part-012-scratch.jpg"));
     let mut site = site(&[
         stream_manifest("snapshot", &snapshot.url(), "parts", "  fps: 20\n"),
         stream_manifest("mjpeg", &mjpeg.url(), "parts", ""),
@@ -66,41 +66,41 @@ fn snapshots_and_mjpeg_give_the_same_answer_as_the_file() {
     let expected = score(&site.subscriber.wait_for("/file/result", 1)[0]);
     for stream in ["snapshot", "mjpeg", "ffmpeg"] {
         for result in site.subscriber.wait_for(&format!("/{stream}/result"), 5) {
-            assert_eq!(score(&result), expected, "{stream}: the same bytes give the same answer");
+            assert_eq!(score(&result), expected, "{stream}: the same bytes give the same result");
         }
-        site.agent.wait_for_value(&format!("lineside_stream_up{{stream=\"{stream}\"}}"), 1.0);
+        site.agent.wait_for_metric_value(&format!("lineside_stream_up{{stream=\"{stream}\"}}"), 1.0);
     }
-    assert!(site.agent.end().success());
+    assert!(site.agent.terminate().success());
 }
 
 #[test]
-fn a_camera_that_stops_and_starts_is_reported_once_each_way_and_comes_back() {
+fn a_camera_outage_is_logged_once_in_each_direction_and_the_stream_recovers() {
     for (name, script) in [
-        ("mjpeg", Script::Mjpeg(frame("part-001-good.jpg"))),
-        ("snapshot", Script::Snapshot(frame("part-001-good.jpg"))),
+        ("mjpeg", CameraScript::Mjpeg(frame("part-001-good.jpg"))),
+        ("snapshot", CameraScript::Snapshot(frame("part-001-good.jpg"))),
     ] {
-        let camera = Camera::start(script);
+        let camera = ScriptedCamera::start(script);
         let mut site = site(&[stream_manifest("cam", &camera.url(), "parts", "  fps: 20\n")]);
         site.subscriber.wait_for("/cam/result", 5);
         camera.stop();
-        site.agent.wait_for_value("lineside_stream_up{stream=\"cam\"}", 0.0);
+        site.agent.wait_for_metric_value("lineside_stream_up{stream=\"cam\"}", 0.0);
         site.agent.wait_for_metric("lineside_stream_reconnects_total{stream=\"cam\"}", 3.0);
         assert_steady(&site);
         let downs = site.agent.events("stream_down").len();
-        assert_eq!(downs, 1, "{name}: once, not for every attempt");
+        assert_eq!(downs, 1, "{name}: logged once, not for every attempt");
         let so_far = site.subscriber.payloads("/cam/result").len();
         camera.resume();
         site.subscriber.wait_for("/cam/result", so_far + 5);
-        site.agent.wait_for_value("lineside_stream_up{stream=\"cam\"}", 1.0);
+        site.agent.wait_for_metric_value("lineside_stream_up{stream=\"cam\"}", 1.0);
         let ups = site.agent.events("stream_up").into_iter().filter(|entry| entry["stream"] == "cam").count();
         assert_eq!(ups, 2, "{name}");
         assert_steady(&site);
-        assert!(site.agent.end().success());
+        assert!(site.agent.terminate().success());
     }
 }
 
 #[test]
-fn a_camera_that_answers_rubbish_is_named_and_disturbs_nobody() {
+fn invalid_camera_responses_are_reported_and_do_not_affect_other_streams() {
     let cases: [(&str, Vec<u8>, &str); 7] = [
         ("refused", b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n".to_vec(), "refuses us"),
         ("moved", b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n".to_vec(), "elsewhere"),
@@ -119,7 +119,8 @@ fn a_camera_that_answers_rubbish_is_named_and_disturbs_nobody() {
         ),
         ("noise", [0xFFu8; 300].to_vec(), "the request failed"),
     ];
-    let cameras: Vec<Camera> = cases.iter().map(|(_, answer, _)| Camera::start(Script::Raw(answer.clone()))).collect();
+    let cameras: Vec<ScriptedCamera> =
+        cases.iter().map(|(_, answer, _)| ScriptedCamera::start(CameraScript::Raw(answer.clone()))).collect();
     let streams: Vec<String> = cases
         .iter()
         .zip(&cameras)
@@ -127,7 +128,7 @@ fn a_camera_that_answers_rubbish_is_named_and_disturbs_nobody() {
         .collect();
     let mut site = site(&streams);
     for (name, _, expected) in &cases {
-        let reason = lineside_tests::wait::until(&format!("{name} to be named"), || {
+        let reason = lineside_tests::wait::until(&format!("{name} to be reported"), || {
             let entries = site.agent.events("stream_down");
             entries.into_iter().find(|entry| entry["stream"] == *name).map(|entry| entry["reason"].to_string())
         });
@@ -137,12 +138,13 @@ fn a_camera_that_answers_rubbish_is_named_and_disturbs_nobody() {
     assert_steady(&site);
     drop(site.broker);
     drop(site.folder);
-    assert!(site.agent.end().success());
+    assert!(site.agent.terminate().success());
 }
 
 #[test]
-fn credentials_of_a_camera_are_never_logged() {
-    let camera = Camera::start(Script::Raw(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n".to_vec()));
+fn camera_credentials_are_never_logged() {
+    let camera =
+        ScriptedCamera::start(CameraScript::Raw(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n".to_vec()));
     let url = camera.url().replace("http://", "http://operator:hunter2@") + "?token=s3cret";
     let mut site = site(&[stream_manifest("cam", &url, "parts", "")]);
     site.agent.wait_for_event("stream_down");
@@ -150,5 +152,5 @@ fn credentials_of_a_camera_are_never_logged() {
     site.agent.wait_for_metric("lineside_stream_reconnects_total{stream=\"cam\"}", 3.0);
     let logs = format!("{:?}", site.agent.logs());
     assert!(!logs.contains("hunter2") && !logs.contains("s3cret"), "{logs}");
-    assert!(site.agent.end().success());
+    assert!(site.agent.terminate().success());
 }

@@ -1,16 +1,17 @@
-//! The tools: `check`, `demo`, `schema`.
+//! The commands `check`, `demo` and `schema`.
 
 use std::io::{BufRead as _, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use lineside_tests::agent::{lineside, program};
 use lineside_tests::broker::Subscriber;
+use lineside_tests::process::command;
 use lineside_tests::wait::until;
 use lineside_tests::{example, root};
 use serde_json::Value;
 
 #[test]
-fn check_tells_people_and_scripts_the_same() {
+fn check_reports_the_same_as_text_and_as_json() {
     let model = example("surface-defects.onnx");
     let image = example("frames/part-012-scratch.jpg");
     let arguments = ["check", model.to_str().unwrap(), "--image", image.to_str().unwrap(), "--runs", "5"];
@@ -27,12 +28,12 @@ fn check_tells_people_and_scripts_the_same() {
     let output = lineside(&arguments);
     let text = String::from_utf8_lossy(&output.stdout);
     for expected in ["tract", "128x128", "good, scratch, dent, stain", "P50 ms", "scratch"] {
-        assert!(text.contains(expected), "{expected} in\n{text}");
+        assert!(text.contains(expected), "{expected} is not in\n{text}");
     }
 }
 
 #[test]
-fn the_golden_samples_of_the_bundled_model_are_reproduced() {
+fn the_bundled_model_reproduces_its_golden_samples() {
     for label in ["good", "scratch", "dent", "stain"] {
         let golden: Value =
             serde_json::from_slice(&std::fs::read(example(&format!("golden/{label}.json"))).unwrap()).unwrap();
@@ -41,10 +42,10 @@ fn the_golden_samples_of_the_bundled_model_are_reproduced() {
         let output =
             lineside(&["check", model.to_str().unwrap(), "--image", image.to_str().unwrap(), "--runs", "1", "--json"]);
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-        let (found, wanted) = (&report["image"]["prediction"]["classes"], &golden["classes"]);
+        let (found, expected) = (&report["image"]["prediction"]["classes"], &golden["classes"]);
         assert_eq!(found[0]["label"], label);
-        // Other decoders and resizers than the ones the model was trained with move the scores a little.
-        for class in wanted.as_array().unwrap() {
+        // JPEG decoder and resize filter differ from those of the training, which changes the scores slightly.
+        for class in expected.as_array().unwrap() {
             let same = found.as_array().unwrap().iter().find(|found| found["label"] == class["label"]).unwrap();
             let difference = same["score"].as_f64().unwrap() - class["score"].as_f64().unwrap();
             assert!(difference.abs() < 0.02, "{label}: {} is off by {difference}", class["label"]);
@@ -53,14 +54,14 @@ fn the_golden_samples_of_the_bundled_model_are_reproduced() {
 }
 
 #[test]
-fn the_demonstration_shows_the_main_job_and_ends_when_told() {
-    let mut demo = Command::new(program())
+fn demo_prints_verdicts_and_ends_after_the_requested_results() {
+    let mut demo = command(program())
         .args(["demo", "--results", "30", "--fps", "20"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // The line it prints for mosquitto_sub works as it stands.
+    // The mosquitto_sub command that the demo prints works unchanged.
     let mut lines = BufReader::new(demo.stderr.take().unwrap()).lines().map_while(Result::ok);
     let hint = until("the line for mosquitto_sub", || lines.find(|line| line.contains("mosquitto_sub")));
     let words: Vec<&str> = hint.split_whitespace().collect();

@@ -1,16 +1,16 @@
-//! Detection against a reference that shares nothing with it: `detect_reference.py` builds the models, runs them in ONNX
-//! Runtime and decodes them with numpy; the agent has to find the same boxes.
+//! Detection compared with an independent reference: `detect_reference.py` builds the models, runs them in ONNX Runtime
+//! and decodes the outputs with numpy. The agent must find the same boxes.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use lineside_tests::agent::{Agent, Start};
+use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::Broker;
 use lineside_tests::{model_manifest, python, root, stream_manifest};
 use serde_json::Value;
 
-const IOU_LEAST: f64 = 0.95;
+const MIN_IOU: f64 = 0.95;
 
 fn reference(folder: &Path) -> Value {
     let script = root().join("tests/suite/detect_reference.py");
@@ -30,33 +30,35 @@ fn iou(one: [f64; 4], other: [f64; 4]) -> f64 {
 }
 
 #[test]
-fn every_decoder_finds_the_references_boxes() {
+fn every_decoder_matches_the_reference_boxes() {
     let folder = tempfile::tempdir().unwrap();
-    let expected = reference(folder.path());
-    let models = expected["models"].as_array().unwrap();
+    let reference = reference(folder.path());
+    let models = reference["models"].as_array().unwrap();
     assert!(models.len() >= 6);
-    let (manifests, pictures) = (folder.path().join("manifests"), folder.path().join("pictures"));
+    let (manifests, images) = (folder.path().join("manifests"), folder.path().join("images"));
     fs::create_dir(&manifests).unwrap();
-    fs::create_dir(&pictures).unwrap();
+    fs::create_dir(&images).unwrap();
     for entry in fs::read_dir(folder.path()).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|suffix| suffix == "png") {
-            fs::copy(&path, pictures.join(path.file_name().unwrap())).unwrap();
+            fs::copy(&path, images.join(path.file_name().unwrap())).unwrap();
         }
     }
     for model in models {
         let file = model["file"].as_str().unwrap();
         let name = file.trim_end_matches(".onnx");
         let labels = &model["labels"];
-        // The exports with metadata have to be understood without help: decoder, labels, size and task.
-        let told_by_metadata = !matches!(name, "yolox" | "end2end-split");
-        let help = match told_by_metadata {
-            true => String::new(),
-            false => format!("    decoder: {}\n    labels: {labels}\n", model["decoder"].as_str().unwrap()),
+        // Exports with metadata must work without further settings: decoder, labels, size and task come from the
+        // metadata.
+        let has_metadata = !matches!(name, "yolox" | "end2end-split");
+        let output = if has_metadata {
+            String::new()
+        } else {
+            format!("    decoder: {}\n    labels: {labels}\n", model["decoder"].as_str().unwrap())
         };
         let more = format!(
-            "  {}\n  input: {{color: {}, mean: {}, std: {}}}\n  output:\n{help}    threshold: {}\n    iou: {}\n    topK: {}\n",
-            if told_by_metadata { "rollback: false" } else { "task: detect" },
+            "  {}\n  input: {{color: {}, mean: {}, std: {}}}\n  output:\n{output}    threshold: {}\n    iou: {}\n    topK: {}\n",
+            if has_metadata { "rollback: false" } else { "task: detect" },
             model["color"].as_str().unwrap(),
             model["mean"],
             model["std"],
@@ -65,12 +67,12 @@ fn every_decoder_finds_the_references_boxes() {
             model["top_k"],
         );
         let uri = format!("file:../{file}");
-        let text = model_manifest(name, 1, &uri, &more) + "---\n" + &stream_manifest(name, "dir:../pictures", name, "");
+        let text = model_manifest(name, 1, &uri, &more) + "---\n" + &stream_manifest(name, "dir:../images", name, "");
         fs::write(manifests.join(format!("{name}.yaml")), text).unwrap();
     }
     let broker = Broker::start();
     let subscriber = broker.subscribe("lineside/v1/plant/#");
-    let mut agent = Agent::start(&Start {
+    let mut agent = Agent::start(&AgentOptions {
         manifests: &manifests,
         data: &folder.path().join("data"),
         mqtt: &broker.url(),
@@ -78,33 +80,33 @@ fn every_decoder_finds_the_references_boxes() {
     });
     for model in models {
         let name = model["file"].as_str().unwrap().trim_end_matches(".onnx");
-        let images = model["images"].as_object().unwrap();
-        let results = subscriber.wait_for(&format!("/{name}/result"), images.len());
-        for (image, wanted) in images {
+        let references = model["images"].as_object().unwrap();
+        let results = subscriber.wait_for(&format!("/{name}/result"), references.len());
+        for (image, expected) in references {
             let result = results.iter().find(|result| result["frame"]["name"] == **image).unwrap();
-            compare(&format!("{name} {image}"), result["detections"].as_array().unwrap(), wanted.as_array().unwrap());
+            compare(&format!("{name} {image}"), result["detections"].as_array().unwrap(), expected.as_array().unwrap());
         }
     }
-    assert!(agent.end().success());
+    assert!(agent.terminate().success());
 }
 
-/// Each wanted box is found once, with its class and about its score, and no other is.
-fn compare(what: &str, found: &[Value], wanted: &[Value]) {
-    assert_eq!(found.len(), wanted.len(), "{what}\nfound {found:#?}\nwanted {wanted:#?}");
+/// Every expected box is found once, with its class and approximately its score, and there are no other boxes.
+fn compare(what: &str, found: &[Value], expected: &[Value]) {
+    assert_eq!(found.len(), expected.len(), "{what}\nfound {found:#?}\nexpected {expected:#?}");
     let mut left: Vec<&Value> = found.iter().collect();
-    for wish in wanted {
+    for reference in expected {
         let best = left
             .iter()
             .enumerate()
-            .filter(|(_, found)| found["label"] == wish["label"] && found["class"] == wish["class"])
-            .map(|(index, found)| (index, iou(sides(found), sides(wish))))
+            .filter(|(_, found)| found["label"] == reference["label"] && found["class"] == reference["class"])
+            .map(|(index, found)| (index, iou(sides(found), sides(reference))))
             .max_by(|left, right| left.1.total_cmp(&right.1));
-        let Some((index, overlap)) = best else { panic!("{what}: {wish} was not found") };
-        assert!(overlap > IOU_LEAST, "{what}: {wish} was found with an overlap of {overlap}");
-        let (score, wanted) = (left[index]["score"].as_f64().unwrap(), wish["score"].as_f64().unwrap());
-        assert!((score - wanted).abs() < 0.02, "{what}: score {score} instead of {wanted}");
+        let Some((index, overlap)) = best else { panic!("{what}: {reference} was not found") };
+        assert!(overlap > MIN_IOU, "{what}: {reference} was found with an overlap of {overlap}");
+        let (score, expected) = (left[index]["score"].as_f64().unwrap(), reference["score"].as_f64().unwrap());
+        assert!((score - expected).abs() < 0.02, "{what}: score {score} instead of {expected}");
         left.remove(index);
     }
     let scores: Vec<f64> = found.iter().map(|found| found["score"].as_f64().unwrap()).collect();
-    assert!(scores.is_sorted_by(|left, right| left >= right), "{what}: best first: {scores:?}");
+    assert!(scores.is_sorted_by(|left, right| left >= right), "{what}: not sorted by score: {scores:?}");
 }

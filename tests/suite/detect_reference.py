@@ -1,44 +1,44 @@
 #!/usr/bin/env python3
-"""Write detection models, pictures and the boxes that ought to come out.
+"""Writes detection models, images and the expected boxes.
 
     python detect_reference.py OUT_DIR
 
-This is an independent reference for the agent's detection path.  It was
-written from the published formats alone (the Ultralytics YOLOv8, YOLOv5 and
+This is an independent reference for the agent's detection pipeline. It is
+written from the published formats only (the Ultralytics YOLOv8, YOLOv5 and
 YOLOv10 exports, the official YOLOX export, the usual three-output exports
-with the suppression already done) and shares nothing with the Rust code:
-letterbox, decoding, non-maximum suppression and the way back to picture
-coordinates are done here again, in plain numpy, and the models are run by
-onnxruntime.
+with non-maximum suppression in the graph) and shares no code with the Rust
+implementation: letterbox, decoding, non-maximum suppression and the mapping to
+image coordinates are implemented here in plain numpy, and the models run in
+ONNX Runtime.
 
-OUT_DIR receives six ONNX models, four PNG pictures and `expected.json`, which
-for each model and picture lists the detections, best score first, in pixels
-of the source picture and clipped to it.
+OUT_DIR receives six ONNX models, four PNG images and `expected.json`, which
+lists the detections of each model and image, sorted by score, in pixels of
+the source image and clipped to it.
 
-The networks are small and their weights are set by hand, so that they do
-detect something: class 0 answers to red, 1 to green and 2 to blue patches
-that fit the stride (about four to six cells wide), and the four distances of a box
-are the coloured cells counted towards each side, whatever their colour.  A
-patch of two colours therefore gives two boxes of different classes over
-nearly the same place, which suppression by class has to keep, and each patch
-gives several boxes of one class, of which it has to leave one.  A little
-seeded noise on the weights keeps every channel in use.
+The networks are small, with weights that are set by hand so that they detect
+something: class 0 responds to red, 1 to green and 2 to blue patches that fit
+the stride (about four to six cells wide). The four distances of a box are the
+numbers of coloured cells towards each side, whatever their colour. A patch of
+two colours therefore gives two boxes of different classes at nearly the same
+place, which suppression by class has to keep, and each patch gives several
+boxes of one class, of which it has to keep one. Seeded noise on the weights
+keeps every channel in use.
 
-The script promises that what it expects does not hang on a rounding.  For
-every model and picture it checks, and stops with an error otherwise, that
+The expected detections do not depend on rounding. For every model and image
+the script checks, and exits with an error otherwise, that
 
-  * no score lies within 0.01 of the threshold,
-  * no overlap that decides a suppression lies within 0.02 of the limit,
+  * no score is within 0.01 of the threshold,
+  * no overlap that decides a suppression is within 0.02 of the limit,
   * no box wins by less than 0.002 over a noticeably different one that it
     suppresses, and no class by less than 0.03 over the next,
-  * clipping before suppression instead of after it changes nothing,
-  * the same boxes (overlap above 0.97) remain when the pixels given to the
-    model are moved by one grey level, at random or all together,
+  * clipping before instead of after the suppression changes nothing,
+  * the same boxes (overlap above 0.97) remain if the pixels of the model input
+    change by one grey level, at random or all together.
 
-and that the pictures put the path to the test: 5 to 60 candidates, more than
-one class, boxes inside and at the edge, same-class overlaps to be removed and
-other-class overlaps to be kept.  The places of the patches were chosen so that
-all this holds.
+It also checks that the images exercise the pipeline: 5 to 60 candidates, more
+than one class, boxes inside and at the edge, same-class overlaps to remove and
+other-class overlaps to keep. The positions of the patches are chosen
+accordingly.
 """
 
 import json
@@ -60,15 +60,15 @@ REG_MAX = 16
 THRESHOLD, IOU, TOP_K = 0.25, 0.45, 100
 GAIN = 12.0  # features are carried at this scale, where SiLU is nearly linear
 STEEP = 60.0  # slope of the first layer
-SHARP, STEP = 250.0, 0.025  # of the class scores, see class_logits
-BIAS = 0.47  # answers above it are detections
+SHARP, STEP = 250.0, 0.025  # slope and step width of the class scores, see class_logits
+BIAS = 0.47  # responses above it are detections
 
 
 # ---------------------------------------------------------------- graph parts
 
 
 class Net:
-    """Collects nodes and weights; every method returns the names it made."""
+    """Collects nodes and weights; every method returns the names of its outputs."""
 
     def __init__(self, seed):
         self.nodes, self.weights, self.count = [], [], {}
@@ -164,7 +164,7 @@ def backbone(net, x, raw_bgr=False):
 
 
 def branches(net, feature):
-    """Distances to the four sides and the answer of each class, times GAIN."""
+    """Distances to the four sides and the response of each class, times GAIN."""
     sides = np.zeros((4, 6, 9, 9))  # left, top, right, bottom, in cells
     reach = np.array([1, 1, 1, 1, 0.5, 0, 0, 0, 0])
     across = np.array([0, 0, 0, 0.2, 0.6, 0.2, 0, 0, 0])
@@ -177,21 +177,21 @@ def branches(net, feature):
     kernel = -1.2 * ring / ring.sum()
     bell = np.exp(-np.arange(-2, 3) ** 2 / 4.5)
     kernel[1:6, 1:6] += np.outer(bell, bell) / bell.sum() ** 2
-    answer = spread(np.concatenate([0.8 * EYE3, 0.3 * EYE3], 1), kernel)
-    return net.cbs(feature, sides, np.full(4, 0.15 * GAIN)), net.cbs(feature, answer)
+    response = spread(np.concatenate([0.8 * EYE3, 0.3 * EYE3], 1), kernel)
+    return net.cbs(feature, sides, np.full(4, 0.15 * GAIN)), net.cbs(feature, response)
 
 
-def class_logits(net, answer):
-    """A step at the bias, so that few scores are doubtful, and a slope above it."""
+def class_logits(net, response):
+    """A step at the bias, so that few scores are near the threshold, and a slope above it."""
     w = spread(np.concatenate([EYE3, EYE3]) * SHARP / GAIN, POINT)
-    step = net.cbs(answer, w, -SHARP * np.repeat([BIAS, BIAS + STEP], 3))
+    step = net.cbs(response, w, -SHARP * np.repeat([BIAS, BIAS + STEP], 3))
     rise = 4.5 / (SHARP * STEP)
     w = spread(np.concatenate([EYE3 * rise, EYE3 * (5.0 / SHARP - rise)], 1), POINT)
     return net.conv(step, w, np.full(3, -4.8))
 
 
 def dfl_logits(net, sides):
-    """Sixteen logits a side whose softmax has its mean near the distance.
+    """Sixteen logits per side whose softmax has its mean near the distance.
 
     j*m/s2 - j*j/(2*s2) is a normal density around m, up to a constant.
     """
@@ -218,8 +218,8 @@ def fixed_anchors(height, width):
 def yolov8_heads(net, x):
     heads = []
     for feature in backbone(net, x):
-        sides, answer = branches(net, feature)
-        logits = class_logits(net, answer)
+        sides, response = branches(net, feature)
+        logits = class_logits(net, response)
         heads.append(net.op("Concat", dfl_logits(net, sides), logits, axis=1))
     return heads
 
@@ -242,7 +242,7 @@ def dist2bbox(net, near, far, anchors, strides, xywh=True):
 
 
 def yolov8_dynamic(net):
-    """All sizes free: every shape is computed in the graph, as torch does."""
+    """All sizes symbolic: every shape is computed in the graph, as torch exports it."""
 
     def dim(x, axis):
         return net.op("Gather", net.op("Shape", x), np.int64(axis), axis=0)
@@ -290,7 +290,7 @@ def yolov8_dynamic(net):
 
 
 def yolov8_parts(net, size, xywh):
-    """Boxes [1, 4, A] and class scores [1, nc, A] with all sizes known."""
+    """Boxes [1, 4, A] and class scores [1, nc, A] with fixed sizes."""
     heads = yolov8_heads(net, "images")
     channels = 4 * REG_MAX + NC
     flat = [net.op("Reshape", h, np.array([1, channels, -1]), allowzero=0) for h in heads]
@@ -313,15 +313,15 @@ def yolov8_fixed(net):
 
 
 def yolov5(net):
-    """Three anchors a cell; xy = (2s - 0.5 + grid) * stride, wh = (2s)^2 * anchor."""
+    """Three anchors per cell; xy = (2s - 0.5 + grid) * stride, wh = (2s)^2 * anchor."""
     shapes = np.array([[3.6, 3.6], [5.2, 4.0], [4.0, 5.2]])  # in cells
     rows, total = [], 0
     for feature, stride in zip(backbone(net, "images"), STRIDES):
-        sides, answer = branches(net, feature)
-        # how much wider than high a patch is, and higher than wide
+        sides, response = branches(net, feature)
+        # how much wider than high a patch is, and the reverse
         excess = np.array([[1, -1, 1, -1], [-1, 1, -1, 1]]) * 20.0 / GAIN
         shape = net.cbs(sides, spread(excess, POINT), np.full(2, -20.0))
-        merged = net.op("Concat", sides, shape, class_logits(net, answer), axis=1)
+        merged = net.op("Concat", sides, shape, class_logits(net, response), axis=1)
         w, b = np.zeros((3, 5 + NC, 9)), np.zeros((3, 5 + NC))
         for i, (aw, ah) in enumerate(shapes):
             # inputs: left, top, right, bottom, wider, higher, then the classes
@@ -354,13 +354,13 @@ def yolox(net):
     rows, total = [], 0
     typical = 4.0
     for feature, stride in zip(backbone(net, "images", raw_bgr=True), STRIDES):
-        sides, answer = branches(net, feature)
+        sides, response = branches(net, feature)
         w = np.array([[-.5, 0, .5, 0], [0, -.5, 0, .5],
                       [1 / typical, 0, 1 / typical, 0], [0, 1 / typical, 0, 1 / typical]])
         b = np.array([.5, .5, math.log(typical) - 1, math.log(typical) - 1])
         reg = net.conv(sides, spread(w / GAIN, POINT), b)
-        obj = net.conv(answer, spread(np.full((1, 3), 6 / GAIN), POINT), [-0.5])
-        cls = class_logits(net, answer)
+        obj = net.conv(response, spread(np.full((1, 3), 6 / GAIN), POINT), [-0.5])
+        cls = class_logits(net, response)
         y = net.op("Concat", reg, net.op("Sigmoid", obj), net.op("Sigmoid", cls), axis=1)
         rows.append(net.op("Reshape", y, np.array([1, 5 + NC, -1]), allowzero=0))
         total += (320 // stride) ** 2
@@ -425,10 +425,10 @@ MODELS = [  # file, decoder, builder, input height and width
 
 
 def name_dimensions(model):
-    """Give every unknown intermediate size a name of its own.
+    """Gives every symbolic intermediate size its own name.
 
-    The torch exporter does so: one and the same size is called differently in
-    different tensors, and a reader may not take the names for an identity.
+    The torch exporter does the same: one size has different names in different
+    tensors, so a parser must not infer equality from the names.
     """
     for info in model.graph.value_info:
         for i, d in enumerate(info.type.tensor_type.shape.dim):
@@ -461,14 +461,14 @@ def build(entry, seed):
     return model
 
 
-# ------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------- images
 
 RED, GREEN, BLUE = (226, 34, 40), (30, 205, 48), (38, 44, 228)
 DULL_RED, DULL_GREEN, DULL_BLUE = (196, 52, 50), (58, 184, 60), (60, 60, 190)
 
 # Shapes in units of 1/320 of the longer side: kind, x0, y0, x1, y1, colours.
 # "across" and "down" are rectangles of two colours side by side or stacked.
-PICTURES = {
+IMAGES = {
     "a.png": (640, 480, [
         ("across", 25, 22, 78, 55, RED, BLUE),
         ("oval", 123, 25, 163, 68, GREEN),
@@ -503,12 +503,12 @@ PICTURES = {
 
 def draw(name):
     """Coloured patches on grey, both with a coarse and a fine texture."""
-    width, height, shapes = PICTURES[name]
+    width, height, shapes = IMAGES[name]
     unit = max(width, height) / 320.0
     rng = np.random.default_rng(1000 + ord(name[0]))
     coarse = rng.integers(104, 136, (height // 24 + 2, width // 24 + 2)).astype(np.uint8)
-    picture = Image.fromarray(coarse).resize((width, height), Image.BILINEAR).convert("RGB")
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray(coarse).resize((width, height), Image.BILINEAR).convert("RGB")
+    pen = ImageDraw.Draw(image)
     for kind, x0, y0, x1, y1, *colours in shapes:
         x0, y0, x1, y1 = (int(round(v * unit)) for v in (x0, y0, x1, y1))
         if kind == "oval":
@@ -519,7 +519,7 @@ def draw(name):
             pen.rectangle([x0, y0, (x0 + x1) // 2 - 1, y1 - 1], fill=colours[0])
         elif kind == "down":
             pen.rectangle([x0, y0, x1 - 1, (y0 + y1) // 2 - 1], fill=colours[0])
-    pixels = np.asarray(picture).astype(np.int16)
+    pixels = np.asarray(image).astype(np.int16)
     pixels = pixels + rng.integers(-9, 10, (height, width, 1)) + rng.integers(-3, 4, pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
@@ -527,14 +527,14 @@ def draw(name):
 # ------------------------------------------------------------- reference path
 
 
-def letterbox(picture, size):
-    """Pixels [H, W, 3] and what is needed to come back: scale, left, top."""
-    (height, width), (w, h) = size, picture.size
+def letterbox(image, size):
+    """Pixels [H, W, 3], and the inverse mapping: scale, left, top."""
+    (height, width), (w, h) = size, image.size
     r = min(width / w, height / h)
     nw, nh = round(w * r), round(h * r)
     left, top = (width - nw) // 2, (height - nh) // 2
     canvas = np.full((height, width, 3), 114, np.uint8)
-    canvas[top:top + nh, left:left + nw] = np.asarray(picture.resize((nw, nh), Image.BILINEAR))
+    canvas[top:top + nh, left:left + nw] = np.asarray(image.resize((nw, nh), Image.BILINEAR))
     return canvas, (r, left, top)
 
 
@@ -570,7 +570,7 @@ def overlap(box, others):
 
 
 def suppress(boxes, scores, classes):
-    """Greedy, class by class.  Indices kept, and the narrowest decisions."""
+    """Greedy suppression per class: the kept indices, and the smallest margins of the decisions."""
     kept, limit_gap, win_gap = [], 1.0, 1.0
     for i in np.argsort(-scores, kind="stable"):
         rivals = np.array([k for k in kept if classes[k] == classes[i]], int)
@@ -588,7 +588,7 @@ def suppress(boxes, scores, classes):
 
 
 def detect(session, entry, pixels, back, source):
-    """The whole path after the letterbox; detections and how sure they are."""
+    """The pipeline after the letterbox: detections, and the margins of its decisions."""
     _, decoder, builder, size = entry
     x = pixels.astype(np.float32)
     x = x[:, :, ::-1] if builder is yolox else x / np.float32(255)
@@ -618,7 +618,7 @@ def detect(session, entry, pixels, back, source):
 
 
 def same_set(first, second):
-    """The same classes at the same places, in whatever order."""
+    """Whether both have the same classes at the same places, in any order."""
     (boxes, _, classes, _), (others, _, kinds, _) = first, second
     if len(boxes) != len(others):
         return False
@@ -632,7 +632,7 @@ def same_set(first, second):
 
 
 def perturbed(pixels):
-    """Every pixel moved by a grey level at most, in several ways."""
+    """Variants in which every pixel changes by at most one grey level."""
     rng = np.random.default_rng(77)
     moves = [rng.choice([-1, 1], pixels.shape) for _ in range(3)]
     moves += [rng.integers(-1, 2, pixels.shape)]
@@ -641,13 +641,13 @@ def perturbed(pixels):
         yield np.clip(pixels.astype(np.int16) + move, 0, 255).astype(np.uint8)
 
 
-def objections(session, entry, results, prepared):
-    """What a model's results lack of what the docstring promises."""
+def violations(session, entry, results, prepared):
+    """The conditions of the module docstring that a model's results violate."""
     found = []
     nms = entry[1] != "end2end"
     crossing = edge = inside = False
     for name, (boxes, scores, classes, facts) in results.items():
-        w, h = PICTURES[name][:2]
+        w, h = IMAGES[name][:2]
 
         def need(holds, what):
             if not holds:
@@ -680,23 +680,23 @@ def main():
         sys.exit(__doc__)
     folder = sys.argv[1]
     os.makedirs(folder, exist_ok=True)
-    pictures = {}
-    for name in PICTURES:
+    images = {}
+    for name in IMAGES:
         draw(name).save(os.path.join(folder, name))
-        pictures[name] = Image.open(os.path.join(folder, name)).convert("RGB")
+        images[name] = Image.open(os.path.join(folder, name)).convert("RGB")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     entries = []
     for number, entry in enumerate(MODELS):
         file, decoder, builder, size = entry
-        began = time.monotonic()
-        prepared = {name: letterbox(p, size) for name, p in pictures.items()}
+        started = time.monotonic()
+        prepared = {name: letterbox(p, size) for name, p in images.items()}
         data = build(entry, 20 + number).SerializeToString()
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        results = {name: detect(session, entry, pixels, back, pictures[name].size)
+        results = {name: detect(session, entry, pixels, back, images[name].size)
                    for name, (pixels, back) in prepared.items()}
-        problems = objections(session, entry, results, prepared)
+        problems = violations(session, entry, results, prepared)
         if problems:
             sys.exit(f"{file}: the detections are not robust: " + "; ".join(problems))
         with open(os.path.join(folder, file), "wb") as out:
@@ -713,7 +713,7 @@ def main():
                 for name, (boxes, scores, classes, _) in results.items()}})
         counts = " ".join(f"{n}:{f['before']}->{len(b)}" for n, (b, _, _, f) in results.items())
         print(f"{file}: {len(data)} bytes, candidates->kept {counts}, "
-              f"{time.monotonic() - began:.1f} s", file=sys.stderr)
+              f"{time.monotonic() - started:.1f} s", file=sys.stderr)
     with open(os.path.join(folder, "expected.json"), "w", encoding="utf-8") as out:
         json.dump({"models": entries}, out, indent=1)
         out.write("\n")

@@ -1,7 +1,9 @@
-//! The suite: the built agent against real peers. `make test` installs what it needs and runs it.
+//! The test suite: runs the built agent against real peers, and against scripted peers for faults. `make test` installs the
+//! tools and runs it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the message")]
 
+mod admission;
 mod bad_input;
 mod broker;
 mod cameras;
@@ -12,12 +14,11 @@ mod endurance;
 mod fetch;
 mod manifests;
 mod mqtt;
-mod photos;
+mod real_photos;
 mod results;
+mod signing;
 mod sparkplug;
 mod spool;
 mod store;
 mod structure;
 mod swaps;
-mod trust;
-mod vet;

@@ -1,9 +1,9 @@
-//! Manifests that are added, edited, broken, mended and removed while the agent runs.
+//! Manifests that are added, edited, made invalid, repaired and removed while the agent runs.
 
 use std::fs;
 use std::path::PathBuf;
 
-use lineside_tests::agent::{Agent, Start};
+use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::{Broker, Subscriber};
 use lineside_tests::onnx::mean_colour_classifier;
 use lineside_tests::wait::until_true;
@@ -27,7 +27,7 @@ impl Site {
         for (name, text) in files {
             fs::write(folder.path().join("manifests").join(name), text).unwrap();
         }
-        let agent = Agent::start(&Start {
+        let agent = Agent::start(&AgentOptions {
             manifests: &folder.path().join("manifests"),
             data: &folder.path().join("data"),
             mqtt: &broker.url(),
@@ -44,7 +44,7 @@ impl Site {
         fs::write(self.manifest(name), text).unwrap();
     }
 
-    /// The `seq` of a stream's results: without a gap as long as this is the only stream.
+    /// The results of a stream. Their `seq` has no gaps as long as there is only one stream.
     fn results(&self, stream: &str) -> Vec<serde_json::Value> {
         self.subscriber.payloads(&format!("/{stream}/result"))
     }
@@ -59,7 +59,7 @@ fn parts(version: u64, more: &str) -> String {
 }
 
 #[test]
-fn edits_additions_and_removals_are_followed_without_disturbing_others() {
+fn manifest_changes_are_applied_without_restarting_other_streams() {
     let mut site = Site::start(&[
         ("model.yaml", parts(1, "")),
         ("steady.yaml", frames("steady", "  fps: 20\n")),
@@ -68,7 +68,7 @@ fn edits_additions_and_removals_are_followed_without_disturbing_others() {
     site.subscriber.wait_for("/steady/result", 3);
     site.subscriber.wait_for("/changing/result", 3);
 
-    // An edit: the verdict changes, and only this stream is started anew.
+    // An edit: the verdict changes, and only this stream is restarted.
     site.write("changing.yaml", &frames("changing", "  fps: 20\n  verdict: '\"reject\"'\n"));
     until_true("the edited verdict", || site.results("changing").iter().any(|result| result["verdict"] == "reject"));
 
@@ -76,7 +76,7 @@ fn edits_additions_and_removals_are_followed_without_disturbing_others() {
     site.write("added.yaml", &frames("added", "  fps: 20\n"));
     site.subscriber.wait_for("/added/result", 3);
 
-    // A new version of the model: it takes over between two frames.
+    // A new version of the model replaces the previous one between two frames.
     site.write("model.yaml", &parts(2, "  output: {topK: 1}\n"));
     until_true("version 2", || site.results("steady").last().unwrap()["model"]["version"] == 2);
     let versions: Vec<u64> =
@@ -92,49 +92,49 @@ fn edits_additions_and_removals_are_followed_without_disturbing_others() {
     // A removal.
     fs::remove_file(site.manifest("added.yaml")).unwrap();
     until_true("the removal", || site.agent.events("stream_stopped").iter().any(|entry| entry["stream"] == "added"));
-    let gone_at = site.results("added").len();
+    let at_removal = site.results("added").len();
     let so_far = site.results("steady").len();
     site.subscriber.wait_for("/steady/result", so_far + 10);
-    assert!(site.results("added").len() <= gone_at + 2, "it has stopped");
+    assert!(site.results("added").len() <= at_removal + 2, "the stream has stopped");
 
     assert_eq!(site.agent.metric("lineside_frames_total{outcome=\"failed\",stream=\"steady\"}"), 0.0);
     let starts = site.agent.events("stream_started");
-    assert_eq!(starts.iter().filter(|entry| entry["stream"] == "steady").count(), 1, "never started anew");
+    assert_eq!(starts.iter().filter(|entry| entry["stream"] == "steady").count(), 1, "the stream was never restarted");
     let seqs: Vec<u64> = ["steady", "changing", "added"]
         .iter()
         .flat_map(|stream| site.results(stream))
         .map(|result| result["seq"].as_u64().unwrap())
         .collect();
     let highest = seqs.iter().max().copied().unwrap();
-    assert_eq!(seqs.len() as u64, highest, "every number up to {highest} came, once");
-    assert!(site.agent.end().success());
+    assert_eq!(seqs.len() as u64, highest, "every number up to {highest} was received once");
+    assert!(site.agent.terminate().success());
 }
 
 #[test]
-fn a_broken_file_is_reported_once_and_the_last_good_state_runs_on() {
+fn an_invalid_file_is_reported_once_and_the_last_good_state_stays_in_force() {
     let mut site = Site::start(&[("model.yaml", parts(1, "")), ("stream.yaml", frames("line-1", "  fps: 20\n"))]);
     site.subscriber.wait_for("/line-1/result", 3);
     site.write("stream.yaml", &frames("line-1", "  fps: fast\n  colour: blue\n"));
     let rejected = "lineside_manifest_rejected{file=\"stream.yaml\"}";
-    site.agent.wait_for_value(rejected, 1.0);
+    site.agent.wait_for_metric_value(rejected, 1.0);
     let so_far = site.results("line-1").len();
     site.subscriber.wait_for("/line-1/result", so_far + 20);
-    let refusals = site.agent.events("manifest_rejected");
-    let reasons: Vec<&str> = refusals.iter().map(|entry| entry["reason"].as_str().unwrap()).collect();
-    assert_eq!(reasons.len(), 2, "each mistake once: {reasons:?}");
+    let rejections = site.agent.events("manifest_rejected");
+    let reasons: Vec<&str> = rejections.iter().map(|entry| entry["reason"].as_str().unwrap()).collect();
+    assert_eq!(reasons.len(), 2, "each error is logged once: {reasons:?}");
     assert!(reasons.iter().any(|reason| reason.contains("spec.fps")), "{reasons:?}");
     assert!(reasons.iter().any(|reason| reason.contains("spec.colour: is not a known key")), "{reasons:?}");
-    assert!(refusals[0]["file"].as_str().unwrap().ends_with("stream.yaml"));
+    assert!(rejections[0]["file"].as_str().unwrap().ends_with("stream.yaml"));
 
     site.write("stream.yaml", &frames("line-1", "  fps: 30\n"));
-    site.agent.wait_for_value(rejected, 0.0);
+    site.agent.wait_for_metric_value(rejected, 0.0);
     let so_far = site.results("line-1").len();
     site.subscriber.wait_for("/line-1/result", so_far + 5);
-    assert!(site.agent.end().success());
+    assert!(site.agent.terminate().success());
 }
 
 #[test]
-fn a_version_that_cannot_load_leaves_the_one_before_in_place() {
+fn a_version_that_fails_to_load_leaves_the_previous_version_serving() {
     let mut site = Site::start(&[("model.yaml", parts(1, "")), ("stream.yaml", frames("line-1", "  fps: 20\n"))]);
     site.subscriber.wait_for("/line-1/result", 3);
     fs::write(site.folder.path().join("broken.onnx"), b"not a model").unwrap();
@@ -150,21 +150,21 @@ fn a_version_that_cannot_load_leaves_the_one_before_in_place() {
     let results = site.subscriber.wait_for("/line-1/result", so_far + 10);
     assert!(results.iter().all(|result| result["model"]["version"] == 1));
 
-    // A file that is mended is found without anybody touching the manifest.
+    // A repaired file is detected without a change of the manifest.
     fs::copy(site.folder.path().join("parts.onnx"), site.folder.path().join("broken.onnx")).unwrap();
-    until_true("the mended version", || site.results("line-1").last().unwrap()["model"]["version"] == 2);
+    until_true("the repaired version", || site.results("line-1").last().unwrap()["model"]["version"] == 2);
 
-    // Back to a lower version only when asked.
+    // A lower version requires `rollback`.
     site.write("model.yaml", &parts(1, ""));
-    let refusal = site.agent.wait_for_event("model_version_refused");
-    assert_eq!((refusal["version"].as_u64(), refusal["highest"].as_u64()), (Some(1), Some(2)));
+    let rejection = site.agent.wait_for_event("model_version_refused");
+    assert_eq!((rejection["version"].as_u64(), rejection["highest"].as_u64()), (Some(1), Some(2)));
     site.write("model.yaml", &parts(1, "  rollback: true\n"));
-    until_true("the way back", || site.results("line-1").last().unwrap()["model"]["version"] == 1);
-    assert!(site.agent.end().success());
+    until_true("the rollback", || site.results("line-1").last().unwrap()["model"]["version"] == 1);
+    assert!(site.agent.terminate().success());
 }
 
 #[test]
-fn a_wrong_digest_and_wrong_labels_are_refused_by_name() {
+fn a_wrong_digest_and_wrong_labels_are_rejected_with_the_field_name() {
     let site = Site::start(&[
         (
             "digest.yaml",
@@ -179,7 +179,7 @@ fn a_wrong_digest_and_wrong_labels_are_refused_by_name() {
         ("missing.yaml", model_manifest("missing", 1, "file:../none.onnx", "  nodeSelector: {line: a}\n")),
     ]);
     let reason = |name: &str| {
-        lineside_tests::wait::until(&format!("{name} to be refused"), || {
+        lineside_tests::wait::until(&format!("{name} to be rejected"), || {
             let entries = site.agent.events("model_load_failed");
             entries
                 .iter()
@@ -192,11 +192,11 @@ fn a_wrong_digest_and_wrong_labels_are_refused_by_name() {
     assert!(reason("missing").contains("none.onnx"));
     let (status, ready) = http::get(site.agent.http(), "/readyz").unwrap();
     assert_eq!(status, 503);
-    assert!(!ready.contains("elsewhere"), "meant for another node: {ready}");
+    assert!(!ready.contains("elsewhere"), "the model selects another node: {ready}");
 }
 
 #[test]
-fn two_models_with_instances_serve_streams_side_by_side() {
+fn two_models_with_instances_serve_streams_concurrently() {
     let site = Site::start(&[
         ("parts.yaml", parts(1, "  runtime: {instances: 2, engine: tract, device: cpu}\n")),
         ("colour.yaml", model_manifest("colour", 7, "file:../colour.onnx", "  output: {labels: [red, green, blue]}\n")),
@@ -204,12 +204,12 @@ fn two_models_with_instances_serve_streams_side_by_side() {
         ("b.yaml", frames("b", "  fps: 0\n")),
         ("c.yaml", frames("c", "  fps: 20\n").replace("model: parts", "model: colour")),
     ]);
-    // The stream was there before its model.
+    // The model file appears after the stream.
     fs::write(site.folder.path().join("colour.onnx"), mean_colour_classifier(32, 32, 3).build()).unwrap();
     for stream in ["a", "b", "c"] {
         let results = site.subscriber.wait_for(&format!("/{stream}/result"), 50);
         let names: Vec<&str> = results.iter().map(|result| result["frame"]["name"].as_str().unwrap()).collect();
-        // `a` and `b` lose nothing, so their frames come round in order whatever the number of instances.
+        // `a` and `b` skip no frames, so their frames stay in order regardless of the number of instances.
         if stream != "c" {
             let first: Vec<&str> = names.iter().take(40).copied().collect();
             assert!(first.is_sorted(), "{stream}: {first:?}");

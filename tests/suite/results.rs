@@ -1,16 +1,16 @@
-//! The main job: frames in, results out on a real broker, as documented.
+//! The main function, as documented: frames in, results out on a real broker.
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::process::Command;
 
-use lineside_tests::agent::{Agent, Start};
+use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::Broker;
+use lineside_tests::process::command;
 use lineside_tests::{example, http, model_manifest, python, root, stream_manifest};
 
 const FRAMES: usize = 40;
 
-/// A folder with manifests for the bundled example, played once, as fast as the model can.
+/// A folder with manifests for the bundled example, whose frames are played once, as fast as the model allows.
 pub(crate) fn example_once(verdict: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let model = example("surface-defects.onnx");
@@ -24,21 +24,22 @@ pub(crate) fn example_once(verdict: &str) -> tempfile::TempDir {
 }
 
 #[test]
-fn every_frame_of_a_folder_becomes_one_result_that_says_where_it_comes_from() {
+fn every_frame_of_a_folder_produces_one_result_with_its_origin() {
     let broker = Broker::start();
     let subscriber = broker.subscribe("lineside/v1/plant/#");
     let verdict = "  verdict: 'classes[0].label == \"good\" ? \"pass\" : \"reject\"'\n";
     let folder = example_once(verdict);
     let data = folder.path().join("data");
-    let start = Start { manifests: &folder.path().join("manifests"), data: &data, mqtt: &broker.url(), flags: &[] };
+    let start =
+        AgentOptions { manifests: &folder.path().join("manifests"), data: &data, mqtt: &broker.url(), flags: &[] };
     let mut agent = Agent::start(&start);
     let results = subscriber.wait_for("/line-1/result", FRAMES);
     agent.wait_for_event("stream_ended");
 
-    let mut right = 0;
+    let mut correct = 0;
     for (index, result) in results.iter().enumerate() {
         let seq = index as u64 + 1;
-        assert_eq!(result["seq"], seq, "results come in order, without a gap");
+        assert_eq!(result["seq"], seq, "results arrive in order, and no number is missing");
         assert_eq!(result["id"], format!("edge-1:1:{seq}"));
         assert_eq!(result["model"]["name"], "parts");
         assert_eq!(result["model"]["version"], 1);
@@ -47,14 +48,14 @@ fn every_frame_of_a_folder_becomes_one_result_that_says_where_it_comes_from() {
         assert_eq!((result["frame"]["width"].as_u64(), result["frame"]["height"].as_u64()), (Some(640), Some(480)));
         let name = result["frame"]["name"].as_str().unwrap();
         let truth = name.trim_end_matches(".jpg").rsplit('-').next().unwrap();
-        let says = result["classes"][0]["label"].as_str().unwrap();
-        right += usize::from(says == truth);
-        assert_eq!(result["verdict"], if says == "good" { "pass" } else { "reject" });
+        let predicted = result["classes"][0]["label"].as_str().unwrap();
+        correct += usize::from(predicted == truth);
+        assert_eq!(result["verdict"], if predicted == "good" { "pass" } else { "reject" });
     }
-    assert!(right * 100 >= FRAMES * 97, "{right} of {FRAMES} are right");
+    assert!(correct * 100 >= FRAMES * 97, "{correct} of {FRAMES} are correct");
     let names: Vec<&str> = results.iter().map(|result| result["frame"]["name"].as_str().unwrap()).collect();
     let in_order: Vec<&str> = BTreeSet::from_iter(names.iter().copied()).into_iter().collect();
-    assert_eq!(names, in_order, "pictures are played in the order of their names");
+    assert_eq!(names, in_order, "images are played in the order of their names");
     assert!(
         subscriber
             .messages()
@@ -63,9 +64,9 @@ fn every_frame_of_a_folder_becomes_one_result_that_says_where_it_comes_from() {
             .all(|message| message.qos == 1)
     );
 
-    // What is counted agrees with what was received.
-    agent.wait_for_value("lineside_frames_total{outcome=\"processed\",stream=\"line-1\"}", FRAMES as f64);
-    agent.wait_for_value("lineside_spool_records", 0.0);
+    // The metrics agree with the received results.
+    agent.wait_for_metric_value("lineside_frames_total{outcome=\"processed\",stream=\"line-1\"}", FRAMES as f64);
+    agent.wait_for_metric_value("lineside_spool_records", 0.0);
     assert_eq!(agent.metric("lineside_frames_total{outcome=\"skipped\",stream=\"line-1\"}"), 0.0);
     let passed = agent.metric("lineside_verdicts_total{stream=\"line-1\",verdict=\"pass\"}");
     let rejected = agent.metric("lineside_verdicts_total{stream=\"line-1\",verdict=\"reject\"}");
@@ -74,35 +75,35 @@ fn every_frame_of_a_folder_becomes_one_result_that_says_where_it_comes_from() {
     check_schema("result.schema.json", &results);
     check_schema("status.schema.json", &subscriber.payloads("edge-1/status"));
 
-    assert!(agent.end().success());
-    let farewell = subscriber.wait_for("edge-1/status", 2);
-    assert_eq!(farewell.last().unwrap()["state"], "offline");
+    assert!(agent.terminate().success());
+    let states = subscriber.wait_for("edge-1/status", 2);
+    assert_eq!(states.last().unwrap()["state"], "offline");
 
-    // A second start on the same data gives ids that were never given before.
+    // A second start with the same data folder assigns new ids.
     let mut again = Agent::start(&start);
     let more = subscriber.wait_for("/line-1/result", 2 * FRAMES);
     let ids: BTreeSet<&str> = more.iter().map(|result| result["id"].as_str().unwrap()).collect();
     assert_eq!(ids.len(), 2 * FRAMES);
     assert!(more[FRAMES]["id"].as_str().unwrap().starts_with("edge-1:2:"));
-    assert!(again.end().success());
+    assert!(again.terminate().success());
 }
 
-/// Prometheus' own tool finds nothing to complain about.
+/// Checks the metrics with promtool of the Prometheus project.
 fn check_metrics(address: &str) {
     let (status, text) = http::get(address, "/metrics").unwrap();
     assert_eq!(status, 200);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("metrics");
     fs::write(&file, text).unwrap();
-    let output = Command::new("promtool")
-        .args(["check", "metrics"])
-        .stdin(fs::File::open(&file).unwrap())
-        .output()
-        .expect("promtool is installed; run `make test-tools` once");
-    assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = command("promtool").args(["check", "metrics"]).stdin(fs::File::open(&file).unwrap()).output().unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "is promtool installed? run `make test-tools` once: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
-/// Another project's validator agrees with the committed schema.
+/// Validates the messages against the committed schema with an independent validator.
 pub(crate) fn check_schema(name: &str, messages: &[serde_json::Value]) {
     assert!(!messages.is_empty());
     let folder = tempfile::tempdir().unwrap();
@@ -114,26 +115,22 @@ pub(crate) fn check_schema(name: &str, messages: &[serde_json::Value]) {
                   validator = jsonschema.Draft202012Validator(schema)\n\
                   [validator.validate(message) for message in json.load(open(sys.argv[2]))]\n\
                   assert not validator.is_valid({'id': 3})\n";
-    let output = Command::new(python())
-        .args(["-c", script])
-        .arg(root().join("docs/schemas").join(name))
-        .arg(&file)
-        .output()
-        .unwrap();
+    let output =
+        command(python()).args(["-c", script]).arg(root().join("docs/schemas").join(name)).arg(&file).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
-fn probes_answer_and_unknown_paths_say_what_there_is() {
+fn probes_respond_and_unknown_paths_list_the_endpoints() {
     let broker = Broker::start();
     let folder = example_once("");
-    let mut agent = Agent::start(&Start {
+    let mut agent = Agent::start(&AgentOptions {
         manifests: &folder.path().join("manifests"),
         data: &folder.path().join("data"),
         mqtt: &broker.url(),
         flags: &[],
     });
-    agent.wait_ready();
+    agent.wait_until_ready();
     assert_eq!(http::get(agent.http(), "/livez").unwrap().0, 200);
     let (_, ready) = http::get(agent.http(), "/readyz").unwrap();
     let ready: serde_json::Value = serde_json::from_str(&ready).unwrap();
@@ -141,5 +138,5 @@ fn probes_answer_and_unknown_paths_say_what_there_is() {
     let (status, error) = http::get(agent.http(), "/nothing").unwrap();
     assert_eq!(status, 404);
     assert!(error.contains("/readyz"), "{error}");
-    assert!(agent.end().success());
+    assert!(agent.terminate().success());
 }

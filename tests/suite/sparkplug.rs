@@ -1,8 +1,9 @@
-//! Sparkplug B, checked from outside by another implementation of its format and a checker of its rules.
+//! Sparkplug B, decoded by an independent implementation and checked against the rules of the specification.
 
 use lineside_tests::broker::Broker;
-use lineside_tests::plant::{Plant, until_late};
+use lineside_tests::site::TestSite;
 use lineside_tests::sparkplug::{Capture, REBIRTH};
+use lineside_tests::wait::until_long;
 use serde_json::Value;
 
 const FLAGS: [&str; 2] = ["--sparkplug-group", "plant"];
@@ -13,27 +14,27 @@ fn count(capture: &Capture, kind: &str) -> usize {
 }
 
 #[test]
-fn a_node_is_born_speaks_is_born_again_and_dies_by_the_rules() {
+fn births_data_rebirths_and_deaths_follow_the_specification() {
     let mut broker = Broker::start();
     let capture = Capture::start(broker.port());
-    let plant = Plant::playing(50);
-    let mut agent = plant.start_at(&broker.url(), &FLAGS);
-    until_late("data", || (count(&capture, "DDATA") > 300).then_some(()));
+    let site = TestSite::with_stream(50);
+    let mut agent = site.start_with_broker(&broker.url(), &FLAGS);
+    until_long("data", || (count(&capture, "DDATA") > 300).then_some(()));
     broker.publish("spBv1.0/plant/NCMD/edge-1", REBIRTH, false);
-    until_late("another birth", || (count(&capture, "NBIRTH") > 1).then_some(()));
-    // A killed agent's death is said by the broker; what was made meanwhile comes marked as historical.
+    until_long("another birth", || (count(&capture, "NBIRTH") > 1).then_some(()));
+    // The broker publishes the death of a killed agent as its will; results of the outage are marked as historical.
     agent.signal("KILL");
     agent.wait();
-    until_late("a death", || (count(&capture, "NDEATH") > 0).then_some(()));
-    let agent_again = plant.start_at(&broker.url(), &FLAGS);
-    until_late("a third birth", || (count(&capture, "NBIRTH") > 2).then_some(()));
+    until_long("a death", || (count(&capture, "NDEATH") > 0).then_some(()));
+    let agent_again = site.start_with_broker(&broker.url(), &FLAGS);
+    until_long("a third birth", || (count(&capture, "NBIRTH") > 2).then_some(()));
     agent_again.wait_for_metric("lineside_mqtt_results_published_total", 50.0);
-    plant.withdraw("stream.yaml");
-    until_late("the device's death", || (count(&capture, "DDEATH") > 0).then_some(()));
+    site.delete("stream.yaml");
+    until_long("the device's death", || (count(&capture, "DDEATH") > 0).then_some(()));
     let mut agent = agent_again;
-    until_late("an empty spool", || (agent.metric("lineside_spool_records") == 0.0).then_some(()));
-    assert!(agent.end().success());
-    until_late("a second death", || (count(&capture, "NDEATH") > 1).then_some(()));
+    until_long("an empty spool", || (agent.metric("lineside_spool_records") == 0.0).then_some(()));
+    assert!(agent.terminate().success());
+    until_long("a second death", || (count(&capture, "NDEATH") > 1).then_some(()));
     let report = capture.check();
     assert_eq!(report["violations"], Value::Array(Vec::new()), "{report}");
     assert!(report["data"].as_u64().unwrap() > 300, "{report}");
@@ -44,28 +45,28 @@ fn a_node_is_born_speaks_is_born_again_and_dies_by_the_rules() {
 fn results_wait_for_the_primary_host_and_are_replayed_as_historical() {
     let broker = Broker::start();
     let capture = Capture::start(broker.port());
-    let plant = Plant::playing(50);
-    let mut agent = plant.start_at(&broker.url(), &[&FLAGS[..], &["--sparkplug-host", "scada"]].concat());
+    let site = TestSite::with_stream(50);
+    let mut agent = site.start_with_broker(&broker.url(), &[&FLAGS[..], &["--sparkplug-host", "scada"]].concat());
     let state = |online: bool, time: u64| format!("{{\"online\":{online},\"timestamp\":{time}}}");
-    agent.wait_for_value("lineside_mqtt_connected", 1.0);
+    agent.wait_for_metric_value("lineside_mqtt_connected", 1.0);
     agent.wait_for_metric("lineside_spool_records", 30.0);
-    assert_eq!(count(&capture, "NBIRTH"), 0, "nobody listens yet");
+    assert_eq!(count(&capture, "NBIRTH"), 0, "the primary host is not online yet");
     broker.publish("spBv1.0/STATE/scada", state(true, 1000), true);
-    until_late("data", || (count(&capture, "DDATA") > 60).then_some(()));
+    until_long("data", || (count(&capture, "DDATA") > 60).then_some(()));
     broker.publish("spBv1.0/STATE/scada", state(false, 2000), true);
-    until_late("a death", || (count(&capture, "NDEATH") > 0).then_some(()));
+    until_long("a death", || (count(&capture, "NDEATH") > 0).then_some(()));
     agent.wait_for_metric("lineside_spool_records", 30.0);
     broker.publish("spBv1.0/STATE/scada", state(true, 3000), true);
-    until_late("another birth", || (count(&capture, "NBIRTH") > 1).then_some(()));
-    plant.withdraw("stream.yaml");
+    until_long("another birth", || (count(&capture, "NBIRTH") > 1).then_some(()));
+    site.delete("stream.yaml");
     agent.wait_for_event("stream_stopped");
-    until_late("an empty spool", || (agent.metric("lineside_spool_records") == 0.0).then_some(()));
-    let made = agent.metric("lineside_frames_total{outcome=\"processed\",stream=\"line-1\"}") as usize;
-    assert!(agent.end().success());
+    until_long("an empty spool", || (agent.metric("lineside_spool_records") == 0.0).then_some(()));
+    let processed = agent.metric("lineside_frames_total{outcome=\"processed\",stream=\"line-1\"}") as usize;
+    assert!(agent.terminate().success());
     let report = capture.check();
     assert_eq!(report["violations"], Value::Array(Vec::new()), "{report}");
     assert!(report["historical"].as_u64().unwrap() >= 30, "{report}");
-    // Every result came, whole, in one of the metrics.
+    // Every result was received, complete, as the value of one metric.
     let ids: std::collections::BTreeSet<String> = capture
         .messages()
         .iter()
@@ -74,5 +75,5 @@ fn results_wait_for_the_primary_host_and_are_replayed_as_historical() {
         .filter(|json| json["verdict"].is_string())
         .filter_map(|json| json["id"].as_str().map(str::to_owned))
         .collect();
-    assert_eq!(ids.len(), made);
+    assert_eq!(ids.len(), processed);
 }

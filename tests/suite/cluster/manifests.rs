@@ -1,4 +1,4 @@
-//! The manifests themselves: valid to a real API server, and within the security baseline.
+//! The Kubernetes manifests are accepted by a real API server and meet the security baseline.
 
 use lineside_tests::lab::Lab;
 use lineside_tests::root;
@@ -7,15 +7,15 @@ use serde_json::Value;
 const OVERLAYS: [&str; 5] = ["k3s-amd64", "k3s-arm64", "gpu", "mig", "time-slicing"];
 
 #[test]
-fn every_overlay_is_valid_and_keeps_the_security_baseline() {
-    let Some(lab) = Lab::take() else { return };
-    // The namespace and the kinds have to be there for what is in them to be looked at.
+fn every_overlay_is_valid_and_meets_the_security_baseline() {
+    let Some(lab) = Lab::shared() else { return };
+    // A server-side dry run requires the namespace and the CRDs.
     lab.install();
     for overlay in OVERLAYS {
         let folder = root().join("edge-manifests/overlays").join(overlay);
         let folder = folder.to_str().unwrap();
-        lab.done(&["apply", "--server-side", "--force-conflicts", "--dry-run=server", "-k", folder]);
-        let printed = lab.done(&["apply", "--dry-run=client", "-o", "json", "-k", folder]);
+        lab.kubectl_ok(&["apply", "--server-side", "--force-conflicts", "--dry-run=server", "-k", folder]);
+        let printed = lab.kubectl_ok(&["apply", "--dry-run=client", "-o", "json", "-k", folder]);
         let list: Value = serde_json::from_str(&printed).unwrap();
         let objects = list["items"].as_array().cloned().unwrap_or_default();
         assert!(objects.len() > 20, "{overlay}: {} objects", objects.len());
@@ -31,7 +31,7 @@ fn every_overlay_is_valid_and_keeps_the_security_baseline() {
             .find(|object| object["kind"] == "NetworkPolicy" && object["metadata"]["name"] == "default-deny");
         assert_eq!(deny.unwrap()["spec"]["podSelector"], serde_json::json!({}), "{overlay}");
     }
-    lab.done(&[
+    lab.kubectl_ok(&[
         "apply",
         "--server-side",
         "--force-conflicts",

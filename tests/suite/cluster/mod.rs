@@ -1,9 +1,10 @@
-//! The agent as a DaemonSet and the controller as a Deployment, on a real Kubernetes with a real kubelet (`kit/lab.rs`).
+//! The agent as a DaemonSet and the controller as a Deployment on a real Kubernetes with a real kubelet (`kit/lab/`), and
+//! the agent against a scripted API server.
 
-mod abroad;
-mod faults;
+mod api_faults;
+mod external_agent;
 mod manifests;
-mod nodes;
 mod pods;
-mod rights;
-mod story;
+mod rbac;
+mod unreachable_nodes;
+mod workflow;

@@ -1,20 +1,23 @@
-//! What a node survives: its pod deleted, killed, out of memory, drained, updated; its link to the cluster pulled.
+//! Recovery of a node: deleted, killed and out-of-memory pods, a drain, an image update, and a lost link to the
+//! cluster.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use lineside_tests::lab::{Lab, NAMESPACE, NODE};
-use lineside_tests::paho::{Gap, Paho, Summary, check_sequence};
+use lineside_tests::paho::{Gap, Paho, SequenceSummary, check_sequence};
+use lineside_tests::process::{Process, command};
 use serde_json::{Value, json};
 
-/// Waits for so many results more than there are.
-fn more(lab: &Lab, subscriber: &Paho, count: usize) {
+/// Waits for at least `count` further results of `line-1`.
+fn wait_for_results(lab: &Lab, subscriber: &Paho, count: usize) {
     let before = subscriber.count("/line-1/result");
     lab.until("more results", || (subscriber.count("/line-1/result") >= before + count).then_some(()));
 }
 
-/// Nothing is missing since the subscription; what the first epoch had said before it, nobody asked for.
-fn check_gaps(results: &[Value]) -> Summary {
+/// Checks that no result since the subscription is missing. Results of the first epoch before the subscription do not
+/// count.
+fn check_gaps(results: &[Value]) -> SequenceSummary {
     let summary = check_sequence(results);
     let first = summary.highest.keys().next().map(|(_, epoch)| *epoch);
     let missing: Vec<&Gap> =
@@ -23,14 +26,14 @@ fn check_gaps(results: &[Value]) -> Summary {
     summary
 }
 
-/// The results of a stream.
-fn of(stream: &str, messages: &[Value]) -> Vec<Value> {
+/// The results of one stream.
+fn results_of(stream: &str, messages: &[Value]) -> Vec<Value> {
     let topic = format!("/{stream}/result");
-    let is_of = |message: &&Value| message["topic"].as_str().is_some_and(|of| of.ends_with(&topic));
-    messages.iter().filter(is_of).cloned().collect()
+    let is_result = |message: &&Value| message["topic"].as_str().is_some_and(|name| name.ends_with(&topic));
+    messages.iter().filter(is_result).cloned().collect()
 }
 
-/// The longest time between two frames of the results, in seconds, by when they came to the subscriber.
+/// The longest time between two results, in seconds, by their arrival at the subscriber.
 fn longest_gap(results: &[Value]) -> f64 {
     let seconds = |result: &Value| result["received_at"].as_f64().unwrap_or_default();
     results.windows(2).map(|pair| seconds(&pair[1]) - seconds(&pair[0])).fold(0.0, f64::max)
@@ -44,48 +47,49 @@ fn epoch(subscriber: &Paho) -> u64 {
 }
 
 #[test]
-fn a_pod_that_goes_in_whatever_way_comes_back_and_loses_nothing() {
-    let Some(lab) = Lab::take_own() else { return };
+fn pod_failures_and_updates_lose_no_result() {
+    let Some(lab) = Lab::exclusive_local() else { return };
     lab.install();
     let subscriber = lab.subscribe("pods");
     lab.apply_samples();
-    more(&lab, &subscriber, 5);
-    let mut begun = Instant::now();
+    wait_for_results(&lab, &subscriber, 5);
+    let mut started = Instant::now();
     let mut before = epoch(&subscriber);
-    let mut back = |what: &str| {
+    let mut expect_recovery = |what: &str| {
         lab.until(&format!("a new epoch after {what}"), || (epoch(&subscriber) > before).then_some(()));
-        more(&lab, &subscriber, 5);
+        wait_for_results(&lab, &subscriber, 5);
         before = epoch(&subscriber);
-        eprintln!("{what}: results again after {:.1} s", begun.elapsed().as_secs_f64());
-        begun = Instant::now();
+        eprintln!("{what}: results resumed after {:.1} s", started.elapsed().as_secs_f64());
+        started = Instant::now();
     };
 
     let name = lab.agent_pod()["metadata"]["name"].as_str().unwrap().to_owned();
-    lab.done(&["delete", "pod", &name, "-n", NAMESPACE]);
-    back("kubectl delete pod");
+    lab.kubectl_ok(&["delete", "pod", &name, "-n", NAMESPACE]);
+    expect_recovery("kubectl delete pod");
 
-    lab.settled();
+    lab.wait_for_rollouts();
     let (pid, _) = lab.process(&lab.agent_pod());
     assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
-    back("SIGKILL");
+    expect_recovery("SIGKILL");
 
-    // A guest in the container's group eats up to the limit, and the kernel is told whom to choose.
+    // A process in the memory cgroup of the container allocates up to the limit. The score makes the kernel kill the agent.
     let restarts = |pod: &Value| pod["status"]["containerStatuses"][0]["restartCount"].as_u64().unwrap_or(0);
-    lab.settled();
+    lab.wait_for_rollouts();
     let pod = lab.agent_pod();
     let (pid, _) = lab.process(&pod);
     std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000").unwrap();
-    let group = lab.memory_group(pid).join("cgroup.procs");
-    let eater = "import sys\nopen(sys.argv[1], 'w').write('0')\nheld = []\nwhile True: held.append(b'x' * (1 << 22))";
-    let mut guest = Command::new("python3").args(["-c", eater]).arg(&group).spawn().unwrap();
-    lab.until("the kernel to end the agent", || (restarts(&lab.agent_pod()) > restarts(&pod)).then_some(()));
-    drop((guest.kill(), guest.wait()));
+    let group = lab.memory_cgroup(pid).join("cgroup.procs");
+    let allocator =
+        "import sys\nopen(sys.argv[1], 'w').write('0')\nheld = []\nwhile True: held.append(b'x' * (1 << 22))";
+    let process = Process::new(command("python3").args(["-c", allocator]).arg(&group).spawn().unwrap());
+    lab.until("the kernel to kill the agent", || (restarts(&lab.agent_pod()) > restarts(&pod)).then_some(()));
+    drop(process);
     let killed = lab.agent_pod()["status"]["containerStatuses"][0]["lastState"]["terminated"]["reason"].clone();
     assert_eq!(killed, "OOMKilled");
-    back("an OOM kill");
+    expect_recovery("an OOM kill");
 
-    // A drain leaves DaemonSets alone by itself; what a maintainer means is that the node's agent goes and comes again.
-    lab.done(&[
+    // A drain ignores DaemonSets, so the agent keeps running.
+    lab.kubectl_ok(&[
         "drain",
         NODE,
         "--ignore-daemonsets",
@@ -94,57 +98,60 @@ fn a_pod_that_goes_in_whatever_way_comes_back_and_loses_nothing() {
         "--disable-eviction",
         "--timeout=60s",
     ]);
-    more(&lab, &subscriber, 5);
-    lab.done(&["uncordon", NODE]);
-    lab.settled();
+    wait_for_results(&lab, &subscriber, 5);
+    lab.kubectl_ok(&["uncordon", NODE]);
+    lab.wait_for_rollouts();
 
-    // An update of the image, here the same content under another name, while two streams give a hundred frames a second.
+    // An image update (the same content under another name) while two streams produce one hundred frames per second.
     let second = lab.get(&["cam", "line-1", "-n", NAMESPACE])["spec"].clone();
     let second = json!({
         "apiVersion": "lineside.dev/v1alpha1", "kind": "CameraStream", "spec": second,
         "metadata": {"name": "line-2", "namespace": NAMESPACE},
     });
-    lab.applied(&second.to_string());
+    lab.apply_ok(&second.to_string());
     for stream in ["line-1", "line-2"] {
-        lab.patched("cam", stream, &json!({"fps": 50}));
+        lab.patch_ok("cam", stream, &json!({"fps": 50}));
     }
-    lab.until("both to be fast", || (subscriber.count("/line-2/result") >= 200).then_some(()));
+    lab.until("results of the second stream", || (subscriber.count("/line-2/result") >= 200).then_some(()));
     let image = "lineside.dev/lineside:0.1.0";
     lab.ctr(&["images", "tag", "--force", image, "lineside.dev/lineside:next"]);
     let loaded = subscriber.messages().len();
-    lab.done(&["set", "image", "daemonset/lineside-agent", "agent=lineside.dev/lineside:next", "-n", NAMESPACE]);
-    lab.settled();
+    lab.kubectl_ok(&["set", "image", "daemonset/lineside-agent", "agent=lineside.dev/lineside:next", "-n", NAMESPACE]);
+    lab.wait_for_rollouts();
     lab.until("a new epoch after the update", || (epoch(&subscriber) > before).then_some(()));
-    more(&lab, &subscriber, 100);
+    wait_for_results(&lab, &subscriber, 100);
     let messages = subscriber.messages();
     for stream in ["line-1", "line-2"] {
-        let of_stream: Vec<Value> = of(stream, &messages[loaded..]);
+        let of_stream: Vec<Value> = results_of(stream, &messages[loaded..]);
         let (count, gap) = (of_stream.len(), longest_gap(&of_stream));
-        eprintln!("an image update under load: {count} results of {stream}, longest gap {gap:.1} s");
+        eprintln!("image update under load: {count} results of {stream}, longest gap {gap:.1} s");
     }
-    lab.done(&["set", "image", "daemonset/lineside-agent", &format!("agent={image}"), "-n", NAMESPACE]);
-    lab.settled();
-    more(&lab, &subscriber, 5);
+    lab.kubectl_ok(&["set", "image", "daemonset/lineside-agent", &format!("agent={image}"), "-n", NAMESPACE]);
+    lab.wait_for_rollouts();
+    wait_for_results(&lab, &subscriber, 5);
 
-    eprintln!("longest gap of line-1 over all of it: {:.1} s", longest_gap(&of("line-1", &subscriber.messages())));
+    eprintln!(
+        "longest gap of line-1 in the whole test: {:.1} s",
+        longest_gap(&results_of("line-1", &subscriber.messages()))
+    );
     let results = subscriber.results();
     let summary = check_gaps(&results);
-    eprintln!("{} results, {} repeats", summary.distinct, summary.duplicates);
+    eprintln!("{} results, {} duplicates", summary.distinct, summary.duplicates);
 }
 
 #[test]
-fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_afterwards() {
-    let Some(lab) = Lab::take_own() else { return };
+fn a_disconnected_node_restarts_and_applies_the_newest_spec_once_reconnected() {
+    let Some(lab) = Lab::exclusive_local() else { return };
     lab.install();
     let subscriber = lab.subscribe("link");
     let version = lab.apply_samples();
-    lab.until("the model to be ready", || (lab.ready("em", "surface-defects").0 == "True").then_some(()));
-    more(&lab, &subscriber, 5);
+    lab.until("the model to be ready", || (lab.ready_condition("em", "surface-defects").0 == "True").then_some(()));
+    wait_for_results(&lab, &subscriber, 5);
     let before = epoch(&subscriber);
     lab.wan("down");
-    more(&lab, &subscriber, 10);
+    wait_for_results(&lab, &subscriber, 10);
 
-    // The agent dies while nothing of the cluster can be reached; the kubelet starts it again from what it knows.
+    // The agent is killed while the cluster is unreachable; the kubelet restarts it from its local state.
     let tasks = lab.ctr(&["tasks", "list"]);
     let pid = tasks
         .lines()
@@ -156,43 +163,51 @@ fn without_its_link_a_node_goes_on_and_restarts_and_takes_up_the_newest_spec_aft
     let killed = Instant::now();
     assert!(Command::new("kill").args(["-9", pid]).status().unwrap().success());
     lab.until("results of a new epoch without the cluster", || (epoch(&subscriber) > before).then_some(()));
-    eprintln!("killed without the cluster: results again after {:.1} s", killed.elapsed().as_secs_f64());
-    more(&lab, &subscriber, 10);
+    eprintln!("killed while disconnected: results resumed after {:.1} s", killed.elapsed().as_secs_f64());
+    wait_for_results(&lab, &subscriber, 10);
 
-    // Meanwhile the spec changes twice.
+    // The spec changes twice while the node is disconnected.
     for version in [version + 1, version + 2] {
-        lab.patched("em", "surface-defects", &json!({"version": version}));
+        lab.patch_ok("em", "surface-defects", &json!({"version": version}));
     }
-    more(&lab, &subscriber, 10);
-    assert!(subscriber.results().iter().all(|result| result["model"]["version"] == version), "the cut is real");
+    wait_for_results(&lab, &subscriber, 10);
+    assert!(
+        subscriber.results().iter().all(|result| result["model"]["version"] == version),
+        "the node is disconnected"
+    );
     lab.wan("up");
-    let healed = Instant::now();
+    let reconnected = Instant::now();
     lab.until("results of the newest version", || {
         subscriber.results().last().filter(|result| result["model"]["version"] == version + 2).map(drop)
     });
-    eprintln!("after the heal the newest spec was in force within {:.1} s", healed.elapsed().as_secs_f64());
-    assert!(healed.elapsed() <= Duration::from_secs(65));
+    eprintln!("the newest spec was applied {:.1} s after the reconnection", reconnected.elapsed().as_secs_f64());
+    assert!(reconnected.elapsed() <= Duration::from_secs(65));
     check_gaps(&subscriber.results());
-    lab.until("the cluster to know it", || (lab.edge_node()["models"][0]["version"] == version + 2).then_some(()));
+    lab.until("the EdgeNode to report the version", || {
+        (lab.edge_node()["models"][0]["version"] == version + 2).then_some(())
+    });
 
-    // And once more with the node's label: what the node is when the link is back counts.
+    // The same for the label of the node: the labels at the time of the reconnection count.
     lab.wan("down");
-    more(&lab, &subscriber, 5);
-    lab.done(&["label", "node", NODE, "lineside.dev/line-"]);
+    wait_for_results(&lab, &subscriber, 5);
+    lab.kubectl_ok(&["label", "node", NODE, "lineside.dev/line-"]);
     lab.wan("up");
-    let healed = Instant::now();
-    lab.until("the model to be unloaded", || lab.runs_nothing(false).then_some(()));
-    eprintln!("after the heal the node's new labels were followed within {:.1} s", healed.elapsed().as_secs_f64());
-    assert!(healed.elapsed() <= Duration::from_secs(65));
-    lab.done(&["label", "node", NODE, "lineside.dev/line=a"]);
+    let reconnected = Instant::now();
+    lab.until("the model to be unloaded", || lab.is_idle(false).then_some(()));
+    eprintln!(
+        "the new labels of the node were applied {:.1} s after the reconnection",
+        reconnected.elapsed().as_secs_f64()
+    );
+    assert!(reconnected.elapsed() <= Duration::from_secs(65));
+    lab.kubectl_ok(&["label", "node", NODE, "lineside.dev/line=a"]);
 }
 
 #[test]
-fn one_of_two_controllers_leads_and_the_other_takes_over_without_a_flap() {
-    let Some(lab) = Lab::take_own() else { return };
+fn the_standby_controller_takes_over_without_changing_the_status() {
+    let Some(lab) = Lab::exclusive_local() else { return };
     lab.install();
     let version = lab.apply_samples();
-    lab.until("the model to be ready", || (lab.ready("em", "surface-defects").0 == "True").then_some(()));
+    lab.until("the model to be ready", || (lab.ready_condition("em", "surface-defects").0 == "True").then_some(()));
     let holder = || {
         let lease = lab.get(&["lease", "lineside-controller", "-n", NAMESPACE]);
         lease["spec"]["holderIdentity"].as_str().map(str::to_owned).filter(|holder| !holder.is_empty())
@@ -202,29 +217,29 @@ fn one_of_two_controllers_leads_and_the_other_takes_over_without_a_flap() {
     let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
     let pod = lab.get(&["pod", &first, "-n", NAMESPACE]);
     let (pid, _) = lab.process(&pod);
-    // Stopped, not ended: a leader that hangs cannot give its lease back.
+    // SIGSTOP, not SIGKILL: a leader that hangs cannot release its lease.
     assert!(Command::new("kill").args(["-STOP", &pid.to_string()]).status().unwrap().success());
-    let begun = Instant::now();
+    let started = Instant::now();
     let second = lab.until("another leader", || holder().filter(|holder| *holder != first));
-    eprintln!("a hung leader was replaced after {:.1} s", begun.elapsed().as_secs_f64());
-    // Nothing has changed, so nothing was written.
+    eprintln!("a hung leader was replaced after {:.1} s", started.elapsed().as_secs_f64());
+    // The status has not changed, so the new leader did not write it.
     let after = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
     assert_eq!(since(&model), since(&after));
     assert_eq!(model["metadata"]["resourceVersion"], after["metadata"]["resourceVersion"]);
     assert!(Command::new("kill").args(["-CONT", &pid.to_string()]).status().unwrap().success());
-    // The new leader does its work.
-    lab.patched("em", "surface-defects", &json!({"version": version + 1}));
-    lab.until("the new leader to add up", || {
+    // The new leader reconciles.
+    lab.patch_ok("em", "surface-defects", &json!({"version": version + 1}));
+    lab.until("the new leader to aggregate the status", || {
         let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
         (model["status"]["observedGeneration"] == model["metadata"]["generation"]
             && model["status"]["nodes"]["ready"] == 1)
             .then_some(())
     });
-    assert_eq!(holder(), Some(second.clone()), "the one that hung does not take the lease back");
-    // One that is ended in order gives the lease back, and nobody waits for it to run out.
-    lab.done(&["delete", "pod", &second, "-n", NAMESPACE, "--wait=false"]);
-    let begun = Instant::now();
+    assert_eq!(holder(), Some(second.clone()), "the previous leader does not take the lease back");
+    // A leader that is terminated releases the lease, so its successor does not wait for the lease to expire.
+    lab.kubectl_ok(&["delete", "pod", &second, "-n", NAMESPACE, "--wait=false"]);
+    let started = Instant::now();
     lab.until("a third leader", || holder().filter(|holder| *holder != second));
-    eprintln!("a leader that was told to end was replaced after {:.1} s", begun.elapsed().as_secs_f64());
-    lab.settled();
+    eprintln!("a terminated leader was replaced after {:.1} s", started.elapsed().as_secs_f64());
+    lab.wait_for_rollouts();
 }

@@ -1,19 +1,28 @@
-//! What the pods' own tokens may do, asked of the real API server.
+//! The permissions of the tokens of the agent's pods and of external agents, checked with the real API server.
 
 use lineside_tests::lab::{Lab, NAMESPACE};
 use lineside_tests::wait::until_true;
 
-/// A token that is bound to a pod, with the node's name in it, as the pod itself has one.
+/// A token that is bound to a pod and contains the name of its node, as the token of the pod itself does.
 fn pod_token(lab: &Lab, account: &str, pod: &str) -> String {
-    lab.done(&["create", "token", account, "-n", NAMESPACE, "--bound-object-kind=Pod", "--bound-object-name", pod])
-        .trim()
-        .to_owned()
+    lab.kubectl_ok(&[
+        "create",
+        "token",
+        account,
+        "-n",
+        NAMESPACE,
+        "--bound-object-kind=Pod",
+        "--bound-object-name",
+        pod,
+    ])
+    .trim()
+    .to_owned()
 }
 
-/// What the API server answers to kubectl with a token.
-fn says(lab: &Lab, token: &str, arguments: &[&str]) -> (bool, String) {
-    // Another user's token beside the administrator's would lose against it, so the file has none.
-    let bare = [
+/// Runs kubectl with a token. Returns whether it succeeded, and its output.
+fn kubectl_with_token(lab: &Lab, token: &str, arguments: &[&str]) -> (bool, String) {
+    // The credentials of the administrator's kubeconfig would take precedence over the token.
+    let base = [
         "kubectl",
         "--kubeconfig=/dev/null",
         "--server",
@@ -22,14 +31,14 @@ fn says(lab: &Lab, token: &str, arguments: &[&str]) -> (bool, String) {
         "--token",
         token,
     ];
-    let output = lab.within("center", &[&bare, arguments].concat()).output().unwrap();
+    let output = lab.command_in("center", &[&base, arguments].concat()).output().unwrap();
     (
         output.status.success(),
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)),
     )
 }
 
-/// What the API server answers to the very request that an agent makes.
+/// The response of the API server to the same request that an agent sends.
 fn patch_status(lab: &Lab, token: &str, node: &str) -> String {
     let url = format!(
         "{}/apis/lineside.dev/v1alpha1/namespaces/lineside/edgenodes/{node}/status?fieldManager=test&force=true",
@@ -40,29 +49,29 @@ fn patch_status(lab: &Lab, token: &str, node: &str) -> String {
     );
     let (bearer, kind) = (format!("Authorization: Bearer {token}"), "Content-Type: application/apply-patch+yaml");
     let output = lab
-        .within("center", &["curl", "-sk", "-X", "PATCH", "-H", &bearer, "-H", kind, "--data", &body, &url])
+        .command_in("center", &["curl", "-sk", "-X", "PATCH", "-H", &bearer, "-H", kind, "--data", &body, &url])
         .output()
         .unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 #[test]
-fn an_agents_token_writes_its_own_node_and_nothing_else() {
-    let Some(lab) = Lab::take() else { return };
+fn the_agent_token_writes_only_its_own_node() {
+    let Some(lab) = Lab::shared() else { return };
     lab.install();
     let node = lab.node();
     let pod = lab.agent_pod()["metadata"]["name"].as_str().unwrap().to_owned();
     let token = pod_token(&lab, "lineside-agent", &pod);
     let allowed = |arguments: &[&str]| {
-        let (done, said) = says(&lab, &token, arguments);
-        assert!(done, "{arguments:?} is refused: {said}");
+        let (succeeded, printed) = kubectl_with_token(&lab, &token, arguments);
+        assert!(succeeded, "{arguments:?} is rejected: {printed}");
     };
-    let refused = |arguments: &[&str]| {
-        let (done, said) = says(&lab, &token, arguments);
-        assert!(!done && said.contains("orbidden"), "{arguments:?}: {said}");
+    let forbidden = |arguments: &[&str]| {
+        let (succeeded, printed) = kubectl_with_token(&lab, &token, arguments);
+        assert!(!succeeded && printed.contains("orbidden"), "{arguments:?}: {printed}");
     };
     let lineside = ["-n", NAMESPACE];
-    lab.until("the agent to have made its EdgeNode", || (!lab.edge_node().is_null()).then_some(()));
+    lab.until("the agent to create its EdgeNode", || (!lab.edge_node().is_null()).then_some(()));
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {
         let path = folder.path().join(name);
@@ -75,11 +84,11 @@ fn an_agents_token_writes_its_own_node_and_nothing_else() {
         );
         write(node, &text)
     };
-    // kubectl's server-side apply sends one PATCH and reads nothing before, as the agent does.
+    // kubectl's server-side apply sends a single PATCH without reading the object, as the agent does.
     let apply = ["apply", "--server-side", "--force-conflicts", "--field-manager=test"];
-    let (mine, others, new) = (status(node), status("other-2"), status("other-3"));
+    let (own, foreign, new) = (status(node), status("other-2"), status("other-3"));
 
-    // What an agent does.
+    // The operations of an agent.
     allowed(&["get", "--raw", "/apis/lineside.dev/v1alpha1/namespaces/lineside/edgemodels"]);
     allowed(&[
         "get",
@@ -87,8 +96,8 @@ fn an_agents_token_writes_its_own_node_and_nothing_else() {
         "/apis/lineside.dev/v1alpha1/namespaces/lineside/camerastreams?watch=true&timeoutSeconds=1",
     ]);
     allowed(&["get", "node", node]);
-    allowed(&[&apply[..], &["--subresource=status", "-f", &mine]].concat());
-    allowed(&[&apply[..], &["-f", &mine]].concat());
+    allowed(&[&apply[..], &["--subresource=status", "-f", &own]].concat());
+    allowed(&[&apply[..], &["-f", &own]].concat());
     let event = |series: &str| {
         format!(
             r#"{{"apiVersion":"events.k8s.io/v1","kind":"Event","metadata":{{"name":"rights-test","namespace":"lineside"}},"type":"Normal",
@@ -100,23 +109,23 @@ fn an_agents_token_writes_its_own_node_and_nothing_else() {
     let series = r#","series":{"count":2,"lastObservedTime":"2026-01-01T00:00:01.000000Z"}"#;
     allowed(&[&apply[..], &["-f", &write("event-again", &event(series))]].concat());
 
-    // Another node's EdgeNode: the rights would do, the policy does not.
-    lab.done(&["apply", "-f", &others]);
-    for arguments in [vec!["--subresource=status", "-f", &others], vec!["-f", &others], vec!["-f", &new]]
+    // The EdgeNode of another node: RBAC permits it, the admission policy denies it.
+    lab.kubectl_ok(&["apply", "-f", &foreign]);
+    for arguments in [vec!["--subresource=status", "-f", &foreign], vec!["-f", &foreign], vec!["-f", &new]]
         .map(|rest| [&apply[..], &rest].concat())
     {
-        let (done, said) = says(&lab, &token, &arguments);
+        let (succeeded, printed) = kubectl_with_token(&lab, &token, &arguments);
         let expected = format!("is written by the agent of that node alone; this token is of the node {node}");
-        assert!(!done && said.contains(&expected), "{arguments:?}: {said}");
+        assert!(!succeeded && printed.contains(&expected), "{arguments:?}: {printed}");
     }
-    // A token that is of no pod names no node.
-    let bare = lab.done(&["create", "token", "lineside-agent", "-n", NAMESPACE]);
-    let said = patch_status(&lab, bare.trim(), node);
-    assert!(said.contains("this token is of no node"), "{said}");
-    let said = patch_status(&lab, &token, "other-2");
-    assert!(said.contains(&format!("this token is of the node {node}")), "{said}");
-    let said = patch_status(&lab, &token, node);
-    assert!(said.contains("\"uid\""), "{said}");
+    // A token that is not bound to a pod contains no node name.
+    let unbound = lab.kubectl_ok(&["create", "token", "lineside-agent", "-n", NAMESPACE]);
+    let printed = patch_status(&lab, unbound.trim(), node);
+    assert!(printed.contains("this token is of no node"), "{printed}");
+    let printed = patch_status(&lab, &token, "other-2");
+    assert!(printed.contains(&format!("this token is of the node {node}")), "{printed}");
+    let printed = patch_status(&lab, &token, node);
+    assert!(printed.contains("\"uid\""), "{printed}");
 
     // Everything else is forbidden.
     for verb in [
@@ -132,7 +141,7 @@ fn an_agents_token_writes_its_own_node_and_nothing_else() {
         &["create", "configmap", "any"],
         &["create", "token", "lineside-controller"],
     ] {
-        refused(&[verb, &lineside].concat());
+        forbidden(&[verb, &lineside].concat());
     }
     for verb in [
         &["get", "nodes"][..],
@@ -142,13 +151,13 @@ fn an_agents_token_writes_its_own_node_and_nothing_else() {
         &["get", "namespaces"],
         &["label", "node", node, "a=b"],
     ] {
-        refused(verb);
+        forbidden(verb);
     }
-    lab.done(&["delete", "edgenode", "other-2", "-n", NAMESPACE]);
-    lab.done(&["delete", "events.v1.events.k8s.io", "rights-test", "-n", NAMESPACE]);
+    lab.kubectl_ok(&["delete", "edgenode", "other-2", "-n", NAMESPACE]);
+    lab.kubectl_ok(&["delete", "events.v1.events.k8s.io", "rights-test", "-n", NAMESPACE]);
 
-    // What the pod's process may do.
-    if !lab.is_own() {
+    // The privileges of the pod's process.
+    if !lab.is_local() {
         return;
     }
     let (pid, _) = lab.process(&lab.agent_pod());
@@ -159,19 +168,19 @@ fn an_agents_token_writes_its_own_node_and_nothing_else() {
 }
 
 #[test]
-fn an_agent_of_another_cluster_writes_the_node_that_its_account_is_named_after() {
-    let Some(lab) = Lab::take() else { return };
+fn an_external_agent_writes_only_the_node_of_its_account() {
+    let Some(lab) = Lab::shared() else { return };
     lab.install();
-    let token = lab.outsider("far-1");
+    let token = lab.external_account_token("far-1");
     let apply = |name: &str| {
         let path = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(path.path(), format!(r#"{{"apiVersion":"lineside.dev/v1alpha1","kind":"EdgeNode","metadata":{{"name":"{name}","namespace":"lineside"}}}}"#)).unwrap();
-        says(&lab, &token, &["apply", "--server-side", "-f", path.path().to_str().unwrap()])
+        kubectl_with_token(&lab, &token, &["apply", "--server-side", "-f", path.path().to_str().unwrap()])
     };
-    let (done, said) = apply("far-1");
-    assert!(done, "{said}");
-    let (done, said) = apply("edge-1");
-    assert!(!done && said.contains("this token is of the node far-1"), "{said}");
-    lab.done(&["delete", "edgenode", "far-1", "-n", NAMESPACE]);
-    until_true("it to be gone", || lab.get(&["edgenode", "far-1", "-n", NAMESPACE]).is_null());
+    let (succeeded, printed) = apply("far-1");
+    assert!(succeeded, "{printed}");
+    let (succeeded, printed) = apply("edge-1");
+    assert!(!succeeded && printed.contains("this token is of the node far-1"), "{printed}");
+    lab.kubectl_ok(&["delete", "edgenode", "far-1", "-n", NAMESPACE]);
+    until_true("the deletion of the EdgeNode", || lab.get(&["edgenode", "far-1", "-n", NAMESPACE]).is_null());
 }

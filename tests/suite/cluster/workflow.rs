@@ -1,4 +1,4 @@
-//! What an operator does, from an empty cluster to a deletion.
+//! The workflow of an operator, from an empty cluster to the deletion of the samples.
 
 use lineside_tests::lab::{Lab, NAMESPACE};
 use lineside_tests::paho::check_sequence;
@@ -11,53 +11,57 @@ fn versions(results: &[Value]) -> Vec<u64> {
 }
 
 #[test]
-fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
-    let Some(lab) = Lab::take() else { return };
-    lab.done(&["label", "node", lab.node(), "lineside.dev/edge-", "lineside.dev/line-"]);
+fn the_operator_workflow_from_an_empty_cluster_to_a_deletion() {
+    let Some(lab) = Lab::exclusive() else { return };
+    lab.kubectl_ok(&["label", "node", lab.node(), "lineside.dev/edge-", "lineside.dev/line-"]);
     lab.apply_overlay(&[]);
-    lab.done(&["rollout", "status", "deployment/lineside-controller", "-n", NAMESPACE, "--timeout=120s"]);
+    lab.kubectl_ok(&["rollout", "status", "deployment/lineside-controller", "-n", NAMESPACE, "--timeout=120s"]);
     let scheduled =
         || lab.get(&["daemonset", "lineside-agent", "-n", NAMESPACE])["status"]["desiredNumberScheduled"].clone();
-    lab.until("an unlabelled node to get no agent", || (scheduled() == 0 && lab.agent_pod().is_null()).then_some(()));
-    lab.done(&["label", "node", lab.node(), "lineside.dev/edge=true"]);
-    lab.settled();
+    lab.until("no agent on a node without the label", || (scheduled() == 0 && lab.agent_pod().is_null()).then_some(()));
+    lab.kubectl_ok(&["label", "node", lab.node(), "lineside.dev/edge=true"]);
+    lab.wait_for_rollouts();
 
     let subscriber = lab.subscribe("story");
     let version = lab.apply_samples();
-    // The model asks for a label that the node does not bear yet.
-    lab.until("the model to be for no node", || {
-        (lab.ready("edgemodel", "surface-defects").1 == "NoNodes").then_some(())
+    // The model selects a label that the node does not have yet.
+    lab.until("the condition NoNodes", || {
+        (lab.ready_condition("edgemodel", "surface-defects").1 == "NoNodes").then_some(())
     });
     assert_eq!(subscriber.count("/line-1/result"), 0);
-    lab.done(&["label", "node", lab.node(), "lineside.dev/line=a"]);
+    lab.kubectl_ok(&["label", "node", lab.node(), "lineside.dev/line=a"]);
     let results = lab.until("verdicts", || Some(subscriber.results()).filter(|results| results.len() >= 20));
     assert!(
         results.iter().any(|result| result["verdict"] == "pass")
             && results.iter().any(|result| result["verdict"] == "reject")
     );
-    lab.until("the model to be ready", || (lab.ready("edgemodel", "surface-defects").0 == "True").then_some(()));
-    lab.until("the stream to be ready", || (lab.ready("camerastream", "line-1").0 == "True").then_some(()));
-    let table = lab.done(&["get", "em,cam,en", "-n", NAMESPACE]);
+    lab.until("the model to be ready", || {
+        (lab.ready_condition("edgemodel", "surface-defects").0 == "True").then_some(())
+    });
+    lab.until("the stream to be ready", || (lab.ready_condition("camerastream", "line-1").0 == "True").then_some(()));
+    let table = lab.kubectl_ok(&["get", "em,cam,en", "-n", NAMESPACE]);
     eprintln!("{table}");
     for expected in ["VERSION", "CANDIDATE", "AllNodesReady", "StreamsReady", "BROKER", lab.node()] {
         assert!(table.contains(expected), "{expected} is not in\n{table}");
     }
     let events = lab.until("an Event", || {
-        Some(lab.done(&["get", "events", "-n", NAMESPACE]))
+        Some(lab.kubectl_ok(&["get", "events", "-n", NAMESPACE]))
             .filter(|events| events.contains(&format!("version {version} serves on {}", lab.node())))
     });
     eprintln!("{events}");
-    // What is said of a node is shown where people look.
-    lab.patched("cam", "line-1", &json!({"source": {"uri": "dir:///none"}}));
+    // Events about a node are shown by `kubectl describe`.
+    lab.patch_ok("cam", "line-1", &json!({"source": {"uri": "dir:///none"}}));
     lab.until("an Event about the node that kubectl describe shows", || {
-        lab.done(&["describe", "en", lab.node(), "-n", NAMESPACE]).contains("StreamDown").then_some(())
+        lab.kubectl_ok(&["describe", "en", lab.node(), "-n", NAMESPACE]).contains("StreamDown").then_some(())
     });
     let uri = "dir:///var/lib/lineside/quickstart/frames?loop=true";
-    lab.patched("cam", "line-1", &json!({"source": {"uri": uri}}));
-    lab.until("the stream to be ready again", || (lab.ready("camerastream", "line-1").0 == "True").then_some(()));
+    lab.patch_ok("cam", "line-1", &json!({"source": {"uri": uri}}));
+    lab.until("the stream to be ready again", || {
+        (lab.ready_condition("camerastream", "line-1").0 == "True").then_some(())
+    });
 
-    // An edit to version 2 swaps, and no number is missing.
-    lab.patched("em", "surface-defects", &json!({"version": version + 1}));
+    // A change to version 2 replaces the version, and no sequence number is missing.
+    lab.patch_ok("em", "surface-defects", &json!({"version": version + 1}));
     lab.until("results of version 2", || (versions(&subscriber.results()) == [version, version + 1]).then_some(()));
     let model = lab.until("the controller to see version 2", || {
         let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
@@ -67,19 +71,26 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     let summary = check_sequence(&subscriber.results());
     assert_eq!((summary.gaps, summary.duplicates), (Vec::new(), 0));
 
-    // A bad edit is refused, and what runs goes on.
-    let refused = lab.patch("em", "surface-defects", &json!({"version": version}));
-    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(!refused.status.success() && message.contains("set spec.rollback: true"), "{message}");
+    // An invalid change is rejected, and the current version continues.
+    let rejected = lab.patch("em", "surface-defects", &json!({"version": version}));
+    let message = String::from_utf8_lossy(&rejected.stderr).into_owned();
+    assert!(!rejected.status.success() && message.contains("set spec.rollback: true"), "{message}");
 
     for step in ["Downloaded", "Verified", "Compatible", "Loaded"] {
-        lab.done(&["wait", "em/surface-defects", "-n", NAMESPACE, &format!("--for=condition={step}"), "--timeout=60s"]);
+        lab.kubectl_ok(&[
+            "wait",
+            "em/surface-defects",
+            "-n",
+            NAMESPACE,
+            &format!("--for=condition={step}"),
+            "--timeout=60s",
+        ]);
     }
 
-    // A version whose file is not there is told where people look, and the one before serves on.
+    // A version without its file is reported in the status, and the previous version continues to serve.
     let missing = json!({"version": version + 2, "source": {"uri": "file:///var/lib/lineside/quickstart/none.onnx"}});
-    lab.patched("em", "surface-defects", &missing);
-    let message = lab.until("the missing file to be told", || {
+    lab.patch_ok("em", "surface-defects", &missing);
+    let message = lab.until("the condition about the missing file", || {
         let model = lab.get(&["em", "surface-defects", "-n", NAMESPACE]);
         let conditions = model["status"]["conditions"].as_array()?.clone();
         let downloaded = conditions.into_iter().find(|condition| condition["type"] == "Downloaded")?;
@@ -87,13 +98,13 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
     });
     assert!(message.contains(lab.node()), "{message}");
     let before = subscriber.results().len();
-    lab.until("results to go on", || (subscriber.results().len() > before + 5).then_some(()));
+    lab.until("further results", || (subscriber.results().len() > before + 5).then_some(()));
     assert_eq!(versions(&subscriber.results()), [version, version + 1]);
 
-    // A deletion unloads; the file stays until the quota wants its room.
+    // A deletion unloads the model; its blob stays until the quota requires the space.
     let blobs = lab.edge_node()["store"]["blobs"].clone();
-    lab.done(&["delete", "-k", lineside_tests::root().join("edge-manifests/samples").to_str().unwrap()]);
-    lab.until("the node to run nothing", || lab.runs_nothing(true).then_some(()));
+    lab.kubectl_ok(&["delete", "-k", lineside_tests::root().join("edge-manifests/samples").to_str().unwrap()]);
+    lab.until("the node to unload everything", || lab.is_idle(true).then_some(()));
     let node = lab.edge_node();
     assert!(blobs.as_u64() >= Some(1) && node["store"]["blobs"] == blobs, "{blobs} {node}");
     let events = subscriber.payloads(&format!("/{}/event", lab.node()));
@@ -101,8 +112,8 @@ fn from_an_empty_cluster_to_verdicts_a_new_version_and_a_deletion() {
 }
 
 #[test]
-fn bad_specs_are_refused_by_the_api_server_with_a_message_that_helps() {
-    let Some(lab) = Lab::take() else { return };
+fn invalid_specs_are_rejected_by_the_api_server_with_a_helpful_message() {
+    let Some(lab) = Lab::shared() else { return };
     lab.install();
     let model = |name: &str, spec: &str| {
         format!(
@@ -149,23 +160,26 @@ fn bad_specs_are_refused_by_the_api_server_with_a_message_that_helps() {
     ];
     for (text, expected) in &cases {
         let output = lab.apply(text);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success(), "taken:\n{text}");
-        assert!(said.contains(expected), "{expected:?} is not in {said:?} about\n{text}");
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "accepted:\n{text}");
+        assert!(printed.contains(expected), "{expected:?} is not in {printed:?} for\n{text}");
     }
-    // What only the agent can judge comes back in the status, with what to do.
-    lab.applied(&stream(&format!("{{{camera}, nodeName: {}, verdict: '1 +'}}", lab.node())));
-    let node = lab.until("the node to say what is wrong", || {
-        Some(lab.edge_node())
-            .filter(|node| node["streams"][0]["reason"].as_str().is_some_and(|reason| reason.contains("verdict")))
+    // An error that only the agent can detect is reported in the status, with what to do.
+    lab.apply_ok(&stream(&format!("{{{camera}, nodeName: {}, verdict: '1 +'}}", lab.node())));
+    let stream = lab.until("the error of the verdict in the status", || {
+        let streams = lab.edge_node()["streams"].as_array()?.clone();
+        streams
+            .into_iter()
+            .find(|stream| stream["name"] == "s")
+            .filter(|stream| stream["reason"].as_str().is_some_and(|reason| reason.contains("verdict")))
     });
-    assert_eq!(node["streams"][0]["up"], false, "{node}");
-    // The version of a file does not change with its content.
-    lab.applied(&model("m", &format!("{{version: 1, source: {{uri: 'https://h/m', digest: '{digest}'}}}}")));
+    assert_eq!(stream["up"], false, "{stream}");
+    // A change of the digest requires a higher version.
+    lab.apply_ok(&model("m", &format!("{{version: 1, source: {{uri: 'https://h/m', digest: '{digest}'}}}}")));
     let output = lab.apply(&model(
         "m",
         &format!("{{version: 1, source: {{uri: 'https://h/m', digest: '{}'}}}}", digest.replace(":0", ":1")),
     ));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && said.contains("raise spec.version with it"), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && printed.contains("raise spec.version with it"), "{printed}");
 }

@@ -1,274 +1,369 @@
-//! The agent, put together: every part made, started, and ended in order.
+//! The agent, assembled: every part is created, started under supervision, and stopped in order.
 //!
-//! The order of the end matters. First the streams stop and the models finish the frames they hold, so that nothing more
-//! is appended; then the publisher gets what is left across and says goodbye; health and metrics answer to the last.
+//! The order of the stop matters. The sources of the desired state stop first, then the reconciler with the streams and models,
+//! so that nothing more is appended to the spool; then the publisher delivers what is left and disconnects; HTTP answers until
+//! the end.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
-
-use crate::config::settings::{Config, DesiredSource};
-use crate::desired::Node;
-use crate::http::health::Health;
-use crate::http::server;
-use crate::http::server::{HttpState, Server};
-use crate::http::status_store::StatusStore;
-use crate::message_writer::MessageWriter;
-use crate::streams::registry::StreamRegistry;
 use lineside_api::message::Topics;
-use lineside_common::metrics::Metrics;
-use lineside_common::{child_process, files};
-use lineside_kube::ClusterClient;
-use lineside_models::fetch::Fetcher;
-
-use crate::desired::cluster::ClusterSync;
-use crate::desired::folder_watcher::follow;
-use crate::metrics_publisher::measure;
-use crate::reconciler::{Parts, Reconciler};
-use crate::streams::inspector::Inspector;
+use lineside_common::metrics::Registrar;
+use lineside_common::supervisor::{OnFailure, SupervisedTask, Supervisor, TaskFailure};
+use lineside_common::{child_process, error_chain, files};
+use lineside_kube::{ClusterClient, ClusterStatePublisher, KubeMetrics};
 use lineside_models::admission::AdmissionLimits;
+use lineside_models::fetch::Fetcher;
+use lineside_models::last_good::LastGoodVersions;
 use lineside_models::signing::Keyring;
 use lineside_models::store::{Index, IndexState, Store};
-use lineside_mqtt::publisher::{Publisher, SetLevel};
-use lineside_spool::{DropCounters, Options, Spool, SpoolMetrics};
+use lineside_models::{AdmissionMetrics, FetchMetrics, StoreMetrics};
+use lineside_mqtt::command::SetLevel;
+use lineside_mqtt::metrics::MqttMetrics;
+use lineside_mqtt::publisher::{Publisher, PublisherContext};
+use lineside_scheduler::SchedulerMetrics;
+use lineside_spool::{Options, Spool, SpoolMetrics};
+use parking_lot::Mutex;
+use prometheus::IntCounter;
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
-/// The file in the data folder that counts how often the agent was started.
+use crate::config::settings::{Config, DesiredSource};
+use crate::desired::cluster::ClusterSync;
+use crate::desired::folder_watcher::{FolderMetrics, FolderWatcher};
+use crate::desired::{DesiredState, Node};
+use crate::http::health::Health;
+use crate::http::server::{HttpState, Server, router};
+use crate::http::status_store::StatusStore;
+use crate::message_writer::MessageWriter;
+use crate::metrics_publisher::publish_metrics;
+use crate::reconciler::{
+    LoadContext, ModelMetrics, Published, Reconciler, ReconcilerParts, StatePublisher, VersionLoader,
+};
+use crate::streams::{RunningStreams, StreamContext, StreamMetrics, StreamRegistry};
+
+/// The file in the data folder that counts the starts of the agent.
 const EPOCH_FILE: &str = "boot-epoch";
-
-/// The store's folder in the data folder.
+/// The model store's folder in the data folder.
 pub const STORE_FOLDER: &str = "store";
-/// Orders of operators that wait at most.
+/// Commands that wait for the reconciler.
 const COMMANDS_MAX: usize = 16;
-/// The hidden subcommand that looks at the store's index.
+/// The hidden subcommand that tries to open the store's index.
 pub const INDEX_SUBCOMMAND: &str = "index-child";
-/// How long the index may take to open.
+/// Longest time to open the store's index.
 const INDEX_DEADLINE: Duration = Duration::from_secs(3);
 
 /// A running agent.
 pub struct App {
     http: SocketAddr,
-    follow: Part,
-    deploy: Part,
-    measure: Option<Part>,
-    publish: Part,
-    serve: Part,
+    supervisor: Supervisor,
+    /// In the order in which they are stopped.
+    tasks: Vec<SupervisedTask>,
     spool: Arc<Spool>,
 }
 
-/// A task with a stop of its own.
-struct Part {
-    stop: CancellationToken,
-    task: JoinHandle<()>,
-    name: &'static str,
-}
-
-impl Part {
-    fn start<F: Future<Output = ()> + Send + 'static>(
-        name: &'static str,
-        task: impl FnOnce(CancellationToken) -> F,
-    ) -> Self {
-        let stop = CancellationToken::new();
-        Self { task: tokio::spawn(task(stop.clone())), stop, name }
-    }
-
-    async fn end(self) {
-        self.stop.cancel();
-        if let Err(error) = self.task.await {
-            tracing::error!(part = self.name, %error, "a part of the agent had panicked");
-        }
-    }
+/// What the parts of the agent share.
+struct Shared {
+    registrar: Registrar,
+    supervisor: Supervisor,
+    spool: Arc<Spool>,
+    store: Arc<Store>,
+    messages: Arc<MessageWriter>,
+    registry: Arc<StreamRegistry>,
+    status: Arc<StatusStore>,
+    health: Arc<Health>,
+    relist: Arc<Notify>,
+    topics: Topics,
+    epoch: u64,
 }
 
 impl App {
     /// Starts everything.
     ///
     /// # Errors
-    /// When the data folder cannot be written or the HTTP address cannot be had.
+    /// When the data folder cannot be used, the HTTP address cannot be bound, or the trusted keys or the cluster's
+    /// configuration cannot be read.
     pub async fn start(config: Config, set_level: SetLevel) -> anyhow::Result<Self> {
         let epoch = next_epoch(&config)?;
-        let metrics = Metrics::new().context("the metrics cannot be set up")?;
-        let server = Server::bind(config.http).await?;
-        let keys = match &config.models.trusted_keys {
-            Some(path) => Some(
-                Keyring::read(path, config.models.signature_threshold)
-                    .map_err(|reason| anyhow::anyhow!("--trusted-keys: {reason}"))?,
-            ),
-            None => None,
-        };
-        let store = Arc::new(open_store(&config, &metrics)?);
+        let registrar = Registrar::default();
+        let supervisor = supervisor(&registrar)?;
+        let server = Arc::new(Server::bind(config.http).await?);
         let http = server.address();
-        let spool = open_spool(&config, &metrics)?;
+        let keys = config.models.trusted_keys.as_ref();
+        let keys = keys.map(|path| Keyring::read(path, config.models.signature_threshold).context("--trusted-keys"));
+        let keys = keys.transpose()?;
+        let store_metrics = StoreMetrics::register(&registrar)?;
+        let store = Arc::new(open_store(&config, &store_metrics)?);
+        let spool = open_spool(&config, &registrar, &supervisor)?;
         let topics = Topics::new(&config.prefix, &config.site, &config.node);
-        let when_full = config.spool.when_full;
-        let (node, site) = (&config.node, &config.site);
-        let message_writer = Arc::new(MessageWriter::new(node, site, epoch, topics.clone(), spool.clone(), when_full));
-        let registry = StreamRegistry::new(message_writer.clone());
-        let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
-        let health = Arc::new(Health::new(Instant::now()));
+        let messages =
+            Arc::new(MessageWriter::new(&config, epoch, topics.clone(), spool.clone()));
+        let stream_metrics = StreamMetrics::register(&registrar)?;
+        let shared = Shared {
+            registry: StreamRegistry::new(messages.clone(), stream_metrics.up.clone()),
+            status: Arc::new(StatusStore::new(&config.node, &config.site, epoch, store.clone())),
+            health: Arc::new(Health::new(Instant::now())),
+            relist: Arc::new(Notify::new()),
+            registrar,
+            supervisor,
+            spool,
+            store,
+            messages,
+            topics,
+            epoch,
+        };
         tracing::info!(
-            event = "agent_started", version = env!("CARGO_PKG_VERSION"),
+            event = "agent_started",
+            version = env!("CARGO_PKG_VERSION"),
             node = config.node,
             site = config.site,
             epoch,
             %http,
             brokers = ?config.mqtt.brokers,
             desired_state = %config.desired_state,
-            waiting = spool.stats().records,
-            "lineside starts"
+            waiting = shared.spool.stats().records,
+            "Lineside started"
         );
-        let board = Arc::new(StatusStore::new(&config.node, &config.site, epoch, store.clone()));
-        let served = HttpState {
-            health: health.clone(),
-            metrics: metrics.clone(),
-            spool: spool.clone(),
-            board: board.clone(),
-            store: store.clone(),
-            peer_token: config.models.peer_token.clone(),
-        };
-        let refused = metrics.http_refused.clone();
-        let serve = Part::start("serve", |stop| server.run(server::router(served), refused, stop));
-        let measure = config.mqtt.metrics_every.map(|every| {
-            let (counted, looked_at, stored) = (metrics.clone(), spool.clone(), store.clone());
-            let refresh = move || server::refresh(&counted, &looked_at, &stored);
-            Part::start("measure", |stop| measure(metrics.clone(), message_writer.clone(), every, refresh, stop))
-        });
-        let publisher = Publisher {
-            mqtt: config.mqtt,
-            topics,
+        let serve = shared.serve(&config, server, store_metrics.clone())?;
+        let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
+        let metrics_task = shared.publish_metrics(&config, store_metrics.clone());
+        let publisher = Arc::new(Publisher::new(PublisherContext {
+            mqtt: config.mqtt.clone(),
+            topics: shared.topics.clone(),
             node: config.node.clone(),
             site: config.site.clone(),
             epoch,
             data_dir: config.data_dir.clone(),
-            spool: spool.clone(),
-            registry: registry.follow(),
+            spool: shared.spool.clone(),
+            streams: shared.registry.subscribe(),
             commands: command_sender,
             set_level,
-            metrics: metrics.clone(),
-        };
-        let publish = Part::start("publish", |stop| publisher.run(stop));
-        let inspector = Inspector::new(message_writer.clone(), metrics.clone());
-        let node = Node { name: config.node, labels: config.labels };
-        let models = config.models;
-        let limits = AdmissionLimits { memory_bytes: models.admission_memory_bytes, seconds: models.admission_seconds };
-        let fetcher = Fetcher::new(store.clone(), models, metrics.clone());
-        let (say, desired_state) = watch::channel(None);
-        let again = Arc::new(Notify::new());
-        let has_cluster = matches!(config.desired_state, DesiredSource::ClusterClient(_));
-        let (look_again, counted) = (again.clone(), metrics.clone());
-        let follow = match config.desired_state {
-            DesiredSource::Folder(folder) => {
-                Part::start("follow", |stop| async move { follow(&folder, say, look_again, counted, stop).await })
-            }
-            DesiredSource::ClusterClient(access) => {
-                let sync = ClusterSync {
-                    cluster: Arc::new(ClusterClient::new(access, "lineside-agent", &node.name).await?),
-                    node: node.clone(),
-                    data_dir: config.data_dir.clone(),
-                    desired_state: say,
-                    again: look_again,
-                    board: board.clone(),
-                    metrics: counted,
-                };
-                Part::start("sync", |stop| sync.run(stop))
-            }
-        };
-        let deploy = Reconciler::new(Parts {
-            node,
-            desired_state,
-            again,
-            has_cluster,
-            data_dir: config.data_dir,
-            inspector,
-            metrics,
-            commands,
-            registry,
-            message_writer,
-            spool: spool.clone(),
-            health,
-            board,
-            store,
-            fetcher,
-            keys,
-            limits,
+            metrics: MqttMetrics::register(&shared.registrar)?,
+        }));
+        let broker = publisher.broker_state();
+        let publish = shared.supervisor.spawn("publisher", OnFailure::Restart, move |stop| {
+            let publisher = publisher.clone();
+            async move { publisher.run(stop).await }
         });
-        let deploy = Part::start("deploy", |stop| deploy.run(stop));
-        Ok(Self { http, follow, deploy, measure, publish, serve, spool })
+        let (desired_sender, desired) = watch::channel(None);
+        let (mut tasks, cluster) = shared.follow_desired_state(&config, desired_sender).await?;
+        let node = Node { name: config.node.clone(), labels: config.labels.clone() };
+        let loader: Arc<dyn VersionLoader> = Arc::new(Arc::new(LoadContext {
+            fetcher: Fetcher::new(
+                shared.store.clone(),
+                config.models.clone(),
+                FetchMetrics::register(&shared.registrar)?,
+                store_metrics,
+            ),
+            store: shared.store.clone(),
+            keys,
+            limits: AdmissionLimits {
+                memory_bytes: config.models.admission_memory_bytes,
+                seconds: config.models.admission_seconds,
+            },
+            metrics: AdmissionMetrics::register(&shared.registrar)?,
+            turn: Arc::new(Semaphore::new(1)),
+        }));
+        let blobs = shared.store.clone();
+        let context = StreamContext {
+            supervisor: shared.supervisor.clone(),
+            registry: shared.registry.clone(),
+            messages: shared.messages.clone(),
+            metrics: stream_metrics,
+        };
+        let reconciler = Reconciler::new(ReconcilerParts {
+            node,
+            desired,
+            relist: shared.relist.clone(),
+            last_good: LastGoodVersions::read(&config.data_dir),
+            has_blob: Box::new(move |digest| blobs.open_blob(digest).is_some()),
+            loader,
+            streams: RunningStreams::new(context),
+            scheduler_metrics: SchedulerMetrics::register(&shared.registrar)?,
+            commands,
+            publisher: StatePublisher {
+                status: shared.status.clone(),
+                health: shared.health.clone(),
+                metrics: ModelMetrics::register(&shared.registrar)?,
+                events: shared.messages.clone(),
+                spool: shared.spool.clone(),
+                supervisor: shared.supervisor.clone(),
+                streams: shared.registry.subscribe(),
+                broker,
+                cluster,
+                published: Published::default(),
+            },
+        });
+        // Its state cannot be rebuilt: which versions run, and which loads are on the way.
+        let reconciler = Mutex::new(Some(reconciler));
+        tasks.push(shared.supervisor.spawn("reconciler", OnFailure::Exit, move |stop| {
+            let reconciler = reconciler.lock().take();
+            async move {
+                if let Some(reconciler) = reconciler {
+                    reconciler.run(stop).await;
+                }
+            }
+        }));
+        tasks.extend(metrics_task);
+        tasks.extend([publish, serve]);
+        Ok(Self { http, supervisor: shared.supervisor, tasks, spool: shared.spool })
     }
 
-    /// Where health and metrics are served.
+    /// The address of the HTTP server.
     pub fn http(&self) -> SocketAddr {
         self.http
     }
 
-    /// Ends everything, in order.
-    pub async fn end(self) {
-        self.follow.end().await;
-        self.deploy.end().await;
-        if let Some(measure) = self.measure {
-            measure.end().await;
+    /// The supervisor of all tasks.
+    pub fn supervisor(&self) -> &Supervisor {
+        &self.supervisor
+    }
+
+    /// Waits until a task fails that cannot be restarted. The process has to end then.
+    pub async fn failed(&self) -> TaskFailure {
+        self.supervisor.failed().await
+    }
+
+    /// Stops everything, in order.
+    pub async fn stop(self) {
+        for task in self.tasks {
+            task.stop().await;
         }
-        self.publish.end().await;
-        self.serve.end().await;
         let spool = self.spool;
         if let Err(error) = tokio::task::spawn_blocking(move || spool.close()).await {
-            tracing::error!(%error, "the spool could not be closed in order");
+            tracing::error!(event = "spool_not_closed", %error, "Closing the spool panicked");
         }
-        tracing::info!(event = "agent_stopped", "lineside ended");
+        tracing::info!(event = "agent_stopped", "Lineside stopped");
     }
 }
 
-/// Opens the spool. What the last run left in it is sent first.
-fn open_spool(config: &Config, metrics: &Metrics) -> anyhow::Result<Arc<Spool>> {
-    let spool_metrics = SpoolMetrics {
-        records: metrics.spool_records.clone(),
-        bytes: metrics.spool_bytes.clone(),
-        oldest_seconds: metrics.spool_oldest_seconds.clone(),
-        dropped: DropCounters::new(&metrics.spool_dropped),
-        written_bytes: metrics.spool_written_bytes.clone(),
-        syncs: metrics.spool_syncs.clone(),
-        degraded: metrics.spool_degraded.clone(),
-    };
-    let options = Options::new(&config.spool, spool_metrics);
+impl Shared {
+    /// Starts the HTTP server.
+    fn serve(&self, config: &Config, server: Arc<Server>, store_metrics: StoreMetrics) -> anyhow::Result<SupervisedTask> {
+        let state = HttpState {
+            health: self.health.clone(),
+            registrar: self.registrar.clone(),
+            spool: self.spool.clone(),
+            status: self.status.clone(),
+            store: self.store.clone(),
+            store_metrics,
+            peer_token: config.models.peer_token.clone(),
+        };
+        let refused: IntCounter = self
+            .registrar
+            .counter("http_connections_refused_total", "Connections that were closed because there were too many.")?;
+        Ok(self.supervisor.spawn("http", OnFailure::Restart, move |stop| {
+            let (server, router, refused) = (server.clone(), router(state.clone()), refused.clone());
+            async move { server.run(router, refused, stop).await }
+        }))
+    }
+
+    /// Starts publishing metrics over MQTT, where that is configured.
+    fn publish_metrics(&self, config: &Config, store_metrics: StoreMetrics) -> Option<SupervisedTask> {
+        let every = config.mqtt.metrics_every?;
+        let (registrar, messages) = (self.registrar.clone(), self.messages.clone());
+        let (spool, store) = (self.spool.clone(), self.store.clone());
+        Some(self.supervisor.spawn("metrics-publisher", OnFailure::Restart, move |stop| {
+            let (spool, store, store_metrics) = (spool.clone(), store.clone(), store_metrics.clone());
+            let refresh = move || crate::http::server::refresh(&spool, &store, &store_metrics);
+            publish_metrics(registrar.clone(), messages.clone(), every, refresh, stop)
+        }))
+    }
+
+    /// Starts what follows the desired state: a folder of manifests, or a cluster. Returns the state of the cluster's
+    /// connection where there is one.
+    async fn follow_desired_state(
+        &self,
+        config: &Config,
+        desired: watch::Sender<Option<Arc<DesiredState>>>,
+    ) -> anyhow::Result<(Vec<SupervisedTask>, Option<watch::Receiver<lineside_kube::ClusterState>>)> {
+        match &config.desired_state {
+            DesiredSource::Folder(folder) => {
+                let watcher = Arc::new(FolderWatcher {
+                    folder: folder.clone(),
+                    desired,
+                    reread: self.relist.clone(),
+                    metrics: FolderMetrics::register(&self.registrar)?,
+                });
+                let task = self.supervisor.spawn("manifest-watcher", OnFailure::Restart, move |stop| {
+                    let watcher = watcher.clone();
+                    async move { watcher.run(stop).await }
+                });
+                Ok((vec![task], None))
+            }
+            DesiredSource::Cluster(access) => {
+                let metrics = KubeMetrics::register(&self.registrar)?;
+                let client = ClusterClient::new(access.clone(), "lineside-agent", &config.node).await?;
+                let sync = ClusterSync {
+                    cluster: Arc::new(client),
+                    node: Node { name: config.node.clone(), labels: config.labels.clone() },
+                    data_dir: config.data_dir.clone(),
+                    desired,
+                    reread: self.relist.clone(),
+                    status: self.status.clone(),
+                    watch_failures: metrics.watch_failures.clone(),
+                    state: ClusterStatePublisher::new(metrics, Instant::now()),
+                };
+                let state = sync.state.subscribe();
+                Ok((sync.start(&self.supervisor), Some(state)))
+            }
+        }
+    }
+}
+
+fn supervisor(registrar: &Registrar) -> anyhow::Result<Supervisor> {
+    let restarts = registrar.counters("task_restarts_total", "Tasks that failed, by name.", &["task"])?;
+    let build = registrar.gauges("build_info", "Always 1; the labels state the version.", &["version"])?;
+    build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+    Ok(Supervisor::new(restarts))
+}
+
+/// Opens the spool. Records of earlier runs are delivered first.
+fn open_spool(config: &Config, registrar: &Registrar, supervisor: &Supervisor) -> anyhow::Result<Arc<Spool>> {
+    let metrics = SpoolMetrics::register(registrar)?;
+    let mut options = Options::new(&config.spool, metrics);
+    options.failure_reporter = Some(supervisor.reporter("spool-writer"));
     let folder = lineside_spool::folder(&config.data_dir);
     Spool::open(&folder, options).with_context(|| format!("the spool in {} cannot be opened", folder.display()))
 }
 
-/// Opens the store with its index, which a child process looks at first: sled may never come back from a damaged file.
-fn open_store(config: &Config, metrics: &Metrics) -> anyhow::Result<Store> {
+/// Opens the model store. A child process tries to open its index first: sled may never return from a damaged file.
+fn open_store(config: &Config, metrics: &StoreMetrics) -> anyhow::Result<Store> {
     let root = config.data_dir.join(STORE_FOLDER);
     std::fs::create_dir_all(&root)
         .with_context(|| format!("--data-dir {} cannot be used", config.data_dir.display()))?;
-    let (index, reason) = Index::open(&Store::index_folder(&root), |folder| {
+    let (index, failure) = Index::open(&Store::index_folder(&root), |folder| {
         let program = std::env::current_exe().map_err(|error| error.to_string())?;
         let mut command = std::process::Command::new(program);
         command.arg(INDEX_SUBCOMMAND).arg(folder);
-        let ended = child_process::run(command, &[], INDEX_DEADLINE, || false).map_err(|error| error.to_string())?;
-        match ended.status {
+        let output =
+            child_process::run(command, &[], INDEX_DEADLINE, || false).map_err(|error| error.to_string())?;
+        match output.status {
             Some(status) if status.success() => Ok(()),
             Some(status) => Err(format!("it cannot be opened ({status})")),
             None => Err(format!("it cannot be opened within {INDEX_DEADLINE:?}")),
         }
     });
     let store = Store::open(&root, config.models.store_bytes_max, index).context("the store cannot be opened")?;
-    store.tidy().context("the store cannot be tidied")?;
-    match (store.index_state(), reason) {
-        (IndexState::Rebuilt, Some(reason)) => {
-            metrics.store_index_rebuilt.inc();
-            tracing::warn!(event = "store_index_rebuilt", reason, "the store's index was rebuilt");
+    store.remove_stale_files().context("stale files of the store cannot be removed")?;
+    match (store.index_state(), failure) {
+        (IndexState::Rebuilt, Some(error)) => {
+            metrics.index_rebuilt.inc();
+            let reason = error_chain(&error);
+            tracing::warn!(event = "store_index_rebuilt", reason, "The store's index was rebuilt");
         }
-        (_, Some(reason)) => tracing::warn!(reason, "the store goes without its index"),
+        (_, Some(error)) => {
+            let reason = error_chain(&error);
+            tracing::warn!(event = "store_index_off", reason, "The store works without its index");
+        }
         (_, None) => {}
     }
     Ok(store)
 }
 
-/// Counts this start. The number goes into every result's id, so that no id is ever given twice, and is on disk before
-/// the first result is made.
+/// Counts this start. The number is part of the id of every result, so that no id is used twice, and is on disk before the
+/// first result is created.
 fn next_epoch(config: &Config) -> anyhow::Result<u64> {
     let folder = &config.data_dir;
     let advice = || format!("--data-dir {} cannot be used", folder.display());
@@ -276,12 +371,15 @@ fn next_epoch(config: &Config) -> anyhow::Result<u64> {
     let path = folder.join(EPOCH_FILE);
     let last = match std::fs::read_to_string(&path) {
         Ok(text) => text.trim().parse::<u64>().with_context(|| {
-            format!("{} holds no number; write one into it that is higher than any epoch used before", path.display())
+            format!(
+                "{} does not contain a number; write a number into it that is higher than any epoch used before",
+                path.display()
+            )
         })?,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
         Err(error) => return Err(error).with_context(advice),
     };
-    let epoch = last.checked_add(1).context("the boot epoch has come to its end")?;
+    let epoch = last.checked_add(1).context("the boot epoch has reached its maximum")?;
     files::replace(&path, format!("{epoch}\n").as_bytes()).with_context(advice)?;
     Ok(epoch)
 }

@@ -1,4 +1,7 @@
-//! The Lineside agent.
+//! The Lineside agent: desired models and streams in, results out over MQTT.
+//!
+//! This crate joins the others: it reads the configuration, follows the desired state, reconciles models and streams, and
+//! serves health, metrics and status. [`app::App`] assembles it.
 
 pub mod app;
 pub mod cli;
@@ -8,5 +11,6 @@ pub mod http;
 pub mod message_writer;
 pub mod metrics_publisher;
 pub mod reconciler;
+pub mod stream_runner;
 pub mod streams;
 pub mod telemetry;

@@ -1,19 +1,19 @@
-//! Where everything that is said goes first: it is given its id and its topic, and put into the spool. Whoever has
-//! something to say hands it over here and goes on.
+//! Gives outgoing messages their id and topic, and appends them to the spool.
 
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use serde::Serialize;
-
 use lineside_api::message::{Event, EventBody, MetricsBody, ResultBody, Series, Topics, numbered};
 use lineside_common::clock;
 use lineside_spool::{AppendOutcome, NewRecord, RecordKind, Spool, WhenFull};
+use serde::Serialize;
 
-/// Seconds that metrics are kept while the broker is away: a day. Older ones are of no use to anybody.
+use crate::config::settings::Config;
+
+/// Seconds that metrics are kept while no broker is connected: a day.
 const METRICS_TTL_SECONDS: u32 = 24 * 3600;
 
-/// The way to the spool.
+/// Writes messages to the spool.
 pub struct MessageWriter {
     node: String,
     site: String,
@@ -24,9 +24,10 @@ pub struct MessageWriter {
 }
 
 impl MessageWriter {
-    /// The message_writer of this node in this boot epoch.
-    pub fn new(node: &str, site: &str, epoch: u64, topics: Topics, spool: Arc<Spool>, when_full: WhenFull) -> Self {
-        Self { node: node.to_owned(), site: site.to_owned(), epoch, topics, spool, when_full }
+    /// The writer of this node in this boot epoch.
+    pub fn new(config: &Config, epoch: u64, topics: Topics, spool: Arc<Spool>) -> Self {
+        let (node, site) = (config.node.clone(), config.site.clone());
+        Self { node, site, epoch, topics, spool, when_full: config.spool.when_full }
     }
 
     /// The node's name.
@@ -39,12 +40,12 @@ impl MessageWriter {
         &self.site
     }
 
-    /// Says what came of an inspection.
+    /// Writes the result of an inspection.
     pub fn result(&self, body: &ResultBody<'_>) -> AppendOutcome {
-        self.put(RecordKind::Result, self.topics.result(body.stream), 0, body)
+        self.append(RecordKind::Result, self.topics.result(body.stream), 0, body)
     }
 
-    /// Says that something happened.
+    /// Writes an event. One that is dropped for room is counted by the spool.
     pub fn event(&self, event: Event) {
         let now = SystemTime::now();
         let topic = self.topics.event(event.stream());
@@ -56,11 +57,10 @@ impl MessageWriter {
             clock_synced: clock::is_plausible(now),
             historical: false,
         };
-        // What does not fit is counted by the spool.
-        self.put(RecordKind::Event, topic, 0, &body);
+        self.append(RecordKind::Event, topic, 0, &body);
     }
 
-    /// Says how things stand after a period of so many seconds.
+    /// Writes the metrics of a period of so many seconds.
     pub fn metrics(&self, seconds: f64, series: Vec<Series>) {
         let now = SystemTime::now();
         let body = MetricsBody {
@@ -72,11 +72,11 @@ impl MessageWriter {
             clock_synced: clock::is_plausible(now),
             historical: false,
         };
-        self.put(RecordKind::Metrics, self.topics.metrics(), METRICS_TTL_SECONDS, &body);
+        self.append(RecordKind::Metrics, self.topics.metrics(), METRICS_TTL_SECONDS, &body);
     }
 
-    fn put(&self, kind: RecordKind, topic: String, ttl_seconds: u32, body: &impl Serialize) -> AppendOutcome {
-        // Only a map with keys that are no strings can fail to become JSON, and there is none in these.
+    fn append(&self, kind: RecordKind, topic: String, ttl_seconds: u32, body: &impl Serialize) -> AppendOutcome {
+        // Serialization fails only for maps whose keys are not strings; these bodies have none.
         let body = serde_json::to_vec(body).unwrap_or_default();
         let letter = match kind {
             RecordKind::Result => "",

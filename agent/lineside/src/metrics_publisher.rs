@@ -1,21 +1,22 @@
-//! Says on MQTT how things stand, for sites without a scraper: what `/metrics` gives, and what changed since the last time.
+//! Publishes metrics over MQTT, for sites without a Prometheus server: what `/metrics` shows, and what changed since the last
+//! message.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use lineside_api::message::{Series, SeriesValue};
+use lineside_common::metrics::Registrar;
 use prometheus::proto::{Metric, MetricFamily, MetricType};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::message_writer::MessageWriter;
-use lineside_api::message::{Series, SeriesValue};
-use lineside_common::metrics::Metrics;
 
-/// Puts the metrics into the message_writer once per period, until it is stopped. `refresh` brings up to date what is only looked
-/// at when somebody asks.
-pub async fn measure(
-    metrics: Metrics,
-    message_writer: std::sync::Arc<MessageWriter>,
+/// Writes a message for each period until stopped. `refresh` updates the gauges that are only set on demand.
+pub async fn publish_metrics(
+    registrar: Registrar,
+    messages: Arc<MessageWriter>,
     every: Duration,
     refresh: impl Fn(),
     stop: CancellationToken,
@@ -23,7 +24,7 @@ pub async fn measure(
     let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut rollup = Rollup::default();
-    rollup.take(&metrics.gather());
+    rollup.take(&registrar.gather());
     let mut since = Instant::now();
     loop {
         tokio::select! {
@@ -31,9 +32,9 @@ pub async fn measure(
             () = stop.cancelled() => return,
         }
         refresh();
-        let series = rollup.take(&metrics.gather());
+        let series = rollup.take(&registrar.gather());
         let now = Instant::now();
-        message_writer.metrics(now.duration_since(since).as_secs_f64(), series);
+        messages.metrics(now.duration_since(since).as_secs_f64(), series);
         since = now;
     }
 }
@@ -121,27 +122,28 @@ mod tests {
 
     #[test]
     fn a_period_shows_what_changed_within_it() {
-        let metrics = Metrics::new().unwrap();
+        let registrar = Registrar::default();
+        let results = registrar.counter("results_total", "results").unwrap();
+        let connected = registrar.gauge("connected", "connected").unwrap();
+        let durations = registrar.histograms("duration_seconds", "duration", &["phase"], &[0.002, 0.004]).unwrap();
         let mut rollup = Rollup::default();
-        metrics.mqtt_results.inc_by(5);
-        rollup.take(&metrics.gather());
-        metrics.mqtt_results.inc_by(2);
-        metrics.mqtt_connected.set(1);
-        let phase = metrics.inference_duration.with_label_values(&["m", "1", "infer"]);
+        results.inc_by(5);
+        rollup.take(&registrar.gather());
+        results.inc_by(2);
+        connected.set(1);
+        let phase = durations.with_label_values(&["infer"]);
         (0..100).for_each(|_| phase.observe(0.003));
-        let series = rollup.take(&metrics.gather());
+        let series = rollup.take(&registrar.gather());
         let counter = SeriesValue::Counter { total: 7.0, increase: 2.0 };
-        assert_eq!(find(&series, "lineside_mqtt_results_published_total"), Some(counter));
-        assert_eq!(find(&series, "lineside_mqtt_connected"), Some(SeriesValue::Gauge { value: 1.0 }));
-        let Some(SeriesValue::Distribution { count, mean, p50, p99 }) =
-            find(&series, "lineside_inference_duration_seconds")
-        else {
+        assert_eq!(find(&series, "lineside_results_total"), Some(counter));
+        assert_eq!(find(&series, "lineside_connected"), Some(SeriesValue::Gauge { value: 1.0 }));
+        let Some(SeriesValue::Distribution { count, mean, p50, p99 }) = find(&series, "lineside_duration_seconds") else {
             panic!("no distribution")
         };
         assert!(count == 100 && (mean - 0.003).abs() < 1e-9);
         assert!((0.002..=0.004).contains(&p50) && p99 > p50 && p99 <= 0.004, "{p50} {p99}");
-        let quiet = rollup.take(&metrics.gather());
-        assert_eq!(find(&quiet, "lineside_inference_duration_seconds"), None, "nothing was observed");
+        let quiet = rollup.take(&registrar.gather());
+        assert_eq!(find(&quiet, "lineside_duration_seconds"), None, "nothing was observed");
     }
 
     #[test]

@@ -142,6 +142,8 @@ pub enum Reason {
     StreamUp,
     /// Every node of the stream delivers frames.
     StreamsReady,
+    /// A task of the agent failed and was restarted within the last minute.
+    TaskRestarted,
     /// A reason of another writer, or of a newer version.
     #[serde(untagged)]
     Other(String),

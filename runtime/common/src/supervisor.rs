@@ -54,6 +54,8 @@ pub struct Supervisor(Arc<Inner>);
 struct Inner {
     restarts: IntCounterVec,
     failed: watch::Sender<Option<TaskFailure>>,
+    /// When each task failed last, and why.
+    failures: Mutex<BTreeMap<String, (Instant, TaskFailure)>>,
     /// By task: makes it panic.
     injections: Mutex<BTreeMap<String, Arc<Notify>>>,
 }
@@ -101,7 +103,7 @@ impl Drop for FailureReporter {
 impl Supervisor {
     /// A supervisor that counts in `restarts`, a counter with the label `task`.
     pub fn new(restarts: IntCounterVec) -> Self {
-        Self(Arc::new(Inner { restarts, failed: watch::Sender::new(None), injections: Mutex::default() }))
+        Self(Arc::new(Inner { restarts, failed: watch::Sender::new(None), failures: Mutex::default(), injections: Mutex::default() }))
     }
 
     /// Starts a task. `start` is called for every start and given the token that stops the task.
@@ -138,6 +140,18 @@ impl Supervisor {
     /// The failure that ends the process, if there is one.
     pub fn failure(&self) -> Option<TaskFailure> {
         self.0.failed.borrow().clone()
+    }
+
+    /// The tasks that failed within the last minute.
+    pub fn recent_failures(&self) -> Vec<TaskFailure> {
+        let failures = self.0.failures.lock();
+        let recent = failures.values().filter(|(at, _)| at.elapsed() < HEALTHY_AFTER);
+        recent.map(|(_, failure)| failure.clone()).collect()
+    }
+
+    fn note_failure(&self, task: &str, reason: &str) {
+        let failure = TaskFailure { task: task.to_owned(), reason: reason.to_owned() };
+        self.0.failures.lock().insert(task.to_owned(), (Instant::now(), failure));
     }
 
     /// The names of all tasks that were started.
@@ -204,6 +218,7 @@ async fn supervise<F, T>(
         }
         let delay = backoff.next_delay();
         supervisor.0.restarts.with_label_values(&[&name]).inc();
+        supervisor.note_failure(&name, &reason);
         tracing::error!(event = "task_failed", task = name, reason, ?delay, "Task failed and is restarted");
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
@@ -260,6 +275,7 @@ mod tests {
         }
         assert_eq!(restarts.with_label_values(&["worker"]).get(), 2);
         assert_eq!(supervisor.failure(), None);
+        assert_eq!(supervisor.recent_failures().len(), 1);
         task.stop().await;
         assert_eq!(restarts.with_label_values(&["worker"]).get(), 2, "stopping a task is not a failure");
     }

@@ -1,329 +1,389 @@
-//! The loops between this node and its cluster: what is asked for comes in (`mirror.rs`, this file), how things stand goes
-//! out (`tell.rs`).
+//! Follows the desired state in a cluster, and reports this node's status to it.
 //!
-//! Until the cluster has been heard, what it asked for last time is in force (`memory.rs`). Changes that come close
-//! together are taken together. Every half minute the node's own labels are looked at; that call is also what finds out
-//! that the connection is dead, where a watch alone would wait for a minute.
+//! ```text
+//! reflector (one for each kind) ──events──> ClusterFollower ──> desired state ──> reconciler
+//!                                              │    ^                                │
+//!                                   desired.json    Node labels (every 30 s)         v
+//!                                                                      status writer <── status
+//! ```
+//!
+//! Until every kind has been listed, the desired state of the last run applies (`desired_cache.rs`). Changes within a short
+//! time are applied together. The labels of the node are read every half minute; this request also shows that a connection is
+//! dead, which a watch alone would show only after a minute.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use lineside_common::supervisor::{OnFailure, SupervisedTask, Supervisor};
+use lineside_common::{LogOnChange, error_chain};
+use lineside_kube::reflector::{WatchEvent, reflect};
+use lineside_kube::status_writer::{StatusWriter, Uids, write_status};
+use lineside_kube::{
+    ClusterClient, ClusterError, ClusterErrorKind, ClusterStatePublisher, NodeMetadata, Resource, ResourceKind,
+};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::JoinSet;
+use prometheus::IntCounter;
+use tokio::sync::{Mutex as AsyncMutex, Notify, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::desired_cache::{CachedState, DesiredCache};
-use crate::desired::object_set::{ApiObject, ObjectSet};
-use crate::desired::{DesiredState, Node};
+use super::object_set::{ApiObject, ObjectSet};
+use super::{DesiredState, Node};
 use crate::http::status_store::StatusStore;
-use lineside_common::metrics::Metrics;
-use lineside_common::{LogOnChange, error_chain};
-use lineside_kube::reflector::{WatchEvent, reflect};
-use lineside_kube::status_writer::{StatusWriter, Uids, write_status};
-use lineside_kube::{ClusterClient, ClusterErrorKind, Resource, ResourceKind};
 
-/// Things heard that wait at most; a full queue holds the watches back.
-const HEARD_MAX: usize = 64;
-/// Changes within this time are taken together.
-const GATHER: Duration = Duration::from_millis(200);
-/// How often the node's labels are looked at.
-const NODE_EVERY: Duration = Duration::from_secs(30);
-/// And until they are known, or when there was no answer.
-const NODE_AGAIN: Duration = Duration::from_secs(5);
-/// How often a context before the present one is tried.
-const PREFER_EVERY: Duration = Duration::from_secs(300);
-/// How often the age of the last answer is measured.
-const MEASURE_EVERY: Duration = Duration::from_secs(1);
-/// After this long without an answer the cluster counts as out of reach.
-const SILENT_MAX: Duration = Duration::from_secs(75);
+/// Watch events that wait for the follower. A full queue slows the watches down.
+const EVENTS_MAX: usize = 64;
+/// Changes within this time are applied together.
+const DEBOUNCE: Duration = Duration::from_millis(200);
+/// How often the node's labels are read.
+const LABELS_INTERVAL: Duration = Duration::from_secs(30);
+/// How often the node's labels are read until they are known, and after a request without an answer.
+const LABELS_RETRY: Duration = Duration::from_secs(5);
+/// How often an earlier context of the kubeconfig is tried.
+const PREFERRED_CONTEXT_INTERVAL: Duration = Duration::from_secs(300);
+/// How often the connection's state is updated.
+const STATE_INTERVAL: Duration = Duration::from_secs(1);
+/// The kinds that make up the desired state.
+const KINDS: [ResourceKind; 2] = [ResourceKind::EdgeModel, ResourceKind::CameraStream];
 
-/// What the loops are given.
+/// What following a cluster takes.
 pub struct ClusterSync {
-    /// The way into the cluster.
+    /// The client.
     pub cluster: Arc<ClusterClient>,
     /// This node, with the labels of the agent's own configuration.
     pub node: Node,
-    /// The agent's own folder.
+    /// The agent's data folder.
     pub data_dir: PathBuf,
-    /// Where it is said what is asked for.
-    pub desired_state: watch::Sender<Option<Arc<DesiredState>>>,
-    /// Asks for another look.
-    pub again: Arc<Notify>,
-    /// How things stand.
-    pub board: Arc<StatusStore>,
-    /// Everything that is counted.
-    pub metrics: Metrics,
+    /// Receives the desired state.
+    pub desired: watch::Sender<Option<Arc<DesiredState>>>,
+    /// Asks for everything to be listed again.
+    pub reread: Arc<Notify>,
+    /// The node's status.
+    pub status: Arc<StatusStore>,
+    /// Counts failed watches.
+    pub watch_failures: IntCounter,
+    /// The state of the connection.
+    pub state: ClusterStatePublisher,
+}
+
+/// What the tasks share.
+struct Shared {
+    sync: ClusterSync,
+    uids: Uids,
+    node_uid: Arc<Mutex<Option<String>>>,
+    /// Makes the reflectors list again.
+    relist: Arc<Notify>,
 }
 
 impl ClusterSync {
-    /// Runs until stopped.
-    pub async fn run(self, stop: CancellationToken) {
-        let doubt = Arc::new(Notify::new());
-        let uids = Uids::default();
-        let (heard, hears) = mpsc::channel(HEARD_MAX);
-        let mut loops = JoinSet::new();
-        for kind in [ResourceKind::EdgeModel, ResourceKind::CameraStream] {
-            loops.spawn(reflect(self.cluster.clone(), kind, heard.clone(), doubt.clone()));
-        }
-        let memory = DesiredCache::open(&self.data_dir);
-        let node_uid = Arc::new(Mutex::new(memory.get().and_then(|known| known.node_uid.clone())));
-        let writer = StatusWriter {
-            cluster: self.cluster.clone(),
-            node: self.node.name.clone(),
-            source: self.board.clone(),
-            uids: uids.clone(),
-            node_uid: node_uid.clone(),
-        };
-        let teller = tokio::spawn(write_status(writer, stop.clone()));
-        let listener = Listener {
+    /// Starts the tasks: a reflector for each kind, the follower, and the status writer.
+    pub fn start(self, supervisor: &Supervisor) -> Vec<SupervisedTask> {
+        let (sender, receiver) = mpsc::channel(EVENTS_MAX);
+        let cached = DesiredCache::open(&self.data_dir);
+        let node_uid = cached.get().and_then(|cached| cached.node_uid.clone());
+        let shared = Arc::new(Shared {
             sync: self,
-            memory,
-            asked: ObjectSet::default(),
-            labels: BTreeMap::new(),
-            knows_labels: false,
-            heard_all: BTreeSet::new(),
-            era: 0,
-            uids,
-            node_uid,
-            doubt,
-            troubles: BTreeMap::new(),
-            node_trouble: LogOnChange::default(),
-        };
-        // Whatever it waits for, it waits no longer than the agent runs.
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = listener.run(hears) => {}
-        }
-        loops.shutdown().await;
-        if let Err(error) = teller.await {
-            tracing::error!(%error, "the loop that writes the node's status had panicked");
-        }
+            uids: Uids::default(),
+            node_uid: Arc::new(Mutex::new(node_uid)),
+            relist: Arc::new(Notify::new()),
+        });
+        let mut tasks: Vec<SupervisedTask> = KINDS
+            .into_iter()
+            .map(|kind| {
+                let (shared, sender) = (shared.clone(), sender.clone());
+                supervisor.spawn(&format!("reflector/{}", kind.name()), OnFailure::Restart, move |stop| {
+                    let (cluster, relist) = (shared.sync.cluster.clone(), shared.relist.clone());
+                    until_stopped(reflect(cluster, kind, sender.clone(), relist), stop)
+                })
+            })
+            .collect();
+        let writing = shared.clone();
+        tasks.push(supervisor.spawn("status-writer", OnFailure::Restart, move |stop| {
+            let writer = StatusWriter {
+                cluster: writing.sync.cluster.clone(),
+                node: writing.sync.node.name.clone(),
+                source: writing.sync.status.clone(),
+                uids: writing.uids.clone(),
+                node_uid: writing.node_uid.clone(),
+            };
+            write_status(writer, stop)
+        }));
+        let receiver = Arc::new(AsyncMutex::new(receiver));
+        tasks.push(supervisor.spawn("cluster-follower", OnFailure::Restart, move |stop| {
+            let (shared, receiver) = (shared.clone(), receiver.clone());
+            // A follower that is started again knows nothing: everything is listed again for it.
+            shared.relist.notify_waiters();
+            let work = async move {
+                let mut events = receiver.lock().await;
+                ClusterFollower::new(shared).run(&mut events).await;
+            };
+            until_stopped(work, stop)
+        }));
+        tasks
     }
 }
 
-/// The one owner of what was heard.
-struct Listener {
-    sync: ClusterSync,
-    memory: DesiredCache,
-    asked: ObjectSet,
-    labels: BTreeMap<String, String>,
-    /// Whether they are known, be it from last time. Until then nothing is certain: a model may be for a label.
-    knows_labels: bool,
-    /// The kinds of which all objects are known.
-    heard_all: BTreeSet<ResourceKind>,
-    era: u64,
-    uids: Uids,
-    node_uid: Arc<Mutex<Option<String>>>,
-    doubt: Arc<Notify>,
-    /// What was said last about why a kind cannot be listened to.
-    troubles: BTreeMap<ResourceKind, LogOnChange<String>>,
-    /// What was said last about why the node cannot be looked at.
-    node_trouble: LogOnChange<String>,
+/// Runs until it ends or is stopped.
+async fn until_stopped(work: impl Future<Output = ()>, stop: CancellationToken) {
+    tokio::select! {
+        () = work => {}
+        () = stop.cancelled() => {}
+    }
 }
 
-impl Listener {
-    async fn run(mut self, mut hears: mpsc::Receiver<WatchEvent>) {
-        self.recall();
-        let mut measure = tokio::time::interval(MEASURE_EVERY);
-        measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut prefer = tokio::time::interval(PREFER_EVERY);
-        let mut node = Box::pin(look_at_node(self.sync.cluster.clone(), self.sync.node.name.clone(), Duration::ZERO));
-        let mut gathered: Option<Instant> = None;
+/// Owns what is known of the cluster's objects.
+struct ClusterFollower {
+    shared: Arc<Shared>,
+    cache: DesiredCache,
+    objects: ObjectSet,
+    labels: BTreeMap<String, String>,
+    /// Whether the labels are known, possibly from the last run. Until then no desired state is complete: an object may be
+    /// selected by a label.
+    are_labels_known: bool,
+    /// The kinds that have been listed from the present context.
+    listed: BTreeSet<ResourceKind>,
+    context_generation: u64,
+    /// The error that was logged last, by kind.
+    watch_errors: BTreeMap<ResourceKind, LogOnChange<String>>,
+    node_error: LogOnChange<String>,
+}
+
+impl ClusterFollower {
+    fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            cache: DesiredCache::open(&shared.sync.data_dir),
+            shared,
+            objects: ObjectSet::default(),
+            labels: BTreeMap::new(),
+            are_labels_known: false,
+            listed: BTreeSet::new(),
+            context_generation: 0,
+            watch_errors: BTreeMap::new(),
+            node_error: LogOnChange::default(),
+        }
+    }
+
+    async fn run(mut self, events: &mut mpsc::Receiver<WatchEvent>) {
+        self.restore();
+        let shared = self.shared.clone();
+        let cluster = &shared.sync.cluster;
+        let mut state = tokio::time::interval(STATE_INTERVAL);
+        state.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut preferred = tokio::time::interval(PREFERRED_CONTEXT_INTERVAL);
+        let mut labels = Box::pin(self.read_node(Duration::ZERO));
+        let mut apply_at: Option<Instant> = None;
         loop {
-            let due = gathered.unwrap_or_else(Instant::now);
+            let due = apply_at.unwrap_or_else(Instant::now);
             tokio::select! {
-                Some(heard) = hears.recv() => {
-                    if self.hear(heard) && gathered.is_none() {
-                        gathered = Some(Instant::now() + GATHER);
+                Some(event) = events.recv() => {
+                    if self.on_watch_event(event) && apply_at.is_none() {
+                        apply_at = Some(Instant::now() + DEBOUNCE);
                     }
                 }
-                () = tokio::time::sleep_until(due), if gathered.is_some() => {
-                    gathered = None;
-                    self.speak();
+                () = tokio::time::sleep_until(due), if apply_at.is_some() => {
+                    apply_at = None;
+                    self.apply();
                 }
-                facts = &mut node => {
-                    let is_answered = !matches!(&facts, Err(trouble) if trouble.kind() == ClusterErrorKind::Unreachable);
-                    if self.on_node(facts).await {
-                        gathered.get_or_insert(Instant::now());
+                node = &mut labels => {
+                    let is_answered = !matches!(&node, Err(error) if error.kind() == ClusterErrorKind::Unreachable);
+                    if self.on_node(node).await {
+                        apply_at.get_or_insert(Instant::now());
                     }
-                    let every = if self.knows_labels && is_answered { NODE_EVERY } else { NODE_AGAIN };
-                    let rest = every.mul_f64(0.9 + fastrand::f64() / 5.0);
-                    node = Box::pin(look_at_node(self.sync.cluster.clone(), self.sync.node.name.clone(), rest));
+                    let interval =
+                        if self.are_labels_known && is_answered { LABELS_INTERVAL } else { LABELS_RETRY };
+                    labels = Box::pin(self.read_node(interval.mul_f64(0.9 + fastrand::f64() / 5.0)));
                 }
-                () = self.sync.again.notified() => {
-                    self.sync.cluster.try_preferred_context().await;
-                    self.doubt.notify_waiters();
+                () = shared.sync.reread.notified() => {
+                    cluster.try_preferred_context().await;
+                    shared.relist.notify_waiters();
                 }
-                _ = prefer.tick() => {
-                    self.sync.cluster.try_preferred_context().await;
-                    if self.sync.cluster.context_generation() != self.era {
-                        self.doubt.notify_waiters();
+                _ = preferred.tick() => {
+                    cluster.try_preferred_context().await;
+                    if cluster.context_generation() != self.context_generation {
+                        shared.relist.notify_waiters();
                     }
                 }
-                _ = measure.tick() => self.measure(),
+                _ = state.tick() => {
+                    let is_synced = self.listed.len() == KINDS.len();
+                    shared.sync.state.update(cluster.last_response(), is_synced, std::time::Instant::now());
+                }
             }
         }
     }
 
-    /// What was asked for last time is in force until the cluster is heard.
-    fn recall(&mut self) {
-        let Some(known) = self.memory.get().cloned() else { return };
-        let objects = known.objects.len();
-        self.labels = known.labels;
-        self.knows_labels = true;
-        known.objects.into_iter().for_each(|given| {
-            self.asked.put(given);
-        });
-        tracing::info!(objects, "what the cluster asked for last time is in force until it is heard");
-        self.say();
+    /// Reads the node's metadata after a delay.
+    fn read_node(
+        &self,
+        delay: Duration,
+    ) -> impl Future<Output = Result<Option<NodeMetadata>, ClusterError>> + Send + use<> {
+        let (cluster, name) = (self.shared.sync.cluster.clone(), self.shared.sync.node.name.clone());
+        async move {
+            tokio::time::sleep(delay).await;
+            cluster.node_metadata(&name).await
+        }
     }
 
-    /// Takes in what was heard. `true` when it may change what is asked for.
-    fn hear(&mut self, heard: WatchEvent) -> bool {
-        let era = self.sync.cluster.context_generation();
-        if era != self.era {
-            // Another context is another word. What runs goes on until all of it was heard.
-            self.era = era;
-            self.heard_all.clear();
+    /// The desired state of the last run applies until the cluster answers.
+    fn restore(&mut self) {
+        let Some(cached) = self.cache.get().cloned() else { return };
+        let objects = cached.objects.len();
+        self.labels = cached.labels;
+        self.are_labels_known = true;
+        cached.objects.into_iter().for_each(|object| {
+            self.objects.put(object);
+        });
+        tracing::info!(event = "desired_state_restored", objects, "The desired state of the last run applies");
+        self.send();
+    }
+
+    /// Takes a watch event. Returns whether it may change the desired state.
+    fn on_watch_event(&mut self, event: WatchEvent) -> bool {
+        let generation = self.shared.sync.cluster.context_generation();
+        if generation != self.context_generation {
+            // Switching contexts invalidates the completeness until a full list has completed. What runs keeps running.
+            self.context_generation = generation;
+            self.listed.clear();
         }
-        match heard {
+        match event {
             WatchEvent::Bookmark(_) => false,
-            WatchEvent::Failed(kind, trouble) => {
-                let error = error_chain(&trouble);
-                if self.troubles.entry(kind).or_default().set(error.clone()) {
-                    let advice = match trouble.kind() {
-                        ClusterErrorKind::NotFound => {
-                            "the kinds of lineside.dev are not there; apply what `lineside crd` prints"
-                        }
-                        ClusterErrorKind::Refused => "see the RBAC rules in edge-manifests/base",
-                        _ => "it is tried again",
-                    };
-                    tracing::warn!(
-                        event = "cluster_watch_failed",
-                        error,
-                        advice,
-                        "the cluster cannot be listened to, what it asked for last stays in force"
-                    );
-                }
-                self.sync.metrics.cluster_watch_failures.inc();
+            WatchEvent::Failed(kind, error) => {
+                self.log_watch_error(kind, &error);
+                self.shared.sync.watch_failures.inc();
                 false
             }
-            WatchEvent::Listed(kind, items) => {
-                if self.troubles.remove(&kind).is_some() || !self.heard_all.contains(&kind) {
-                    tracing::info!(kind = kind.name(), objects = items.len(), "the cluster is heard");
+            WatchEvent::Listed(kind, resources) => {
+                if self.watch_errors.remove(&kind).is_some() || !self.listed.contains(&kind) {
+                    let objects = resources.len();
+                    tracing::info!(event = "cluster_listed", kind = kind.name(), objects, "Listed a kind");
                 }
-                let is_first = self.heard_all.insert(kind);
-                let all = items.into_iter().map(|item| given(kind, item)).collect();
-                self.asked.replace(kind.name(), all) || is_first
+                let is_first = self.listed.insert(kind);
+                let all = resources.into_iter().map(|resource| api_object(kind, resource)).collect();
+                self.objects.replace(kind.name(), all) || is_first
             }
-            WatchEvent::Updated(kind, item) => self.asked.put(given(kind, item)),
-            WatchEvent::Deleted(kind, name) => self.asked.remove(kind.name(), &name),
+            WatchEvent::Updated(kind, resource) => self.objects.put(api_object(kind, resource)),
+            WatchEvent::Deleted(kind, name) => self.objects.remove(kind.name(), &name),
         }
     }
 
-    async fn on_node(&mut self, facts: Facts) -> bool {
-        let facts = match facts {
-            Ok(facts) => facts,
-            Err(trouble) if trouble.kind() == ClusterErrorKind::Unreachable => {
-                tracing::debug!(error = error_chain(&trouble), "the node's labels cannot be looked at");
-                self.sync.cluster.reconnect().await;
-                self.doubt.notify_waiters();
-                return false;
-            }
-            Err(trouble) => {
-                let error = error_chain(&trouble);
-                if self.node_trouble.set(error.clone()) {
-                    tracing::warn!(error, "the node's labels cannot be looked at; those that are known stay in force");
-                }
-                // A rejection does not go away by itself; what is for every node, or for this one by name, is to run all the same.
-                let is_news = trouble.kind() == ClusterErrorKind::Refused && !self.knows_labels;
-                self.knows_labels |= is_news;
-                return is_news;
-            }
-        };
-        self.node_trouble.clear();
-        let Some(facts) = facts else {
-            // No node of this cluster, or one that is being registered anew. The labels there were stay, since a model that
-            // is unloaded by error costs more than one that stays too long.
-            let is_news = !self.knows_labels;
-            self.knows_labels = true;
-            return is_news;
-        };
-        let uid = Some(facts.uid).filter(|uid| !uid.is_empty());
-        let mut known = self.node_uid.lock();
-        let is_news = self.labels != facts.labels || *known != uid || !self.knows_labels;
-        self.knows_labels = true;
-        *known = uid;
-        self.labels = facts.labels;
-        is_news
-    }
-
-    /// Says what is asked for, and writes it down, once all of it is known.
-    fn speak(&mut self) {
-        if self.heard_all.len() < 2 || !self.knows_labels {
+    fn log_watch_error(&mut self, kind: ResourceKind, error: &ClusterError) {
+        let text = error_chain(error);
+        if !self.watch_errors.entry(kind).or_default().set(text.clone()) {
             return;
         }
-        self.say();
-        let remembered = CachedState {
-            labels: self.labels.clone(),
-            node_uid: self.node_uid.lock().clone(),
-            objects: self.asked.memory(&self.node()),
+        let advice = match error.kind() {
+            ClusterErrorKind::NotFound => {
+                "the custom resource definitions are missing; apply the output of `lineside crd`"
+            }
+            ClusterErrorKind::Refused => "check the RBAC rules in edge-manifests/base",
+            _ => "it is retried",
         };
-        tokio::task::block_in_place(|| self.memory.keep(remembered));
+        tracing::warn!(
+            event = "cluster_watch_failed",
+            kind = kind.name(),
+            error = text,
+            advice,
+            "Watching failed; the last known desired state applies"
+        );
     }
 
-    fn say(&mut self) {
-        let is_complete = self.heard_all.len() == 2;
-        let desired_state = self.asked.desired_state(&self.node(), &self.labels, is_complete);
+    /// Takes the node's metadata. Returns whether it may change the desired state.
+    async fn on_node(&mut self, node: Result<Option<NodeMetadata>, ClusterError>) -> bool {
+        match node {
+            Ok(Some(metadata)) => self.on_metadata(metadata),
+            Ok(None) => {
+                // The cluster has no such node, or it is being registered again. Known labels stay: a model that is unloaded by
+                // mistake costs more than one that is kept too long.
+                self.node_error.clear();
+                !std::mem::replace(&mut self.are_labels_known, true)
+            }
+            Err(error) if error.kind() == ClusterErrorKind::Unreachable => {
+                tracing::debug!(error = error_chain(&error), "The node's labels cannot be read");
+                self.shared.sync.cluster.reconnect().await;
+                self.shared.relist.notify_waiters();
+                false
+            }
+            Err(error) => {
+                let text = error_chain(&error);
+                if self.node_error.set(text.clone()) {
+                    tracing::warn!(
+                        event = "node_labels_unreadable",
+                        error = text,
+                        "The node's labels cannot be read; known labels apply"
+                    );
+                }
+                // A refusal is permanent. Objects that select every node, or this one by name, have to run all the same.
+                let is_refused = error.kind() == ClusterErrorKind::Refused && !self.are_labels_known;
+                self.are_labels_known |= is_refused;
+                is_refused
+            }
+        }
+    }
+
+    fn on_metadata(&mut self, metadata: NodeMetadata) -> bool {
+        self.node_error.clear();
+        let uid = Some(metadata.uid).filter(|uid| !uid.is_empty());
+        let mut known_uid = self.shared.node_uid.lock();
+        let is_new = self.labels != metadata.labels || *known_uid != uid || !self.are_labels_known;
+        *known_uid = uid;
+        self.are_labels_known = true;
+        self.labels = metadata.labels;
+        is_new
+    }
+
+    /// Sends the desired state and writes it to disk, once all of it is known.
+    fn apply(&mut self) {
+        if self.listed.len() < KINDS.len() || !self.are_labels_known {
+            return;
+        }
+        self.send();
+        let state = CachedState {
+            labels: self.labels.clone(),
+            node_uid: self.shared.node_uid.lock().clone(),
+            objects: self.objects.cacheable(&self.node()),
+        };
+        tokio::task::block_in_place(|| self.cache.write(state));
+    }
+
+    fn send(&mut self) {
+        let is_complete = self.listed.len() == KINDS.len();
+        let desired = self.objects.desired_state(&self.node(), &self.labels, is_complete);
         let mut uids = BTreeMap::new();
-        let names = desired_state.objects.iter().map(|wish| wish.object.key());
-        let refused =
-            desired_state.refused.iter().filter_map(|refused| Some((kind_of(&refused.kind)?, refused.name.as_str())));
-        for (kind, name) in names.chain(refused) {
-            if let Some(uid) = self.asked.uid(kind, name) {
+        let accepted = desired.objects.iter().map(|object| object.object.key());
+        let refused = desired
+            .refused
+            .iter()
+            .filter_map(|refused| Some((kind_name(&refused.kind)?, refused.name.as_str())));
+        for (kind, name) in accepted.chain(refused) {
+            if let Some(uid) = self.objects.uid(kind, name) {
                 uids.insert((kind, name.to_owned()), uid.to_owned());
             }
         }
-        *self.uids.lock() = uids;
-        self.sync.desired_state.send_replace(Some(Arc::new(desired_state)));
+        *self.shared.uids.lock() = uids;
+        self.shared.sync.desired.send_replace(Some(Arc::new(desired)));
     }
 
-    /// This node with all its labels; those of the agent's own configuration count more.
+    /// This node with all its labels; those of the agent's own configuration override the cluster's.
     fn node(&self) -> Node {
+        let own = &self.shared.sync.node;
         let mut labels = self.labels.clone();
-        labels.extend(self.sync.node.labels.clone());
-        Node { name: self.sync.node.name.clone(), labels }
-    }
-
-    fn measure(&self) {
-        let silent = self.sync.cluster.time_since_response();
-        let is_heard = self.heard_all.len() == 2 && silent <= SILENT_MAX;
-        self.sync.metrics.cluster_connected.set(i64::from(is_heard));
-        self.sync.metrics.cluster_response_age.set(i64::try_from(silent.as_secs()).unwrap_or(i64::MAX));
+        labels.extend(own.labels.clone());
+        Node { name: own.name.clone(), labels }
     }
 }
 
-type Facts = Result<Option<lineside_kube::NodeMetadata>, lineside_kube::ClusterError>;
-
-async fn look_at_node(cluster: Arc<ClusterClient>, name: String, after: Duration) -> Facts {
-    tokio::time::sleep(after).await;
-    cluster.node_metadata(&name).await
-}
-
-fn given(kind: ResourceKind, item: Resource) -> ApiObject {
+fn api_object(kind: ResourceKind, resource: Resource) -> ApiObject {
     ApiObject {
         kind: kind.name().to_owned(),
-        name: item.name,
-        uid: item.uid,
-        generation: item.generation,
-        document: item.document,
+        name: resource.name,
+        uid: resource.uid,
+        generation: resource.generation,
+        document: resource.document,
     }
 }
 
-fn kind_of(name: &str) -> Option<&'static str> {
-    [ResourceKind::EdgeModel, ResourceKind::CameraStream].into_iter().map(ResourceKind::name).find(|kind| *kind == name)
+fn kind_name(name: &str) -> Option<&'static str> {
+    KINDS.into_iter().map(ResourceKind::name).find(|kind| *kind == name)
 }

@@ -57,7 +57,7 @@ impl DesiredCache {
     }
 
     /// Writes it down where it is news. A disk that refuses is told of, and tried again at the next news.
-    pub(super) fn keep(&mut self, remembered: CachedState) {
+    pub(super) fn write(&mut self, remembered: CachedState) {
         if self.written.as_ref() == Some(&remembered) {
             return;
         }
@@ -83,7 +83,7 @@ mod tests {
         let mut memory = DesiredCache::open(folder.path());
         assert!(memory.get().is_none());
         let remembered = CachedState { labels: BTreeMap::from([("a".into(), "b".into())]), ..CachedState::default() };
-        memory.keep(remembered.clone());
+        memory.write(remembered.clone());
         assert_eq!(DesiredCache::open(folder.path()).get(), Some(&remembered));
         std::fs::write(folder.path().join(FILE), b"{\"labels\": 3").unwrap();
         assert!(DesiredCache::open(folder.path()).get().is_none());

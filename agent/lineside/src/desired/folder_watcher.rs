@@ -1,95 +1,129 @@
-//! The loop that follows the folder of manifests and says what it asks for.
+//! Follows a folder of manifests: reads what has changed, and sends the desired state.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use lineside_common::metrics::Registrar;
+use prometheus::IntGaugeVec;
 use tokio::sync::{Notify, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::desired::manifest_folder::{Finding, Folder};
-use crate::desired::{DesiredObject, DesiredState, Identity};
-use lineside_common::metrics::Metrics;
+use super::manifest_folder::{Finding, ManifestFolder};
+use super::{DesiredObject, DesiredState, Identity};
 
-/// How often the manifests are looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often the folder is read.
+const SCAN_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Looks at the folder until stopped, twice a second and whenever `again` asks for it, off this task: the folder may lie on
-/// a network that hangs.
-pub async fn follow(
-    folder: &Path,
-    desired_state: watch::Sender<Option<Arc<DesiredState>>>,
-    again: Arc<Notify>,
-    metrics: Metrics,
-    stop: CancellationToken,
-) {
-    let mut folder = Folder::new(folder);
-    let mut ticks = tokio::time::interval(LOOK_EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = ticks.tick() => {}
-            () = again.notified() => {}
-        }
-        let looking = tokio::task::spawn_blocking(move || {
-            let findings = folder.look();
-            (folder, findings)
-        });
-        let looked = tokio::select! {
-            () = stop.cancelled() => return,
-            looked = looking => looked,
-        };
-        let findings;
-        (folder, findings) = match looked {
-            Ok(looked) => looked,
-            Err(error) => {
-                return tracing::error!(%error, "looking at the manifests panicked; they are not followed any more");
+/// The metrics of the folder.
+pub struct FolderMetrics {
+    rejected: IntGaugeVec,
+}
+
+impl FolderMetrics {
+    /// Registers the metrics.
+    ///
+    /// # Errors
+    /// When a name is registered already.
+    pub fn register(registrar: &Registrar) -> Result<Self, prometheus::Error> {
+        let rejected = registrar.gauges(
+            "manifest_rejected",
+            "Whether a manifest file is rejected; its last valid content applies.",
+            &["file"],
+        )?;
+        Ok(Self { rejected })
+    }
+}
+
+/// Follows a folder.
+pub struct FolderWatcher {
+    /// The folder.
+    pub folder: PathBuf,
+    /// Receives the desired state.
+    pub desired: watch::Sender<Option<Arc<DesiredState>>>,
+    /// Asks for an immediate scan.
+    pub reread: Arc<Notify>,
+    /// The metrics.
+    pub metrics: FolderMetrics,
+}
+
+impl FolderWatcher {
+    /// Scans the folder until stopped, on a blocking thread: the folder may be on a network file system that hangs. A watcher
+    /// that is started again reads everything again.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut folder = ManifestFolder::new(&self.folder);
+        let mut ticks = tokio::time::interval(SCAN_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut is_first = true;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = ticks.tick() => {}
+                () = self.reread.notified() => {}
             }
-        };
-        for finding in &findings {
-            tell(finding, &metrics);
+            let scan = tokio::task::spawn_blocking(move || {
+                let findings = folder.scan();
+                (folder, findings)
+            });
+            let scanned = tokio::select! {
+                () = stop.cancelled() => return,
+                scanned = scan => scanned,
+            };
+            let findings;
+            (folder, findings) = match scanned {
+                Ok(scanned) => scanned,
+                // The supervisor logs it and starts the watcher again.
+                Err(error) => return tracing::error!(event = "manifest_scan_failed", %error, "Reading the manifests panicked"),
+            };
+            findings.iter().for_each(|finding| self.report(finding));
+            if !findings.is_empty() || is_first {
+                is_first = false;
+                self.desired.send_replace(Some(Arc::new(desired_state(&folder))));
+            }
         }
-        if !findings.is_empty() || desired_state.borrow().is_none() {
-            desired_state.send_replace(Some(Arc::new(asked_for(&folder))));
+    }
+
+    fn report(&self, finding: &Finding) {
+        let rejected = |path: &Path| self.metrics.rejected.with_label_values(&[&file_name(path)]);
+        match finding {
+            Finding::Accepted(path, objects) => {
+                rejected(path).set(0);
+                tracing::info!(event = "manifest_accepted", file = %path.display(), objects, "Manifest read");
+            }
+            Finding::Rejected(path, reasons) => {
+                rejected(path).set(1);
+                for reason in reasons {
+                    tracing::error!(
+                        event = "manifest_rejected",
+                        file = %path.display(),
+                        reason,
+                        "Manifest rejected; its last valid content applies"
+                    );
+                }
+            }
+            Finding::Removed(path) => {
+                // The series may be missing already.
+                self.metrics.rejected.remove_label_values(&[&file_name(path)]).ok();
+                tracing::info!(event = "manifest_removed", file = %path.display(), "Manifest removed");
+            }
+            Finding::Unreadable(reason) => {
+                tracing::error!(event = "manifests_unreadable", reason, "The folder cannot be read; nothing changes");
+            }
         }
     }
 }
 
-fn asked_for(folder: &Folder) -> DesiredState {
-    let wish = |(path, object): (&Path, &lineside_api::kinds::manifest::Object)| DesiredObject {
+fn desired_state(folder: &ManifestFolder) -> DesiredState {
+    let object = |(path, object): (&Path, &lineside_api::kinds::manifest::Object)| DesiredObject {
         object: object.clone(),
         place: path.display().to_string(),
         identity: Identity::default(),
     };
     DesiredState {
-        objects: folder.objects().map(wish).collect(),
+        objects: folder.objects().map(object).collect(),
         is_complete: folder.is_complete(),
         ..DesiredState::default()
-    }
-}
-
-fn tell(finding: &Finding, metrics: &Metrics) {
-    let rejected = |path: &Path| metrics.manifest_rejected.with_label_values(&[&file_name(path)]);
-    match finding {
-        Finding::Accepted(path, objects) => {
-            rejected(path).set(0);
-            tracing::info!(file = %path.display(), objects, "manifest read");
-        }
-        Finding::Rejected(path, reasons) => {
-            rejected(path).set(1);
-            for reason in reasons {
-                tracing::error!(event = "manifest_rejected", file = %path.display(), reason, "manifest refused, its last good content stays in force");
-            }
-        }
-        Finding::Removed(path) => {
-            drop(metrics.manifest_rejected.remove_label_values(&[&file_name(path)]));
-            tracing::info!(file = %path.display(), "manifest removed");
-        }
-        Finding::Unreadable(reason) => {
-            tracing::error!(reason, "the manifests cannot be read, everything stays as it is");
-        }
     }
 }
 

@@ -22,7 +22,7 @@ const SUFFIXES: [&str; 3] = ["yaml", "yml", "json"];
 type Signature = (u64, u64, i64, i64, i64, i64);
 
 /// A folder of manifests and what it last said.
-pub struct Folder {
+pub struct ManifestFolder {
     path: PathBuf,
     files: BTreeMap<PathBuf, Known>,
     last_look: Option<BTreeMap<PathBuf, Signature>>,
@@ -48,7 +48,7 @@ pub enum Finding {
     Unreadable(String),
 }
 
-impl Folder {
+impl ManifestFolder {
     /// A folder not yet looked at.
     pub fn new(path: &Path) -> Self {
         Self { path: path.to_owned(), files: BTreeMap::new(), last_look: None, unreadable: None }
@@ -65,7 +65,7 @@ impl Folder {
     }
 
     /// Looks at the folder and takes in what has changed.
-    pub fn look(&mut self) -> Vec<Finding> {
+    pub fn scan(&mut self) -> Vec<Finding> {
         let look = match signatures(&self.path) {
             Ok(look) => look,
             Err(error) => {
@@ -155,7 +155,7 @@ mod tests {
         )
     }
 
-    fn names(folder: &Folder) -> Vec<String> {
+    fn names(folder: &ManifestFolder) -> Vec<String> {
         folder.objects().map(|(_, object)| object.key().1.to_owned()).collect()
     }
 
@@ -164,18 +164,18 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("a.yaml");
         fs::write(&path, stream("one")).unwrap();
-        let mut folder = Folder::new(root.path());
-        assert_eq!(folder.look(), [Finding::Accepted(path.clone(), 1)]);
-        assert_eq!(folder.look(), []);
+        let mut folder = ManifestFolder::new(root.path());
+        assert_eq!(folder.scan(), [Finding::Accepted(path.clone(), 1)]);
+        assert_eq!(folder.scan(), []);
 
         fs::write(&path, stream("two") + "---\n" + &stream("three")).unwrap();
-        assert_eq!((folder.look().len(), names(&folder)), (0, vec!["one".to_owned()]), "not yet believed");
-        assert_eq!(folder.look(), [Finding::Accepted(path.clone(), 2)]);
+        assert_eq!((folder.scan().len(), names(&folder)), (0, vec!["one".to_owned()]), "not yet believed");
+        assert_eq!(folder.scan(), [Finding::Accepted(path.clone(), 2)]);
         assert_eq!(names(&folder), ["two", "three"]);
 
         fs::remove_file(&path).unwrap();
-        assert_eq!(folder.look(), []);
-        assert_eq!(folder.look(), [Finding::Removed(path.clone())]);
+        assert_eq!(folder.scan(), []);
+        assert_eq!(folder.scan(), [Finding::Removed(path.clone())]);
         assert!(names(&folder).is_empty());
         assert_eq!(
             folder.take_in(&path, Signature::default()),
@@ -189,18 +189,18 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("a.yaml");
         fs::write(&path, stream("one")).unwrap();
-        let mut folder = Folder::new(root.path());
-        folder.look();
+        let mut folder = ManifestFolder::new(root.path());
+        folder.scan();
         for bad in ["kind: [", "kind: Pod\n", "\u{0}", "speed: 3"] {
             fs::write(&path, bad).unwrap();
-            let findings: Vec<Finding> = (0..4).flat_map(|_| folder.look()).collect();
+            let findings: Vec<Finding> = (0..4).flat_map(|_| folder.scan()).collect();
             assert!(matches!(findings.as_slice(), [Finding::Rejected(..)]), "{bad}: {findings:?}");
             assert_eq!(names(&folder), ["one"]);
         }
         fs::write(&path, [0xFF, 0xFE]).unwrap();
-        assert_eq!((0..3).flat_map(|_| folder.look()).count(), 1);
+        assert_eq!((0..3).flat_map(|_| folder.scan()).count(), 1);
         fs::write(&path, stream("two")).unwrap();
-        assert_eq!((0..3).flat_map(|_| folder.look()).collect::<Vec<_>>(), [Finding::Accepted(path, 1)]);
+        assert_eq!((0..3).flat_map(|_| folder.scan()).collect::<Vec<_>>(), [Finding::Accepted(path, 1)]);
     }
 
     #[test]
@@ -209,11 +209,11 @@ mod tests {
         let inner = root.path().join("manifests");
         fs::create_dir(&inner).unwrap();
         fs::write(inner.join("a.yaml"), stream("one")).unwrap();
-        let mut folder = Folder::new(&inner);
-        folder.look();
+        let mut folder = ManifestFolder::new(&inner);
+        folder.scan();
         fs::rename(&inner, root.path().join("away")).unwrap();
-        assert!(matches!(folder.look().as_slice(), [Finding::Unreadable(_)]));
-        assert_eq!((folder.look(), names(&folder)), (vec![], vec!["one".to_owned()]));
+        assert!(matches!(folder.scan().as_slice(), [Finding::Unreadable(_)]));
+        assert_eq!((folder.scan(), names(&folder)), (vec![], vec!["one".to_owned()]));
     }
 
     #[test]
@@ -228,12 +228,12 @@ mod tests {
         link("..data/a.yaml", "a.yaml");
         link("nowhere", "b.yaml");
         fs::write(root.path().join(".a.yaml.swp"), "x").unwrap();
-        let mut folder = Folder::new(root.path());
-        folder.look();
+        let mut folder = ManifestFolder::new(root.path());
+        folder.scan();
         assert_eq!(names(&folder), ["one"]);
         fs::remove_file(root.path().join("..data")).unwrap();
         link("..2", "..data");
-        (0..2).for_each(|_| drop(folder.look()));
+        (0..2).for_each(|_| drop(folder.scan()));
         assert_eq!(names(&folder), ["two"]);
     }
 }

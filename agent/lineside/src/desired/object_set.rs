@@ -121,7 +121,7 @@ impl ObjectSet {
     }
 
     /// The good objects that concern a node, to be remembered.
-    pub fn memory(&self, node: &Node) -> Vec<ApiObject> {
+    pub fn cacheable(&self, node: &Node) -> Vec<ApiObject> {
         let good = self.objects.values().filter_map(|known| known.good.as_ref());
         good.filter(|(_, object)| Assignment::concerns(object, node)).map(|(given, _)| given.clone()).collect()
     }

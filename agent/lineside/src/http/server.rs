@@ -24,7 +24,8 @@ use tokio_util::task::TaskTracker;
 
 use super::health::Health;
 use super::status_store::StatusStore;
-use lineside_common::metrics::Metrics;
+use lineside_common::metrics::Registrar;
+use lineside_models::StoreMetrics;
 use lineside_models::store::Store;
 use lineside_spool::Spool;
 
@@ -46,14 +47,16 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct HttpState {
     /// Liveness and readiness.
     pub health: Arc<Health>,
-    /// Everything that is counted.
-    pub metrics: Metrics,
+    /// All metrics.
+    pub registrar: Registrar,
     /// Looked at when metrics are asked for.
     pub spool: Arc<Spool>,
-    /// How the node stands.
-    pub board: Arc<StatusStore>,
-    /// Looked at when the status is asked for, and offered to peers.
+    /// The node's status.
+    pub status: Arc<StatusStore>,
+    /// The model store, whose files are offered to peers.
     pub store: Arc<Store>,
+    /// The gauges of the store.
+    pub store_metrics: StoreMetrics,
     /// The file with the token that the site's agents share; without one nothing is offered to them.
     pub peer_token: Option<PathBuf>,
 }
@@ -85,7 +88,7 @@ impl Server {
     }
 
     /// Serves until it is stopped, and counts connections that there was no room for; then lets the requests that are under way finish.
-    pub async fn run(self, router: Router, refused: IntCounter, stop: CancellationToken) {
+    pub async fn run(&self, router: Router, refused: IntCounter, stop: CancellationToken) {
         let service = TowerToHyperService::new(router);
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let connections = TaskTracker::new();
@@ -149,7 +152,7 @@ pub fn router(served: HttpState) -> Router {
 }
 
 async fn status(State(served): State<HttpState>) -> Response {
-    Json(tokio::task::block_in_place(|| lineside_kube::status_writer::StatusSource::get(&*served.board)))
+    Json(tokio::task::block_in_place(|| lineside_kube::status_writer::StatusSource::get(&*served.status)))
         .into_response()
 }
 
@@ -173,23 +176,18 @@ async fn readyz(State(served): State<HttpState>) -> Response {
     (status, Json(readiness)).into_response()
 }
 
-/// Brings up to date what is only looked at when somebody asks for the metrics.
-pub fn refresh(metrics: &Metrics, spool: &Spool, store: &Store) {
-    let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-    let stats = spool.stats();
-    metrics.spool_records.set(whole(stats.records));
-    metrics.spool_bytes.set(whole(stats.bytes));
-    metrics.spool_oldest_seconds.set(whole(stats.oldest.unwrap_or_default().as_secs()));
-    // A store that cannot be read keeps its last benchmark here; the status says so.
+/// Updates the gauges that are only set on demand.
+pub fn refresh(spool: &Spool, store: &Store, store_metrics: &StoreMetrics) {
+    spool.update_metrics();
+    // The gauges of a store that cannot be read keep their last values; the status reports the error.
     if let Ok(usage) = tokio::task::block_in_place(|| store.usage()) {
-        metrics.store_bytes.set(whole(usage.bytes));
-        metrics.store_quota_bytes.set(whole(usage.quota_bytes));
+        store_metrics.set_usage(&usage);
     }
 }
 
 async fn metrics(State(served): State<HttpState>) -> Response {
-    refresh(&served.metrics, &served.spool, &served.store);
-    match served.metrics.encode() {
+    refresh(&served.spool, &served.store, &served.store_metrics);
+    match served.registrar.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(json!({"error": error.to_string()}))).into_response(),
     }

@@ -10,7 +10,8 @@ use lineside_ipc::frame::Frame;
 use lineside_mqtt::command::{Command, CommandError, CommandRequest};
 use tokio::sync::oneshot;
 
-use super::{Reconciler, StreamRunner};
+use super::Reconciler;
+use crate::stream_runner::StreamRunner;
 
 /// Largest frame of a snapshot, in bytes. Base64 makes four bytes of three, and a message has at most 4 MiB.
 const SNAPSHOT_BYTES_MAX: usize = 3 << 20;

@@ -27,7 +27,7 @@ use lineside_api::kinds::{ModelManifest, StreamManifest};
 use lineside_api::state::ModelState;
 use lineside_common::backoff::Backoff;
 use lineside_common::digest::Digest;
-use lineside_models::last_good::LastGood;
+use lineside_models::last_good::LastGoodVersions;
 use lineside_scheduler::VersionId;
 use tokio_util::sync::CancellationToken;
 
@@ -94,7 +94,7 @@ pub(super) struct Core {
     identities: BTreeMap<(&'static str, String), Identity>,
     assignment: Assignment,
     observed: ObservedState,
-    last_good: LastGood,
+    last_good: LastGoodVersions,
     has_blob: HasBlob,
     retries: HashMap<String, RetryState>,
     loads: HashMap<String, RunningLoad>,
@@ -106,7 +106,7 @@ pub(super) struct Core {
 
 impl Core {
     /// A core that knows the versions that served last, and nothing else.
-    pub(super) fn new(node: Node, last_good: LastGood, has_blob: HasBlob) -> Self {
+    pub(super) fn new(node: Node, last_good: LastGoodVersions, has_blob: HasBlob) -> Self {
         Self {
             own_labels: node.labels.clone(),
             node,

@@ -11,7 +11,7 @@ use lineside_api::message::ModelInfo;
 use lineside_api::state::ModelState;
 use lineside_common::digest::Digest;
 use lineside_models::admission::Benchmark;
-use lineside_models::last_good::LastGood;
+use lineside_models::last_good::LastGoodVersions;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -86,7 +86,7 @@ impl Bench {
 
     fn on(folder: TempDir, has_blobs: bool) -> Self {
         let node = Node { name: "edge-3".into(), labels: BTreeMap::from([("line".into(), "a".into())]) };
-        let core = Core::new(node, LastGood::read(folder.path()), Box::new(move |_| has_blobs));
+        let core = Core::new(node, LastGoodVersions::read(folder.path()), Box::new(move |_| has_blobs));
         Self { folder, core, now: Instant::now(), serving: BTreeMap::new() }
     }
 

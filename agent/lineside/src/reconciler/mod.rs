@@ -25,38 +25,22 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lineside_api::kinds::StreamManifest;
 use lineside_common::digest::Digest;
-use lineside_ipc::frame::Frame;
-use lineside_models::last_good::LastGood;
+use lineside_models::last_good::LastGoodVersions;
 use lineside_mqtt::command::CommandRequest;
 use lineside_scheduler::{Deployment, SchedulerMetrics};
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use self::core::{Action, Core, LoadOutcome};
 pub use self::load_task::{LoadContext, LoadFailure, LoadFuture, LoadRequest, LoadedVersion, VersionLoader};
-pub use self::publish::{ModelMetrics, StatePublisher};
+pub use self::publish::{ModelMetrics, Published, StatePublisher};
 use crate::desired::{DesiredState, Node};
+use crate::stream_runner::StreamRunner;
 
 /// How often the loop runs when nothing happens: retries become due, and the status is refreshed.
 const TICK: Duration = Duration::from_millis(500);
-
-/// Starts and stops streams. The reconciler's tests have one of their own.
-pub trait StreamRunner: Send {
-    /// Starts a stream whose frames go to a deployment.
-    fn start(&mut self, manifest: StreamManifest, deployment: Arc<Deployment>);
-
-    /// Stops a stream and waits until it has stopped.
-    fn stop(&mut self, name: &str) -> impl Future<Output = ()> + Send;
-
-    /// Stops all streams.
-    fn stop_all(&mut self) -> impl Future<Output = ()> + Send;
-
-    /// A copy of the next frame of a stream; `None` when it does not run.
-    fn next_frame(&self, name: &str) -> Option<oneshot::Receiver<Frame>>;
-}
 
 /// What the reconciler is made of.
 pub struct ReconcilerParts<S> {
@@ -67,7 +51,7 @@ pub struct ReconcilerParts<S> {
     /// Asks the source of the desired state to read it again.
     pub relist: Arc<Notify>,
     /// Versions that served last.
-    pub last_good: LastGood,
+    pub last_good: LastGoodVersions,
     /// Whether the store has a file.
     pub has_blob: Box<dyn Fn(&Digest) -> bool + Send>,
     /// Loads versions.

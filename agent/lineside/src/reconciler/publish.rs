@@ -9,6 +9,8 @@ use lineside_api::state::{ModelState, StreamStates};
 use lineside_api::status::ModelStatus;
 use lineside_common::clock;
 use lineside_common::metrics::Registrar;
+use lineside_common::supervisor::Supervisor;
+use lineside_kube::ClusterState;
 use lineside_models::signing::has_expired;
 use lineside_mqtt::broker_state::BrokerState;
 use lineside_spool::Spool;
@@ -65,8 +67,10 @@ pub struct StatePublisher {
     pub streams: watch::Receiver<StreamStates>,
     /// The state of the broker connection.
     pub broker: watch::Receiver<BrokerState>,
-    /// Whether the cluster is connected; `None` for an agent that follows no cluster.
-    pub cluster: Option<watch::Receiver<bool>>,
+    /// The connection to the cluster; `None` for an agent that follows no cluster.
+    pub cluster: Option<watch::Receiver<ClusterState>>,
+    /// Tasks that failed are reported.
+    pub supervisor: Supervisor,
     /// What was published last.
     pub published: Published,
 }
@@ -88,8 +92,9 @@ impl StatePublisher {
         let around = Surroundings {
             streams: &self.streams.borrow().clone(),
             broker: &self.broker.borrow().clone(),
-            is_cluster_connected: self.cluster.as_ref().map(|cluster| *cluster.borrow()),
+            is_cluster_connected: self.cluster.as_ref().map(|cluster| cluster.borrow().is_connected()),
             spool: &stats,
+            failed_tasks: self.supervisor.recent_failures(),
             now,
         };
         let state = build(snapshot, &around);

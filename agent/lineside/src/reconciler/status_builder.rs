@@ -6,6 +6,7 @@ use lineside_api::condition::{Condition, ConditionType, Reason, add_degraded};
 use lineside_api::state::{ModelState, StreamStates};
 use lineside_api::status::{ITEMS_MAX, ModelStatus, Serving, SpoolStatus, StreamStatus, truncated};
 use lineside_common::clock;
+use lineside_common::supervisor::TaskFailure;
 use lineside_models::signing::has_expired;
 use lineside_mqtt::broker_state::BrokerState;
 use lineside_spool::Stats;
@@ -25,6 +26,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) is_cluster_connected: Option<bool>,
     /// The spool.
     pub(super) spool: &'a Stats,
+    /// Tasks that failed within the last minute and were restarted, with the reason.
+    pub(super) failed_tasks: Vec<TaskFailure>,
     /// Wall-clock time, to compare with the expiry of signatures.
     pub(super) now: SystemTime,
 }
@@ -209,6 +212,7 @@ fn problems(
         );
         problems.push((Reason::SpoolFull, message));
     }
+    problems.extend(around.failed_tasks.iter().map(|failure| (Reason::TaskRestarted, failure.to_string())));
     for model in models.iter().filter(|model| model.state.has_failed()) {
         let is_quarantined = model.state == ModelState::Quarantined;
         let reason = if is_quarantined { Reason::ModelQuarantined } else { Reason::ModelFailed };
@@ -268,6 +272,7 @@ mod tests {
             broker,
             is_cluster_connected: Some(false),
             spool,
+            failed_tasks: Vec::new(),
             now: SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000),
         };
         build(snapshot, &around)

@@ -9,4 +9,4 @@ mod stream;
 
 pub use metrics::StreamMetrics;
 pub use registry::StreamRegistry;
-pub use stream::{RunningStream, StreamContext};
+pub use stream::{RunningStreams, StreamContext};

@@ -4,6 +4,7 @@
 //! camera ──> source task ──mailbox (1 frame)──> client task ──job──> deployment ──outcome──> inspector ──> spool
 //! ```
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use lineside_api::kinds::StreamManifest;
@@ -19,6 +20,7 @@ use super::inspector::Inspector;
 use super::metrics::StreamMetrics;
 use super::registry::StreamRegistry;
 use crate::message_writer::MessageWriter;
+use crate::stream_runner::StreamRunner;
 
 /// What all streams share.
 #[derive(Clone)]
@@ -76,11 +78,6 @@ impl RunningStream {
         Self { name, mailbox, source, client }
     }
 
-    /// A copy of the next frame that the source delivers.
-    pub fn next_frame(&self) -> oneshot::Receiver<Frame> {
-        self.mailbox.next_frame()
-    }
-
     /// Stops the stream. A frame that still waits is dropped; frames in flight are finished.
     pub async fn stop(self) {
         self.source.stop().await;
@@ -94,5 +91,41 @@ async fn until_stopped(work: impl Future<Output = ()>, stop: CancellationToken) 
     tokio::select! {
         () = work => {}
         () = stop.cancelled() => {}
+    }
+}
+
+/// The streams that run on this node.
+pub struct RunningStreams {
+    context: StreamContext,
+    streams: HashMap<String, RunningStream>,
+}
+
+impl RunningStreams {
+    /// No streams.
+    pub fn new(context: StreamContext) -> Self {
+        Self { context, streams: HashMap::new() }
+    }
+}
+
+impl StreamRunner for RunningStreams {
+    fn start(&mut self, manifest: StreamManifest, deployment: Arc<Deployment>) {
+        let name = manifest.name.clone();
+        self.streams.insert(name, RunningStream::start(manifest, deployment, &self.context));
+    }
+
+    async fn stop(&mut self, name: &str) {
+        if let Some(stream) = self.streams.remove(name) {
+            stream.stop().await;
+        }
+    }
+
+    async fn stop_all(&mut self) {
+        for (_, stream) in self.streams.drain() {
+            stream.stop().await;
+        }
+    }
+
+    fn next_frame(&self, name: &str) -> Option<oneshot::Receiver<Frame>> {
+        self.streams.get(name).map(|stream| stream.mailbox.next_frame())
     }
 }

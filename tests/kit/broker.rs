@@ -230,7 +230,7 @@ impl Broker {
             .stdout(Stdio::null())
             .stderr(fs::File::create(&log).expect("the folder is writable"))
             .spawn()
-            .expect("mosquitto is installed; run `make test-tools` once");
+            .expect("setpriv is installed; it is part of util-linux");
         self.process = Some(Process::new(child));
         // A successful connection to the port proves nothing, as another process may have bound it first. Mosquitto's own
         // log shows whether it listens.
@@ -309,7 +309,7 @@ impl Subscriber {
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
-            .expect("mosquitto_sub is installed; run `make test-tools` once");
+            .expect("setpriv is installed; it is part of util-linux");
         let messages = Arc::new(Mutex::new(Vec::new()));
         let granted = Arc::new(Mutex::new(false));
         let lines = BufReader::new(child.stdout.take().expect("stdout is piped"));

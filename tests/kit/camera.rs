@@ -212,7 +212,7 @@ impl FfmpegCamera {
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .expect("ffmpeg is installed; run `make test-tools` once");
+            .expect("setpriv is installed; it is part of util-linux");
         Self { port, _process: Process::new(child) }
     }
 

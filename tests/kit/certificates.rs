@@ -158,11 +158,7 @@ impl Certificates {
             .current_dir(self.folder.path())
             .output()
             .expect("setpriv is installed; it is part of util-linux");
-        assert!(
-            output.status.success(),
-            "{program} {arguments:?} {more:?} fails; is it installed? run `make test-tools` once: {}",
-            output_text(&output)
-        );
+        assert!(output.status.success(), "{program} {arguments:?} {more:?} fails: {}", output_text(&output));
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 }

@@ -11,7 +11,16 @@ use std::process::{Child, Command, Output, Stdio};
 
 /// A command for a program that the kernel kills when the starting thread ends. `setpriv` (util-linux) sets the
 /// parent-death signal and replaces itself with the program, so the process id is that of the program.
+///
+/// # Panics
+/// If the program is not installed.
 pub fn command(program: impl AsRef<OsStr>) -> Command {
+    let program = program.as_ref();
+    // `setpriv` starts even if the program does not exist, so a missing tool would only show as a timeout.
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    // Joining an absolute path gives that path.
+    let exists = std::env::split_paths(&folders).any(|folder| folder.join(program).is_file());
+    assert!(exists, "{} is not installed; run `make test-tools` once", program.display());
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command
@@ -63,7 +72,7 @@ pub fn run_with_input(program: &str, arguments: &[&str], input: &[u8]) -> Vec<u8
         .expect("setpriv is installed; it is part of util-linux");
     child.stdin.take().expect("stdin is piped").write_all(input).expect("the program reads its input");
     let output = child.wait_with_output().expect("the program ends");
-    assert!(output.status.success(), "{program} {arguments:?} fails; is it installed? run `make test-tools` once");
+    assert!(output.status.success(), "{program} {arguments:?} fails");
     output.stdout
 }
 

@@ -91,7 +91,7 @@ impl TlsFiles {
             openssl.args(["-CA", "ca.pem", "-CAkey", "ca.key"]);
         }
         let done = openssl.stderr(Stdio::null()).status().expect("setpriv is installed; it is part of util-linux");
-        assert!(done.success(), "openssl creates no certificate; is it installed? run `make test-tools` once");
+        assert!(done.success(), "openssl creates no certificate");
     }
 }
 

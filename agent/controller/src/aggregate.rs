@@ -1,7 +1,8 @@
 //! Aggregates the statuses of nodes into those of `EdgeModel`s and `CameraStream`s. All functions are pure.
 //!
-//! A node counts for a model when its labels match the model's selector, whether or not its agent has seen the model yet: a model
-//! that a node has not taken up is not ready there. A node that is silent counts too, and not as ready, since its state is not known.
+//! A node counts for a model when its labels match the model's selector, whether or not its agent has seen the model
+//! yet: a model that a node has not taken up is not ready there. A node that is silent counts too, and not as ready,
+//! since its state is not known.
 
 use std::collections::BTreeMap;
 
@@ -17,8 +18,8 @@ use lineside_api::status::{
 /// The most nodes that a message names.
 const NAMED_MAX: usize = 5;
 
-/// The steps of a version as conditions of an `EdgeModel`. A version has completed a step on a node once it is in this state or a
-/// later one.
+/// The steps of a version as conditions of an `EdgeModel`. A version has completed a step on a node once it is in this
+/// state or a later one.
 const STEPS: [(ConditionType, ModelState); 4] = [
     (ConditionType::Downloaded, ModelState::Verifying),
     (ConditionType::Verified, ModelState::Vetting),
@@ -26,8 +27,8 @@ const STEPS: [(ConditionType, ModelState); 4] = [
     (ConditionType::Loaded, ModelState::Ready),
 ];
 
-/// Removes the conditions that the controller does not write. They belong to other writers, whose changes are no difference to
-/// write.
+/// Removes the conditions that the controller does not write. They belong to other writers, whose changes are no
+/// difference to write.
 pub fn retain_own_conditions(conditions: &mut Vec<Condition>) {
     let summary = [ConditionType::Ready, ConditionType::Progressing, ConditionType::Degraded];
     conditions
@@ -60,8 +61,8 @@ pub struct FleetObject {
 }
 
 impl FleetObject {
-    /// Reads the fields from a manifest. A field that is missing or has another type counts as absent: the API server has validated
-    /// the object.
+    /// Reads the fields from a manifest. A field that is missing or has another type counts as absent: the API server
+    /// has validated the object.
     pub fn new(name: &str, uid: &str, generation: Option<i64>, document: &Value) -> Self {
         let spec = |field: &str| document.pointer(&format!("/spec/{field}"));
         let labels = spec("nodeSelector").and_then(Value::as_object).into_iter().flatten();
@@ -110,7 +111,8 @@ enum ObjectState<'a> {
     Silent,
 }
 
-/// The status of a model on all nodes. `now` is the transition time of the conditions whose status differs from that in `last`.
+/// The status of a model on all nodes. `now` is the transition time of the conditions whose status differs from that in
+/// `last`.
 pub fn model_status(model: &FleetObject, nodes: &[NodeView<'_>], last: &EdgeModelStatus, now: &str) -> EdgeModelStatus {
     let targets = || nodes.iter().filter(|node| model.targets(node));
     let states: Vec<_> = targets().map(|node| (node.name, model_state(model, node))).collect();
@@ -199,7 +201,8 @@ fn stream_state<'a>(stream: &FleetObject, node: &NodeView<'a>) -> ObjectState<'a
     }
 }
 
-/// The counts of nodes, and the conditions `Ready`, `Progressing` and `Degraded`. `ready` is the reason when all nodes are ready.
+/// The counts of nodes, and the conditions `Ready`, `Progressing` and `Degraded`. `ready` is the reason when all nodes
+/// are ready.
 fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (NodeCounts, Vec<Condition>) {
     let count = |is: fn(&ObjectState<'_>) -> bool| {
         u64::try_from(states.iter().filter(|(_, state)| is(state)).count()).unwrap_or(u64::MAX)

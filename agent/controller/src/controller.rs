@@ -30,7 +30,8 @@ const KINDS: [ResourceKind; 3] = [ResourceKind::EdgeModel, ResourceKind::CameraS
 const EVENTS_MAX: usize = 256;
 /// How often the lease is renewed and changes are written.
 const TICK_EVERY: Duration = Duration::from_secs(2);
-/// The time limit of the writes of one tick, so that the lease is renewed in time; the rest is written in the next tick.
+/// The time limit of the writes of one tick, so that the lease is renewed in time; the rest is written in the next
+/// tick.
 const WRITE_MAX: Duration = Duration::from_secs(2);
 /// The most error messages that are remembered as logged.
 const LOGGED_ERRORS_MAX: usize = 64;
@@ -79,8 +80,8 @@ impl Controller {
         }
     }
 
-    /// Runs until stopped, and releases the lease at the end. The reflectors run under `supervisor`: one that panics is restarted
-    /// and counted, and starts with a list, which replaces what it had reported.
+    /// Runs until stopped, and releases the lease at the end. The reflectors run under `supervisor`: one that panics is
+    /// restarted and counted, and starts with a list, which replaces what it had reported.
     pub async fn run(mut self, supervisor: &Supervisor, stop: CancellationToken) {
         let rewatch = Arc::new(Notify::new());
         let (sender, mut events) = mpsc::channel(EVENTS_MAX);
@@ -263,8 +264,9 @@ impl Controller {
         Ok(())
     }
 
-    /// Writes a status. `false` when it was not written and the writes of other objects can continue: the object no longer exists, as
-    /// the watch will report, or the API server refuses the status, which is logged and retried in the next tick.
+    /// Writes a status. `false` when it was not written and the writes of other objects can continue: the object no
+    /// longer exists, as the watch will report, or the API server refuses the status, which is logged and retried in
+    /// the next tick.
     async fn write(&mut self, kind: ResourceKind, name: &str, status: &impl Serialize) -> Result<bool, ClusterError> {
         let Err(error) = self.cluster.apply_status(kind, name, status).await else {
             self.metrics.status_writes.inc();
@@ -281,7 +283,8 @@ impl Controller {
         }
     }
 
-    /// Marks silent nodes with `Ready=Unknown`, since their state cannot be determined. An agent's next status overwrites the mark.
+    /// Marks silent nodes with `Ready=Unknown`, since their state cannot be determined. An agent's next status
+    /// overwrites the mark.
     async fn mark_unreachable(&mut self, end: Instant) -> Result<(), ClusterError> {
         for name in self.nodes.unmarked(Instant::now()) {
             if Instant::now() >= end {

@@ -1,9 +1,10 @@
 //! The liveness of nodes: which agents report their status, and which are silent.
 //!
-//! A node is silent when the time since its agent last wrote its status exceeds [`Timeouts::unreachable_after`]. The time is measured
-//! by this process's clock from when it saw the change, never by the node's clock. Only what the agent writes about itself counts as
-//! a sign of life, not what a controller wrote into the same object. Time in which this controller did not watch the nodes does not
-//! count. A node that a controller has marked as silent stays so until its agent overwrites the mark.
+//! A node is silent when the time since its agent last wrote its status exceeds [`Timeouts::unreachable_after`]. The
+//! time is measured by this process's clock from when it saw the change, never by the node's clock. Only what the agent
+//! writes about itself counts as a sign of life, not what a controller wrote into the same object. Time in which this
+//! controller did not watch the nodes does not count. A node that a controller has marked as silent stays so until its
+//! agent overwrites the mark.
 //!
 //! All functions take the time as an argument.
 
@@ -137,8 +138,8 @@ impl NodeLiveness {
         }
     }
 
-    /// The nodes that have been silent for long enough to be removed and were not checked recently. A node that never was one of this
-    /// cluster, which is one without a node uid, is not among them.
+    /// The nodes that have been silent for long enough to be removed and were not checked recently. A node that never
+    /// was one of this cluster, which is one without a node uid, is not among them.
     pub(crate) fn removal_candidates(&self, now: Instant) -> Vec<RemovalCandidate> {
         let is_due = |since: Instant| now.saturating_duration_since(since) >= self.timeouts.remove_after;
         let due = self.nodes.iter().filter(|(_, node)| is_due(node.last_report) && node.checked.is_none_or(is_due));

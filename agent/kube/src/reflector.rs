@@ -1,4 +1,5 @@
-//! The reflector: lists all objects of one kind, then watches them from the resource version of the list, until stopped.
+//! The reflector: lists all objects of one kind, then watches them from the resource version of the list, until
+//! stopped.
 //!
 //! ```text
 //!        ┌── no resource version, or the last list is 10 min old ───────┐
@@ -9,19 +10,20 @@
 //! ```
 //!
 //! A list is expensive for the API server and a watch is cheap. The invariant is therefore: **at most one list in
-//! [`LIST_EVERY_MIN`], whatever the server answers.** A watch that broke continues from the resource version that it had reached.
-//! After [`FAILED_WATCHES_MAX`] watches in a row that broke before anything came, a list is made, since the resource version may be
-//! the cause. A list that fails discards nothing: if there is a resource version, the watch continues from it.
+//! [`LIST_EVERY_MIN`], whatever the server answers.** A watch that broke continues from the resource version that it
+//! had reached. After [`FAILED_WATCHES_MAX`] watches in a row that broke before anything came, a list is made, since
+//! the resource version may be the cause. A list that fails discards nothing: if there is a resource version, the watch
+//! continues from it.
 //!
 //! # Why not `kube::runtime::watcher`
 //! Its state machine (version 5.0) does not keep this invariant, and a caller cannot add it from outside:
-//! - It reopens a watch that the server ended without an error within the same poll. A server or proxy that ends every watch at once
-//!   is called in a loop without a pause; there is no event between two calls that a backoff could delay.
-//! - A 410 leads to a list at once. Its backoff of 0.8 s to 30 s starts over after two minutes without an error, and does not bound
-//!   the rate of lists: a server that expires every watch costs the list of every node in the fleet again and again.
+//! - It reopens a watch that the server ended without an error within the same poll. A server or proxy that ends every
+//!   watch at once is called in a loop without a pause; there is no event between two calls that a backoff could delay.
+//! - A 410 leads to a list as soon as the caller's backoff allows: 0.8 s to 30 s by default, starting over after two
+//!   minutes without an error. A server that expires every watch costs a full list for every node of the fleet each time.
 //! - An HTTP 410 in answer to the watch request itself, unlike one inside the stream, leads to no list.
-//! - It keeps one client. Here the connection, its credentials and its context are replaced between calls, and another context
-//!   invalidates the resource version.
+//! - It keeps one client. Here the connection, its credentials and its context are replaced between calls, and another
+//!   context invalidates the resource version.
 //! - It never lists again while the watch seems healthy. Here a list every [`LIST_EVERY`] repairs what a watch lost.
 
 use std::sync::Arc;
@@ -100,8 +102,9 @@ impl ListWatch for ClusterClient {
     }
 }
 
-/// Lists and watches a kind until the receiver of `events` is dropped. A notification of `rewatch` ends the current watch and opens
-/// a new one from the same resource version: for when the connection was replaced, or may be dead without an error.
+/// Lists and watches a kind until the receiver of `events` is dropped. A notification of `rewatch` ends the current
+/// watch and opens a new one from the same resource version: for when the connection was replaced, or may be dead
+/// without an error.
 pub async fn reflect(
     client: Arc<impl ListWatch>,
     kind: ResourceKind,
@@ -169,7 +172,8 @@ impl<C: ListWatch> Reflector<C> {
                 self.backoff.reset();
                 self.failed_watches = 0;
             }
-            // A server that ends every watch at once must not be called in a loop without a pause, even if it delivers something.
+            // A server that ends every watch at once must not be called in a loop without a pause, even if it delivers
+            // something.
             Ok(Progress::Brief) => {
                 self.backoff.reset();
                 self.failed_watches = 0;
@@ -271,8 +275,8 @@ impl<C: ListWatch> Reflector<C> {
         }
     }
 
-    /// Waits for room in the queue, which holds the watch back. An event without a receiver is dropped; the loop of [`reflect`]
-    /// then ends.
+    /// Waits for room in the queue, which holds the watch back. An event without a receiver is dropped; the loop of
+    /// [`reflect`] then ends.
     async fn send(&self, event: WatchEvent) {
         drop(self.events.send(event).await);
     }

@@ -1,8 +1,8 @@
 //! Aggregates the statuses of nodes into those of `EdgeModel`s and `CameraStream`s. All functions are pure.
 //!
 //! A node counts for a model when its labels match the model's selector, whether or not its agent has seen the model
-//! yet: a model that a node has not taken up is not ready there. A node that is silent counts too, and not as ready,
-//! since its state is not known.
+//! yet: a model that a node has not taken up is not ready there. A node that is unreachable counts too, and not as
+//! ready, since its state is not known.
 
 use std::collections::BTreeMap;
 
@@ -43,7 +43,7 @@ pub struct NodeView<'a> {
     /// The status that its agent wrote last.
     pub status: &'a NodeStatus,
     /// Whether its agent has not reported for too long.
-    pub is_silent: bool,
+    pub is_unreachable: bool,
 }
 
 /// An `EdgeModel` or `CameraStream`, as far as the aggregation needs it.
@@ -107,8 +107,8 @@ enum ObjectState<'a> {
     Pending,
     /// With the reason that the node reports.
     Failed(&'a str),
-    /// The node is silent.
-    Silent,
+    /// The node is unreachable.
+    Unreachable,
 }
 
 /// The status of a model on all nodes. `now` is the transition time of the conditions whose status differs from that in
@@ -124,8 +124,8 @@ pub fn model_status(model: &FleetObject, nodes: &[NodeView<'_>], last: &EdgeMode
 }
 
 fn model_state<'a>(model: &FleetObject, node: &NodeView<'a>) -> ObjectState<'a> {
-    if node.is_silent {
-        return ObjectState::Silent;
+    if node.is_unreachable {
+        return ObjectState::Unreachable;
     }
     match model.model_report(node) {
         Some(report) if report.state == ModelState::Ready && Some(report.version) == model.version => {
@@ -191,8 +191,8 @@ pub fn stream_status(
 }
 
 fn stream_state<'a>(stream: &FleetObject, node: &NodeView<'a>) -> ObjectState<'a> {
-    if node.is_silent {
-        return ObjectState::Silent;
+    if node.is_unreachable {
+        return ObjectState::Unreachable;
     }
     match stream.stream_report(node) {
         Some(report) if report.up => ObjectState::Ready,
@@ -214,9 +214,9 @@ fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (
         failed: count(|state| matches!(state, ObjectState::Failed(_))),
     };
     let pending = count(|state| matches!(state, ObjectState::Pending));
-    let silent = count(|state| matches!(state, ObjectState::Silent));
+    let unreachable = count(|state| matches!(state, ObjectState::Unreachable));
     let failed_names = names(states, |state| matches!(state, ObjectState::Failed(_)));
-    let silent_names = names(states, |state| matches!(state, ObjectState::Silent));
+    let unreachable_names = names(states, |state| matches!(state, ObjectState::Unreachable));
     let pending_message = format!("{pending} of {} nodes are not ready yet", counts.desired);
 
     let is_ready = counts.desired > 0 && counts.ready == counts.desired;
@@ -226,8 +226,8 @@ fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (
         (Reason::NoNodes, "no reporting node has the labels of the selector".to_owned())
     } else if counts.failed > 0 {
         (Reason::NodesFailed, format!("it failed on {failed_names}"))
-    } else if silent > 0 {
-        (Reason::NodesUnreachable, format!("no agent reports on {silent_names}"))
+    } else if unreachable > 0 {
+        (Reason::NodesUnreachable, format!("no agent reports on {unreachable_names}"))
     } else {
         (Reason::NodesPending, pending_message.clone())
     };
@@ -238,8 +238,8 @@ fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (
     };
     let degraded = if counts.failed > 0 {
         Condition::new(ConditionType::Degraded, true, Reason::NodesFailed, failed_names)
-    } else if silent > 0 {
-        Condition::new(ConditionType::Degraded, true, Reason::NodesUnreachable, silent_names)
+    } else if unreachable > 0 {
+        Condition::new(ConditionType::Degraded, true, Reason::NodesUnreachable, unreachable_names)
     } else {
         Condition::new(ConditionType::Degraded, false, Reason::AsExpected, "")
     };
@@ -296,8 +296,8 @@ mod tests {
         status
     }
 
-    fn view<'a>(name: &'a str, status: &'a NodeStatus, is_silent: bool) -> NodeView<'a> {
-        NodeView { name, status, is_silent }
+    fn view<'a>(name: &'a str, status: &'a NodeStatus, is_unreachable: bool) -> NodeView<'a> {
+        NodeView { name, status, is_unreachable }
     }
 
     fn object() -> FleetObject {
@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_node_is_not_ready_and_the_message_names_it() {
+    fn an_unreachable_node_is_not_ready_and_the_message_names_it() {
         let good = node("a", ModelState::Ready, 3, 4);
         let status = model_status(&object(), &[view("n1", &good, true)], &EdgeModelStatus::default(), "t1");
         assert_eq!(

@@ -2,7 +2,7 @@
 //! nodes whose agents do not report, and deletes the `EdgeNode`s of nodes that the cluster no longer has.
 //!
 //! Several controllers run and one leads. The followers watch everything too, so that a new leader knows at once since
-//! when each node has been silent. Only differences are written, so a change of leader by itself writes nothing.
+//! when each agent has not reported. Only differences are written, so a change of leader by itself writes nothing.
 
 pub mod aggregate;
 mod controller;

@@ -54,8 +54,8 @@ impl Lease {
     }
 
     /// When this process stops leading unless it renews; now when it does not lead.
-    pub fn leads_until(&self) -> tokio::time::Instant {
-        self.renewed.map_or_else(Instant::now, |renewed| renewed + RENEW_DEADLINE).into()
+    pub fn leads_until(&self) -> Instant {
+        self.renewed.map_or_else(Instant::now, |renewed| renewed + RENEW_DEADLINE)
     }
 
     /// Acquires or renews the lease, if it is this process's, has no holder, or has expired. Call it every two seconds.

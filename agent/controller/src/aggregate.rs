@@ -1,7 +1,8 @@
 //! Aggregates the statuses of nodes into those of `EdgeModel`s and `CameraStream`s. All functions are pure.
 //!
-//! A node counts for a model when its labels match the model's selector, whether or not its agent has seen the model yet: a model
-//! that a node has not taken up is not ready there. A node that is silent counts too, and not as ready, since its state is not known.
+//! A node counts for a model when its labels match the model's selector, whether or not its agent has seen the model
+//! yet: a model that a node has not taken up is not ready there. A node that is unreachable counts too, and not as
+//! ready, since its state is not known.
 
 use std::collections::BTreeMap;
 
@@ -17,8 +18,8 @@ use lineside_api::status::{
 /// The most nodes that a message names.
 const NAMED_MAX: usize = 5;
 
-/// The steps of a version as conditions of an `EdgeModel`. A version has completed a step on a node once it is in this state or a
-/// later one.
+/// The steps of a version as conditions of an `EdgeModel`. A version has completed a step on a node once it is in this
+/// state or a later one.
 const STEPS: [(ConditionType, ModelState); 4] = [
     (ConditionType::Downloaded, ModelState::Verifying),
     (ConditionType::Verified, ModelState::Vetting),
@@ -26,8 +27,8 @@ const STEPS: [(ConditionType, ModelState); 4] = [
     (ConditionType::Loaded, ModelState::Ready),
 ];
 
-/// Removes the conditions that the controller does not write. They belong to other writers, whose changes are no difference to
-/// write.
+/// Removes the conditions that the controller does not write. They belong to other writers, whose changes are no
+/// difference to write.
 pub fn retain_own_conditions(conditions: &mut Vec<Condition>) {
     let summary = [ConditionType::Ready, ConditionType::Progressing, ConditionType::Degraded];
     conditions
@@ -42,7 +43,7 @@ pub struct NodeView<'a> {
     /// The status that its agent wrote last.
     pub status: &'a NodeStatus,
     /// Whether its agent has not reported for too long.
-    pub is_silent: bool,
+    pub is_unreachable: bool,
 }
 
 /// An `EdgeModel` or `CameraStream`, as far as the aggregation needs it.
@@ -60,8 +61,8 @@ pub struct FleetObject {
 }
 
 impl FleetObject {
-    /// Reads the fields from a manifest. A field that is missing or has another type counts as absent: the API server has validated
-    /// the object.
+    /// Reads the fields from a manifest. A field that is missing or has another type counts as absent: the API server
+    /// has validated the object.
     pub fn new(name: &str, uid: &str, generation: Option<i64>, document: &Value) -> Self {
         let spec = |field: &str| document.pointer(&format!("/spec/{field}"));
         let labels = spec("nodeSelector").and_then(Value::as_object).into_iter().flatten();
@@ -106,11 +107,12 @@ enum ObjectState<'a> {
     Pending,
     /// With the reason that the node reports.
     Failed(&'a str),
-    /// The node is silent.
-    Silent,
+    /// The node is unreachable.
+    Unreachable,
 }
 
-/// The status of a model on all nodes. `now` is the transition time of the conditions whose status differs from that in `last`.
+/// The status of a model on all nodes. `now` is the transition time of the conditions whose status differs from that in
+/// `last`.
 pub fn model_status(model: &FleetObject, nodes: &[NodeView<'_>], last: &EdgeModelStatus, now: &str) -> EdgeModelStatus {
     let targets = || nodes.iter().filter(|node| model.targets(node));
     let states: Vec<_> = targets().map(|node| (node.name, model_state(model, node))).collect();
@@ -122,8 +124,8 @@ pub fn model_status(model: &FleetObject, nodes: &[NodeView<'_>], last: &EdgeMode
 }
 
 fn model_state<'a>(model: &FleetObject, node: &NodeView<'a>) -> ObjectState<'a> {
-    if node.is_silent {
-        return ObjectState::Silent;
+    if node.is_unreachable {
+        return ObjectState::Unreachable;
     }
     match model.model_report(node) {
         Some(report) if report.state == ModelState::Ready && Some(report.version) == model.version => {
@@ -189,8 +191,8 @@ pub fn stream_status(
 }
 
 fn stream_state<'a>(stream: &FleetObject, node: &NodeView<'a>) -> ObjectState<'a> {
-    if node.is_silent {
-        return ObjectState::Silent;
+    if node.is_unreachable {
+        return ObjectState::Unreachable;
     }
     match stream.stream_report(node) {
         Some(report) if report.up => ObjectState::Ready,
@@ -199,7 +201,8 @@ fn stream_state<'a>(stream: &FleetObject, node: &NodeView<'a>) -> ObjectState<'a
     }
 }
 
-/// The counts of nodes, and the conditions `Ready`, `Progressing` and `Degraded`. `ready` is the reason when all nodes are ready.
+/// The counts of nodes, and the conditions `Ready`, `Progressing` and `Degraded`. `ready` is the reason when all nodes
+/// are ready.
 fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (NodeCounts, Vec<Condition>) {
     let count = |is: fn(&ObjectState<'_>) -> bool| {
         u64::try_from(states.iter().filter(|(_, state)| is(state)).count()).unwrap_or(u64::MAX)
@@ -211,9 +214,9 @@ fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (
         failed: count(|state| matches!(state, ObjectState::Failed(_))),
     };
     let pending = count(|state| matches!(state, ObjectState::Pending));
-    let silent = count(|state| matches!(state, ObjectState::Silent));
+    let unreachable = count(|state| matches!(state, ObjectState::Unreachable));
     let failed_names = names(states, |state| matches!(state, ObjectState::Failed(_)));
-    let silent_names = names(states, |state| matches!(state, ObjectState::Silent));
+    let unreachable_names = names(states, |state| matches!(state, ObjectState::Unreachable));
     let pending_message = format!("{pending} of {} nodes are not ready yet", counts.desired);
 
     let is_ready = counts.desired > 0 && counts.ready == counts.desired;
@@ -223,8 +226,8 @@ fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (
         (Reason::NoNodes, "no reporting node has the labels of the selector".to_owned())
     } else if counts.failed > 0 {
         (Reason::NodesFailed, format!("it failed on {failed_names}"))
-    } else if silent > 0 {
-        (Reason::NodesUnreachable, format!("no agent reports on {silent_names}"))
+    } else if unreachable > 0 {
+        (Reason::NodesUnreachable, format!("no agent reports on {unreachable_names}"))
     } else {
         (Reason::NodesPending, pending_message.clone())
     };
@@ -235,8 +238,8 @@ fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (
     };
     let degraded = if counts.failed > 0 {
         Condition::new(ConditionType::Degraded, true, Reason::NodesFailed, failed_names)
-    } else if silent > 0 {
-        Condition::new(ConditionType::Degraded, true, Reason::NodesUnreachable, silent_names)
+    } else if unreachable > 0 {
+        Condition::new(ConditionType::Degraded, true, Reason::NodesUnreachable, unreachable_names)
     } else {
         Condition::new(ConditionType::Degraded, false, Reason::AsExpected, "")
     };
@@ -293,8 +296,8 @@ mod tests {
         status
     }
 
-    fn view<'a>(name: &'a str, status: &'a NodeStatus, is_silent: bool) -> NodeView<'a> {
-        NodeView { name, status, is_silent }
+    fn view<'a>(name: &'a str, status: &'a NodeStatus, is_unreachable: bool) -> NodeView<'a> {
+        NodeView { name, status, is_unreachable }
     }
 
     fn object() -> FleetObject {
@@ -373,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_node_is_not_ready_and_the_message_names_it() {
+    fn an_unreachable_node_is_not_ready_and_the_message_names_it() {
         let good = node("a", ModelState::Ready, 3, 4);
         let status = model_status(&object(), &[view("n1", &good, true)], &EdgeModelStatus::default(), "t1");
         assert_eq!(

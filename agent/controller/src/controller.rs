@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::aggregate::{self, FleetObject};
@@ -30,7 +30,8 @@ const KINDS: [ResourceKind; 3] = [ResourceKind::EdgeModel, ResourceKind::CameraS
 const EVENTS_MAX: usize = 256;
 /// How often the lease is renewed and changes are written.
 const TICK_EVERY: Duration = Duration::from_secs(2);
-/// The time limit of the writes of one tick, so that the lease is renewed in time; the rest is written in the next tick.
+/// The time limit of the writes of one tick, so that the lease is renewed in time; the rest is written in the next
+/// tick.
 const WRITE_MAX: Duration = Duration::from_secs(2);
 /// The most error messages that are remembered as logged.
 const LOGGED_ERRORS_MAX: usize = 64;
@@ -79,8 +80,8 @@ impl Controller {
         }
     }
 
-    /// Runs until stopped, and releases the lease at the end. The reflectors run under `supervisor`: one that panics is restarted
-    /// and counted, and starts with a list, which replaces what it had reported.
+    /// Runs until stopped, and releases the lease at the end. The reflectors run under `supervisor`: one that panics is
+    /// restarted and counted, and starts with a list, which replaces what it had reported.
     pub async fn run(mut self, supervisor: &Supervisor, stop: CancellationToken) {
         let rewatch = Arc::new(Notify::new());
         let (sender, mut events) = mpsc::channel(EVENTS_MAX);
@@ -211,7 +212,7 @@ impl Controller {
             tracing::info!(event = "leadership_changed", is_leader, "Leadership changed");
             self.was_leader = is_leader;
         }
-        self.heartbeat.beat(self.is_synced(), std::time::Instant::now());
+        self.heartbeat.beat(self.is_synced(), Instant::now());
         self.publish_metrics(is_leader);
         if !is_leader || !self.is_synced() {
             return;
@@ -227,11 +228,11 @@ impl Controller {
     }
 
     fn publish_metrics(&self, is_leader: bool) {
-        let (reporting, silent) = self.nodes.counts(Instant::now());
+        let (reporting, unreachable) = self.nodes.counts(Instant::now());
         let gauge = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         self.metrics.leader.set(i64::from(is_leader));
         self.metrics.reporting_nodes.set(gauge(reporting));
-        self.metrics.silent_nodes.set(gauge(silent));
+        self.metrics.unreachable_nodes.set(gauge(unreachable));
     }
 
     /// Writes the statuses of models and streams that differ from what the nodes report.
@@ -263,8 +264,9 @@ impl Controller {
         Ok(())
     }
 
-    /// Writes a status. `false` when it was not written and the writes of other objects can continue: the object no longer exists, as
-    /// the watch will report, or the API server refuses the status, which is logged and retried in the next tick.
+    /// Writes a status. `false` when it was not written and the writes of other objects can continue: the object no
+    /// longer exists, as the watch will report, or the API server refuses the status, which is logged and retried in
+    /// the next tick.
     async fn write(&mut self, kind: ResourceKind, name: &str, status: &impl Serialize) -> Result<bool, ClusterError> {
         let Err(error) = self.cluster.apply_status(kind, name, status).await else {
             self.metrics.status_writes.inc();
@@ -281,7 +283,8 @@ impl Controller {
         }
     }
 
-    /// Marks silent nodes with `Ready=Unknown`, since their state cannot be determined. An agent's next status overwrites the mark.
+    /// Marks unreachable nodes with `Ready=Unknown`, since their state cannot be determined. An agent's next status
+    /// overwrites the mark.
     async fn mark_unreachable(&mut self, end: Instant) -> Result<(), ClusterError> {
         for name in self.nodes.unmarked(Instant::now()) {
             if Instant::now() >= end {
@@ -311,7 +314,7 @@ impl Controller {
         Ok(())
     }
 
-    /// Deletes the `EdgeNode`s of silent nodes that the cluster no longer has.
+    /// Deletes the `EdgeNode`s of unreachable nodes that the cluster no longer has.
     async fn remove_deleted(&mut self, end: Instant) -> Result<(), ClusterError> {
         for candidate in self.nodes.removal_candidates(Instant::now()) {
             if Instant::now() >= end {
@@ -371,7 +374,7 @@ mod tests {
             Arc::new(ClusterClient::new(config, "test", "test").await.unwrap()),
             "test",
             timeouts,
-            Arc::new(Heartbeat::new(std::time::Instant::now())),
+            Arc::new(Heartbeat::new(Instant::now())),
             ControllerMetrics::register(&Registrar::default()).unwrap(),
         )
     }
@@ -444,7 +447,7 @@ mod tests {
         while restarts.with_label_values(&["reflector-EdgeNode"]).get() == 0 {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        assert_eq!(supervisor.failure(), None, "the process goes on");
+        assert_eq!(supervisor.failure(), None, "the process does not end");
         stop.cancel();
         running.await.unwrap();
     }

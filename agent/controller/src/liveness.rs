@@ -1,16 +1,15 @@
-//! The liveness of nodes: which agents report their status, and which are silent.
+//! The liveness of nodes: which agents report their status, and which are unreachable.
 //!
-//! A node is silent when the time since its agent last wrote its status exceeds [`Timeouts::unreachable_after`]. The time is measured
-//! by this process's clock from when it saw the change, never by the node's clock. Only what the agent writes about itself counts as
-//! a sign of life, not what a controller wrote into the same object. Time in which this controller did not watch the nodes does not
-//! count. A node that a controller has marked as silent stays so until its agent overwrites the mark.
+//! A node is unreachable when the time since its agent last wrote its status exceeds [`Timeouts::unreachable_after`].
+//! The time is measured by this process's clock from when it saw the change, never by the node's clock. Only what the
+//! agent writes about itself counts as a sign of life, not what a controller wrote into the same object. Time in which
+//! this controller did not watch the nodes does not count. A node that a controller has marked as unreachable stays so
+//! until its agent overwrites the mark.
 //!
 //! All functions take the time as an argument.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
-
-use tokio::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::aggregate::NodeView;
 use lineside_api::condition::{Condition, ConditionStatus, ConditionType};
@@ -38,7 +37,7 @@ pub(crate) struct ObservedNode {
 }
 
 impl ObservedNode {
-    /// Whether a controller has marked the node as silent, and its agent has not overwritten the mark.
+    /// Whether a controller has marked the node as unreachable, and its agent has not overwritten the mark.
     fn is_marked(&self) -> bool {
         let is_mark = |condition: &Condition| {
             condition.kind == ConditionType::Ready && condition.status == ConditionStatus::Unknown
@@ -75,7 +74,7 @@ impl NodeLiveness {
         self.watching_since.get_or_insert(now);
     }
 
-    /// The watch of the nodes is interrupted: no node is silent on the ground of time that has passed so far.
+    /// The watch of the nodes is interrupted: no node is unreachable on the ground of time that has passed so far.
     pub(crate) fn watch_interrupted(&mut self) {
         self.watching_since = None;
     }
@@ -99,29 +98,29 @@ impl NodeLiveness {
         self.nodes.insert(name, ObservedNode { uid, status, last_report, checked });
     }
 
-    pub(crate) fn is_silent(&self, node: &ObservedNode, now: Instant) -> bool {
+    pub(crate) fn is_unreachable(&self, node: &ObservedNode, now: Instant) -> bool {
         let watched = self.watching_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         let silence = now.saturating_duration_since(node.last_report);
         node.is_marked() || silence.min(watched) >= self.timeouts.unreachable_after
     }
 
-    /// The numbers of reporting and of silent nodes.
+    /// The numbers of reporting and of unreachable nodes.
     pub(crate) fn counts(&self, now: Instant) -> (usize, usize) {
-        let silent = self.nodes.values().filter(|node| self.is_silent(node, now)).count();
-        (self.nodes.len() - silent, silent)
+        let unreachable = self.nodes.values().filter(|node| self.is_unreachable(node, now)).count();
+        (self.nodes.len() - unreachable, unreachable)
     }
 
     /// All nodes, as the aggregation takes them.
     pub(crate) fn views(&self, now: Instant) -> Vec<NodeView<'_>> {
         self.nodes
             .iter()
-            .map(|(name, node)| NodeView { name, status: &node.status, is_silent: self.is_silent(node, now) })
+            .map(|(name, node)| NodeView { name, status: &node.status, is_unreachable: self.is_unreachable(node, now) })
             .collect()
     }
 
-    /// The names of the nodes that are silent and not marked so.
+    /// The names of the nodes that are unreachable and not marked so.
     pub(crate) fn unmarked(&self, now: Instant) -> Vec<String> {
-        let unmarked = self.nodes.iter().filter(|(_, node)| self.is_silent(node, now) && !node.is_marked());
+        let unmarked = self.nodes.iter().filter(|(_, node)| self.is_unreachable(node, now) && !node.is_marked());
         unmarked.map(|(name, _)| name.clone()).collect()
     }
 
@@ -137,8 +136,8 @@ impl NodeLiveness {
         }
     }
 
-    /// The nodes that have been silent for long enough to be removed and were not checked recently. A node that never was one of this
-    /// cluster, which is one without a node uid, is not among them.
+    /// The nodes that have been unreachable for long enough to be removed and were not checked recently. A node that
+    /// never was one of this cluster, which is one without a node uid, is not among them.
     pub(crate) fn removal_candidates(&self, now: Instant) -> Vec<RemovalCandidate> {
         let is_due = |since: Instant| now.saturating_duration_since(since) >= self.timeouts.remove_after;
         let due = self.nodes.iter().filter(|(_, node)| is_due(node.last_report) && node.checked.is_none_or(is_due));
@@ -175,8 +174,8 @@ mod tests {
         nodes.observe("n".to_owned(), uid.to_owned(), status(heartbeat, ConditionStatus::True), now);
     }
 
-    fn is_silent(nodes: &NodeLiveness, now: Instant) -> bool {
-        nodes.is_silent(&nodes.nodes["n"], now)
+    fn is_unreachable(nodes: &NodeLiveness, now: Instant) -> bool {
+        nodes.is_unreachable(&nodes.nodes["n"], now)
     }
 
     fn nodes() -> NodeLiveness {
@@ -185,21 +184,21 @@ mod tests {
     }
 
     #[test]
-    fn a_node_is_silent_when_it_was_watched_and_did_not_report() {
+    fn a_node_is_unreachable_when_it_was_watched_and_did_not_report() {
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
         let mut nodes = nodes();
         observe(&mut nodes, "u1", "t1", start);
-        assert!(!is_silent(&nodes, after(1000)), "nothing was watched yet");
+        assert!(!is_unreachable(&nodes, after(1000)), "nothing was watched yet");
         nodes.watch_opened(after(1000));
         nodes.watch_opened(after(1100));
-        assert!(!is_silent(&nodes, after(1179)) && is_silent(&nodes, after(1180)));
+        assert!(!is_unreachable(&nodes, after(1179)) && is_unreachable(&nodes, after(1180)));
         assert_eq!((nodes.counts(after(1179)), nodes.counts(after(1180))), ((1, 0), (0, 1)));
         assert_eq!(nodes.unmarked(after(1180)), ["n"]);
         nodes.watch_interrupted();
-        assert!(!is_silent(&nodes, after(2000)), "the silence may be ours");
+        assert!(!is_unreachable(&nodes, after(2000)), "the reports may have been missed");
         nodes.watch_opened(after(2000));
-        assert!(!is_silent(&nodes, after(2179)) && is_silent(&nodes, after(2180)));
+        assert!(!is_unreachable(&nodes, after(2179)) && is_unreachable(&nodes, after(2180)));
     }
 
     #[test]
@@ -210,30 +209,34 @@ mod tests {
         nodes.watch_opened(start);
         observe(&mut nodes, "u1", "t1", start);
         observe(&mut nodes, "u1", "t1", after(170));
-        assert!(is_silent(&nodes, after(180)), "another writer changed the object");
+        assert!(is_unreachable(&nodes, after(180)), "another writer changed the object");
         observe(&mut nodes, "u1", "t2", after(181));
-        assert!(!is_silent(&nodes, after(182)));
+        assert!(!is_unreachable(&nodes, after(182)));
         observe(&mut nodes, "u2", "t2", after(360));
-        assert!(!is_silent(&nodes, after(362)), "another object of this name");
+        assert!(!is_unreachable(&nodes, after(362)), "another object of this name");
     }
 
     #[test]
-    fn a_marked_node_stays_silent_until_its_agent_reports() {
+    fn a_marked_node_stays_unreachable_until_its_agent_reports() {
         let start = Instant::now();
         let mut nodes = nodes();
         nodes.watch_opened(start);
         observe(&mut nodes, "u1", "t1", start);
-        let mark =
-            Condition::new(ConditionType::Ready, ConditionStatus::Unknown, Reason::NodeUnreachable, "silent for 180 s");
+        let mark = Condition::new(
+            ConditionType::Ready,
+            ConditionStatus::Unknown,
+            Reason::NodeUnreachable,
+            "no report for 180 s",
+        );
         nodes.set_ready_condition("n", mark);
-        assert!(is_silent(&nodes, start) && nodes.unmarked(start).is_empty());
+        assert!(is_unreachable(&nodes, start) && nodes.unmarked(start).is_empty());
         assert_eq!(nodes.get("n").unwrap().status.conditions.len(), 1);
         observe(&mut nodes, "u1", "t2", start);
-        assert!(!is_silent(&nodes, start));
+        assert!(!is_unreachable(&nodes, start));
     }
 
     #[test]
-    fn a_silent_node_is_checked_for_removal_once_per_period() {
+    fn an_unreachable_node_is_checked_for_removal_once_per_period() {
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
         let mut nodes = nodes();

@@ -11,7 +11,7 @@ pub struct ControllerMetrics {
     /// Nodes whose agents report.
     pub reporting_nodes: IntGauge,
     /// Nodes whose agents do not report.
-    pub silent_nodes: IntGauge,
+    pub unreachable_nodes: IntGauge,
     /// Statuses written.
     pub status_writes: IntCounter,
     /// Writes and deletions that failed.
@@ -28,7 +28,7 @@ impl ControllerMetrics {
         Ok(Self {
             leader: registrar.gauge("controller_leader", "Whether this controller leads.")?,
             reporting_nodes: nodes.with_label_values(&["reporting"]),
-            silent_nodes: nodes.with_label_values(&["silent"]),
+            unreachable_nodes: nodes.with_label_values(&["silent"]),
             status_writes: registrar.counter("controller_status_writes_total", "Statuses written.")?,
             failures: registrar.counter("controller_failures_total", "Writes and deletions that failed.")?,
         })

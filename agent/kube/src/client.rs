@@ -44,8 +44,9 @@ pub struct ClusterClient {
 }
 
 impl ClusterClient {
-    /// Checks the configuration and creates a client. Nothing is sent yet. `component` is the field manager of server-side apply
-    /// and the source of Events, such as `lineside-agent`; `instance` distinguishes several processes of it.
+    /// Checks the configuration and creates a client. Nothing is sent yet. `component` is the field manager of
+    /// server-side apply and the source of Events, such as `lineside-agent`; `instance` distinguishes several processes
+    /// of it.
     ///
     /// # Errors
     /// When there is no service account, or the kubeconfig cannot be read or lacks one of the contexts.
@@ -76,8 +77,8 @@ impl ClusterClient {
         &self.namespace
     }
 
-    /// The number of context switches so far. A switch invalidates resource versions and cached objects: the other context may
-    /// lead to another API server.
+    /// The number of context switches so far. A switch invalidates resource versions and cached objects: the other
+    /// context may lead to another API server.
     pub fn context_generation(&self) -> u64 {
         self.connection.context_generation()
     }
@@ -92,8 +93,8 @@ impl ClusterClient {
         self.last_response().elapsed()
     }
 
-    /// Replaces the connection, with credentials read again from disk. If the context in use has only failed for a while, the next
-    /// context that can be opened is used. Calls in quick succession have no effect.
+    /// Replaces the connection, with credentials read again from disk. If the context in use has only failed for a
+    /// while, the next context that can be opened is used. Calls in quick succession have no effect.
     pub async fn reconnect(&self) {
         self.connection.reconnect().await;
     }
@@ -155,8 +156,8 @@ impl ClusterClient {
         }
     }
 
-    /// Watches the objects of a kind from a resource version on. The server ends the watch after a minute, which ends the stream
-    /// without an error; a watch that is silent for longer ends with an error.
+    /// Watches the objects of a kind from a resource version on. The server ends the watch after a minute, which ends
+    /// the stream without an error; a watch that is silent for longer ends with an error.
     ///
     /// # Errors
     /// See [`ClusterErrorKind`].
@@ -188,7 +189,8 @@ impl ClusterClient {
         }))
     }
 
-    /// Writes a node's status to the `EdgeNode` of its name, which is created if it does not exist. Returns the object's uid.
+    /// Writes a node's status to the `EdgeNode` of its name, which is created if it does not exist. Returns the
+    /// object's uid.
     ///
     /// # Errors
     /// See [`ClusterErrorKind`].
@@ -204,8 +206,8 @@ impl ClusterClient {
         }
     }
 
-    /// Writes an object's status by server-side apply, and returns the object's uid. Fields that other field managers own stay as
-    /// they are.
+    /// Writes an object's status by server-side apply, and returns the object's uid. Fields that other field managers
+    /// own stay as they are.
     ///
     /// # Errors
     /// See [`ClusterErrorKind`].
@@ -271,7 +273,8 @@ fn manifest(kind: ResourceKind, name: &str) -> Value {
     json!({"apiVersion": crds::api_version(), "kind": kind.name(), "metadata": {"name": name}})
 }
 
-/// Removes empty lists and maps. A list or map that server-side apply empties becomes null, which the schema may reject.
+/// Removes empty lists and maps. A list or map that server-side apply empties becomes null, which the schema may
+/// reject.
 fn remove_empty(value: &mut Value) {
     let is_empty = |value: &Value| {
         value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(serde_json::Map::is_empty)

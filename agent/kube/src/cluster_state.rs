@@ -1,4 +1,5 @@
-//! The state of the connection to the cluster, as a `watch` value with one owner. The gauges are written from it and never read.
+//! The state of the connection to the cluster, as a `watch` value with one owner. The gauges are written from it and
+//! never read.
 
 use std::time::{Duration, Instant};
 
@@ -6,12 +7,12 @@ use tokio::sync::watch;
 
 use crate::metrics::KubeMetrics;
 
-/// The cluster counts as disconnected after this long without an answer. The server ends a watch after 60 s, so a healthy
-/// connection has an answer more often.
+/// The cluster counts as disconnected after this long without an answer. The server ends a watch after 60 s, so a
+/// healthy connection has an answer more often.
 const DISCONNECTED_AFTER: Duration = Duration::from_secs(75);
 
-/// Whether the cluster is connected. `last_response` is when the API server answered last; before the first answer it is when the
-/// client was created.
+/// Whether the cluster is connected. `last_response` is when the API server answered last; before the first answer it
+/// is when the client was created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClusterState {
     /// The API server answers, and every followed kind has been listed completely.

@@ -1,8 +1,9 @@
 //! The connection to the API server through one context of a kubeconfig, or through the pod's service account.
 //!
-//! The connection is opened on first use: a credential plugin that the kubeconfig names may fail or hang while the network is
-//! down, and the agent has to start all the same. A credential plugin runs in a thread of its own, so that it blocks none of the
-//! threads that load models. While it hangs it is not started again until [`HANGS_AFTER`] has passed.
+//! The connection is opened on first use: a credential plugin that the kubeconfig names may fail or hang while the
+//! network is down, and the agent has to start all the same. A credential plugin runs in a thread of its own, so that
+//! it blocks none of the threads that load models. While it hangs it is not started again until [`HANGS_AFTER`] has
+//! passed.
 //!
 //! A context that has only failed for [`SWITCH_CONTEXT_AFTER`] is replaced by the next context that can be opened.
 
@@ -179,7 +180,8 @@ impl Connection {
         }
     }
 
-    /// Opens a connection through a context. The caller holds the state's lock, so that at most one connection is opened at a time.
+    /// Opens a connection through a context. The caller holds the state's lock, so that at most one connection is
+    /// opened at a time.
     async fn open(&self, state: &mut ConnectionState, context: usize) -> Result<ContextClients, ClusterError> {
         if state.pending.get(&context).is_none_or(|pending| pending.since.elapsed() >= HANGS_AFTER) {
             let config = client_config(&self.config, context).await?;

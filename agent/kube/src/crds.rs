@@ -1,8 +1,8 @@
 //! The custom resources `EdgeModel`, `CameraStream` and `EdgeNode`, and their definitions, which `lineside crd` prints.
 //!
-//! The specs and statuses are the types of `lineside-api`; this file adds what only Kubernetes needs: names, printer columns and
-//! validation rules. The types serve the schemas alone: objects are read as dynamic objects and parsed like manifest files, so that
-//! an agent works with a cluster whose definitions are older or newer.
+//! The specs and statuses are the types of `lineside-api`; this file adds what only Kubernetes needs: names, printer
+//! columns and validation rules. The types serve the schemas alone: objects are read as dynamic objects and parsed like
+//! manifest files, so that an agent works with a cluster whose definitions are older or newer.
 
 use kube::{CustomResource, CustomResourceExt as _};
 use schemars::JsonSchema;
@@ -34,7 +34,7 @@ pub(crate) fn api_version() -> String {
     shortname = "em",
     category = "lineside",
     validation = Rule::new("self.metadata.name.matches('^[a-z0-9]([a-z0-9-]{0,62})$')")
-        .message("a name consists of at most 63 characters a-z, 0-9 and -, and starts with a letter or digit"),
+        .message("a name consists of at most 63 of a-z, 0-9 and -, and starts with a letter or digit"),
     printcolumn = r#"{"name":"Version","type":"integer","jsonPath":".spec.version","description":"The desired version."}"#,
     printcolumn = r#"{"name":"Ready","type":"integer","jsonPath":".status.nodes.ready","description":"Nodes where the desired version is ready."}"#,
     printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.nodes.desired","description":"Nodes that the selector matches."}"#,
@@ -57,7 +57,7 @@ pub(crate) struct EdgeModelSpec(pub RawModelSpec);
     shortname = "cam",
     category = "lineside",
     validation = Rule::new("self.metadata.name.matches('^[a-z0-9]([a-z0-9-]{0,62})$')")
-        .message("a name consists of at most 63 characters a-z, 0-9 and -, and starts with a letter or digit"),
+        .message("a name consists of at most 63 of a-z, 0-9 and -, and starts with a letter or digit"),
     printcolumn = r#"{"name":"Model","type":"string","jsonPath":".spec.model","description":"The model that processes the frames."}"#,
     printcolumn = r#"{"name":"Ready","type":"integer","jsonPath":".status.nodes.ready","description":"Nodes where the camera delivers frames."}"#,
     printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.nodes.desired","description":"Nodes that run the stream."}"#,
@@ -109,9 +109,10 @@ pub fn definitions() -> Result<Vec<Value>, serde_json::Error> {
         .collect()
 }
 
-/// Makes a schema one that Kubernetes accepts without warnings. Formats that OpenAPI does not define are removed, and so are the
-/// defaults that come from Rust types: null, empty lists and empty objects. Only a plain value that a spec names is a default of
-/// the kind. A status has no defaults at all (see [`remove_defaults`]): a field that no writer set stays absent.
+/// Makes a schema one that Kubernetes accepts without warnings. Formats that OpenAPI does not define are removed, and
+/// so are the defaults that come from Rust types: null, empty lists and empty objects. Only a plain value that a spec
+/// names is a default of the kind. A status has no defaults at all (see [`remove_defaults`]): a field that no writer
+/// set stays absent.
 fn normalize(schema: &mut Value) {
     let Value::Object(entries) = schema else {
         if let Value::Array(items) = schema {

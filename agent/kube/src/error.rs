@@ -23,8 +23,8 @@ pub enum ClusterErrorKind {
     NotFound,
     /// The object changed since it was read: read it again.
     Conflict,
-    /// The request is not allowed or not valid, or the credentials are not usable: retrying does not help until somebody changes
-    /// the configuration.
+    /// The request is not allowed or not valid, or the credentials are not usable: retrying does not help until
+    /// somebody changes the configuration.
     Refused,
     /// The API server is overloaded or failed internally: retry, and not before this time has passed.
     Busy(Duration),

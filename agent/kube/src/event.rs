@@ -57,8 +57,8 @@ impl ClusterEvent {
 
 /// The last note of each object and reason.
 ///
-/// A recorder of `kube` recognises a repeated Event by its object and reason alone, and keeps the first note. An Event with another
-/// note has to be published with a new recorder, which has no memory.
+/// A recorder of `kube` recognises a repeated Event by its object and reason alone, and keeps the first note. An Event
+/// with another note has to be published with a new recorder, which has no memory.
 #[derive(Default)]
 pub(crate) struct LastNotes(Mutex<HashMap<(ResourceKind, String, Reason), String>>);
 

@@ -1,9 +1,9 @@
 //! Leader election among several controllers, with a `Lease` object.
 //!
-//! A lease names its holder and how long the holder may go without a renewal. The clocks of different machines are never compared:
-//! a lease has expired when *this* process has seen it unchanged for its whole duration by its own clock, as in client-go's
-//! `leaderelection`. A leader that could not renew for a shorter time stops leading by itself, before another controller may take
-//! the lease.
+//! A lease names its holder and how long the holder may go without a renewal. The clocks of different machines are
+//! never compared: a lease has expired when *this* process has seen it unchanged for its whole duration by its own
+//! clock, as in client-go's `leaderelection`. A leader that could not renew for a shorter time stops leading by itself,
+//! before another controller may take the lease.
 
 use std::time::{Duration, Instant};
 
@@ -19,8 +19,8 @@ use crate::error::{ClusterError, ClusterErrorKind};
 
 /// How long a holder may go without a renewal.
 const LEASE_DURATION: Duration = Duration::from_secs(15);
-/// A leader that could not renew for this long starts no more writes. A write in progress is cut off by [`CALL_TIMEOUT`], before
-/// the lease expires.
+/// A leader that could not renew for this long starts no more writes. A write in progress is cut off by
+/// [`CALL_TIMEOUT`], before the lease expires.
 const RENEW_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The outcome of an attempt to acquire or renew the lease.
@@ -54,8 +54,8 @@ impl Lease {
     }
 
     /// When this process stops leading unless it renews; now when it does not lead.
-    pub fn leads_until(&self) -> tokio::time::Instant {
-        self.renewed.map_or_else(Instant::now, |renewed| renewed + RENEW_DEADLINE).into()
+    pub fn leads_until(&self) -> Instant {
+        self.renewed.map_or_else(Instant::now, |renewed| renewed + RENEW_DEADLINE)
     }
 
     /// Acquires or renews the lease, if it is this process's, has no holder, or has expired. Call it every two seconds.

@@ -1,18 +1,19 @@
 //! The Kubernetes API as the agent and the controller use it. This crate is the only one that depends on `kube`.
 //!
-//! - [`ClusterClient`] calls the API server. Every call has a timeout. It does not retry; the caller decides when to, and can
-//!   replace the connection first with [`ClusterClient::reconnect`], since a TCP connection through a network that was down can
-//!   stay silent for a long time after the network is back.
+//! - [`ClusterClient`] calls the API server. Every call has a timeout. It does not retry; the caller decides when to,
+//!   and can replace the connection first with [`ClusterClient::reconnect`], since a TCP connection through a network
+//!   that was down can stay silent for a long time after the network is back.
 //! - [`reflector`] lists and watches the objects of one kind.
 //! - [`status_writer`] writes the node's status and publishes the Events that [`status_events`] computes.
 //! - [`Lease`] elects one of several controllers as leader.
 //! - [`definitions`] are the custom resource definitions.
 //!
-//! Objects are read as dynamic objects and passed on as JSON, so that an object that this version cannot interpret is one
-//! rejected object and not the failure of a list.
+//! Objects are read as dynamic objects and passed on as JSON, so that an object that this version cannot interpret is
+//! one rejected object and not the failure of a list.
 //!
-//! Credentials come from the pod's service account or from a kubeconfig ([`ClusterConfig`]). A kubeconfig may name several
-//! contexts that lead to the same objects: they are tried in order, and the first one is preferred as soon as it answers again.
+//! Credentials come from the pod's service account or from a kubeconfig ([`ClusterConfig`]). A kubeconfig may name
+//! several contexts that lead to the same objects: they are tried in order, and the first one is preferred as soon as
+//! it answers again.
 
 mod client;
 mod cluster_state;

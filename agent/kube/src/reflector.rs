@@ -1,4 +1,5 @@
-//! The reflector: lists all objects of one kind, then watches them from the resource version of the list, until stopped.
+//! The reflector: lists all objects of one kind, then watches them from the resource version of the list, until
+//! stopped.
 //!
 //! ```text
 //!        ┌── no resource version, or the last list is 10 min old ───────┐
@@ -9,19 +10,21 @@
 //! ```
 //!
 //! A list is expensive for the API server and a watch is cheap. The invariant is therefore: **at most one list in
-//! [`LIST_EVERY_MIN`], whatever the server answers.** A watch that broke continues from the resource version that it had reached.
-//! After [`FAILED_WATCHES_MAX`] watches in a row that broke before anything came, a list is made, since the resource version may be
-//! the cause. A list that fails discards nothing: if there is a resource version, the watch continues from it.
+//! [`LIST_EVERY_MIN`], whatever the server answers.** A watch that broke continues from the resource version that it
+//! had reached. After [`FAILED_WATCHES_MAX`] watches in a row that broke without a change, a list is made, since
+//! the resource version may be the cause. A list that fails discards nothing: if there is a resource version, the watch
+//! continues from it.
 //!
 //! # Why not `kube::runtime::watcher`
 //! Its state machine (version 5.0) does not keep this invariant, and a caller cannot add it from outside:
-//! - It reopens a watch that the server ended without an error within the same poll. A server or proxy that ends every watch at once
-//!   is called in a loop without a pause; there is no event between two calls that a backoff could delay.
-//! - A 410 leads to a list at once. Its backoff of 0.8 s to 30 s starts over after two minutes without an error, and does not bound
-//!   the rate of lists: a server that expires every watch costs the list of every node in the fleet again and again.
+//! - It reopens a watch that the server ended without an error within the same poll. A server or proxy that ends every
+//!   watch at once is called in a loop without a pause; there is no event between two calls that a backoff could delay.
+//! - A 410 leads to a list as soon as the caller's backoff allows: 0.8 s to 30 s by default, starting over after two
+//!   minutes without an error. A server that expires every watch costs a full list for every node of the fleet each
+//!   time.
 //! - An HTTP 410 in answer to the watch request itself, unlike one inside the stream, leads to no list.
-//! - It keeps one client. Here the connection, its credentials and its context are replaced between calls, and another context
-//!   invalidates the resource version.
+//! - It keeps one client. Here the connection, its credentials and its context are replaced between calls, and another
+//!   context invalidates the resource version.
 //! - It never lists again while the watch seems healthy. Here a list every [`LIST_EVERY`] repairs what a watch lost.
 
 use std::sync::Arc;
@@ -100,8 +103,9 @@ impl ListWatch for ClusterClient {
     }
 }
 
-/// Lists and watches a kind until the receiver of `events` is dropped. A notification of `rewatch` ends the current watch and opens
-/// a new one from the same resource version: for when the connection was replaced, or may be dead without an error.
+/// Lists and watches a kind until the receiver of `events` is dropped. A notification of `rewatch` ends the current
+/// watch and opens a new one from the same resource version: for when the connection was replaced, or may be dead
+/// without an error.
 pub async fn reflect(
     client: Arc<impl ListWatch>,
     kind: ResourceKind,
@@ -127,13 +131,13 @@ pub async fn reflect(
 
 /// The outcome of a list or watch that did not fail.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Progress {
+enum StepOutcome {
     /// A list was made, or the watch lasted for a while.
-    Made,
+    Healthy,
     /// The watch delivered something and ended soon after it was opened.
     Brief,
     /// The watch ended soon and delivered nothing.
-    None,
+    Empty,
 }
 
 struct Reflector<C> {
@@ -165,22 +169,23 @@ impl<C: ListWatch> Reflector<C> {
             Some(resource_version) => self.watch(resource_version).await,
         };
         match outcome {
-            Ok(Progress::Made) => {
+            Ok(StepOutcome::Healthy) => {
                 self.backoff.reset();
                 self.failed_watches = 0;
             }
-            // A server that ends every watch at once must not be called in a loop without a pause, even if it delivers something.
-            Ok(Progress::Brief) => {
+            // A server that ends every watch at once must not be called in a loop without a pause, even if it delivers
+            // something.
+            Ok(StepOutcome::Brief) => {
                 self.backoff.reset();
                 self.failed_watches = 0;
                 sleep(self.backoff.next_delay()).await;
             }
-            Ok(Progress::None) => sleep(self.backoff.next_delay()).await,
+            Ok(StepOutcome::Empty) => sleep(self.backoff.next_delay()).await,
             Err(error) => self.back_off(error).await,
         }
     }
 
-    async fn list(&mut self) -> Result<Progress, ClusterError> {
+    async fn list(&mut self) -> Result<StepOutcome, ClusterError> {
         if let Some(last_list) = self.last_list {
             sleep_until(last_list + LIST_EVERY_MIN + jitter(LIST_EVERY_MIN / 5)).await;
         }
@@ -191,7 +196,7 @@ impl<C: ListWatch> Reflector<C> {
                 self.resource_version = Some(resource_version);
                 self.next_list = Instant::now() + LIST_EVERY - jitter(LIST_EVERY / 5);
                 self.send(WatchEvent::Listed(self.kind, items)).await;
-                Ok(Progress::Made)
+                Ok(StepOutcome::Healthy)
             }
             Err(error) => {
                 // A server that is too busy for a list may accept a watch, which continues from where it was.
@@ -204,13 +209,13 @@ impl<C: ListWatch> Reflector<C> {
         }
     }
 
-    async fn watch(&mut self, from: String) -> Result<Progress, ClusterError> {
+    async fn watch(&mut self, from: String) -> Result<StepOutcome, ClusterError> {
         let mut reached = from.clone();
         let outcome = tokio::select! {
             outcome = self.watch_changes(&mut reached) => outcome,
-            () = self.rewatch.notified() => Ok(Progress::Made),
-            () = sleep_until(self.next_list) => Ok(Progress::Made),
-            () = self.events.closed() => Ok(Progress::Made),
+            () = self.rewatch.notified() => Ok(StepOutcome::Healthy),
+            () = sleep_until(self.next_list) => Ok(StepOutcome::Healthy),
+            () = self.events.closed() => Ok(StepOutcome::Healthy),
         };
         if reached != from {
             self.failed_watches = 0;
@@ -219,14 +224,14 @@ impl<C: ListWatch> Reflector<C> {
         match outcome {
             Err(error) if error.kind() == ClusterErrorKind::Expired => {
                 self.resource_version = None;
-                Ok(Progress::Made)
+                Ok(StepOutcome::Healthy)
             }
             outcome => outcome,
         }
     }
 
     /// Watches from a resource version on, and advances it with every change.
-    async fn watch_changes(&self, resource_version: &mut String) -> Result<Progress, ClusterError> {
+    async fn watch_changes(&self, resource_version: &mut String) -> Result<StepOutcome, ClusterError> {
         let started = Instant::now();
         let mut changes = self.client.watch(self.kind, resource_version).await?;
         self.send(WatchEvent::Bookmark(self.kind)).await;
@@ -247,11 +252,11 @@ impl<C: ListWatch> Reflector<C> {
             }
         }
         Ok(if started.elapsed() > WATCH_HEALTHY_AFTER {
-            Progress::Made
+            StepOutcome::Healthy
         } else if has_changes {
-            Progress::Brief
+            StepOutcome::Brief
         } else {
-            Progress::None
+            StepOutcome::Empty
         })
     }
 
@@ -271,8 +276,8 @@ impl<C: ListWatch> Reflector<C> {
         }
     }
 
-    /// Waits for room in the queue, which holds the watch back. An event without a receiver is dropped; the loop of [`reflect`]
-    /// then ends.
+    /// Waits for room in the queue, which holds the watch back. An event without a receiver is dropped; the loop of
+    /// [`reflect`] then ends.
     async fn send(&self, event: WatchEvent) {
         drop(self.events.send(event).await);
     }

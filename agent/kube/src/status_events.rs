@@ -28,8 +28,8 @@ pub struct StatusEvent {
     pub subject: EventSubject,
 }
 
-/// The Events for the changes from `previous` to `current`. Without a previous status, which is the case after a start, there are
-/// only warnings: everything would be a change.
+/// The Events for the changes from `previous` to `current`. Without a previous status, which is the case after a start,
+/// there are only warnings: everything would be a change.
 pub fn status_events(node: &str, previous: Option<&NodeStatus>, current: &NodeStatus) -> Vec<StatusEvent> {
     let mut events = Vec::new();
     for model in &current.models {
@@ -88,8 +88,8 @@ fn stream_changed(node: &str, before: Option<&StreamStatus>, stream: &StreamStat
     Some(StatusEvent { is_warning: reason == Reason::StreamDown, reason, note, subject })
 }
 
-/// The condition went from good to bad, or is bad for another reason than before. `Ready` is left out, since its parts have Events
-/// of their own; so are problems with models and streams, which have Events about those objects.
+/// The condition went from good to bad, or is bad for another reason than before. `Ready` is left out, since its parts
+/// have Events of their own; so are problems with models and streams, which have Events about those objects.
 fn condition_failed(before: Option<&Condition>, condition: &Condition) -> Option<StatusEvent> {
     let bad = match condition.kind {
         ConditionType::Ready => return None,
@@ -108,8 +108,8 @@ fn condition_failed(before: Option<&Condition>, condition: &Condition) -> Option
     Some(StatusEvent { is_warning: true, reason, note: condition.message.clone(), subject: EventSubject::Node })
 }
 
-/// Whether the node's state is stable: the desired state is known, every model is ready or has failed, and every stream is up or
-/// has a reason why not.
+/// Whether the node's state is stable: the desired state is known, every model is ready or has failed, and every stream
+/// is up or has a reason why not.
 pub fn is_settled(status: &NodeStatus) -> bool {
     let is_configured =
         |condition: &Condition| condition.kind == ConditionType::Ready && condition.reason != Reason::ConfigPending;

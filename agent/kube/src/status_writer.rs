@@ -1,12 +1,13 @@
 //! The status writer: writes the node's status to its `EdgeNode`, and publishes Events.
 //!
-//! The status is written when it has changed, at most once in [`WRITE_EVERY_MIN`], and in any case once in [`WRITE_EVERY`], so that
-//! the controller can distinguish an unreachable agent from one without changes. The first write after a start waits for at most
-//! [`SETTLE_MAX`] until the models are [settled](is_settled). The Events are those of the changes between two successful writes
-//! ([`status_events`]); a token bucket limits them to a burst of 20, then one in ten seconds.
+//! The status is written when it has changed, at most once in [`WRITE_EVERY_MIN`], and in any case once in
+//! [`WRITE_EVERY`], so that the controller can distinguish an unreachable agent from one without changes. The first
+//! write after a start waits for at most [`SETTLE_MAX`] until the models are [settled](is_settled). The Events are
+//! those of the changes between two successful writes ([`status_events`]); a token bucket limits them to a burst of 20,
+//! then one in ten seconds.
 //!
-//! `tests/suite/cluster` tests this loop against a scripted API server; unit tests cover the Events and the token bucket in their
-//! modules.
+//! `tests/suite/cluster` tests this loop against a scripted API server; unit tests cover the Events and the token
+//! bucket in their modules.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -128,8 +129,8 @@ impl StatusWriter {
         status
     }
 
-    /// Publishes the Events until the API server does not answer: their content is in the status too, and the next status must not
-    /// wait for a dead connection. `uid` is that of the `EdgeNode`.
+    /// Publishes the Events until the API server does not answer: their content is in the status too, and the next
+    /// status must not wait for a dead connection. `uid` is that of the `EdgeNode`.
     async fn publish(&self, uid: Option<&str>, events: impl Iterator<Item = StatusEvent>) {
         for event in events {
             let event = self.cluster_event(uid, event);

@@ -1,8 +1,8 @@
 //! Conditions: observations about an object, in the form of Kubernetes' `metav1.Condition`.
 //!
-//! Types, statuses and reasons are enums, so that decisions match on variants and never on text. A cluster also holds conditions
-//! of other writers and of newer versions: [`ConditionType::Other`] and [`Reason::Other`] keep their text unchanged, and a status
-//! that is not one of the three of Kubernetes reads as [`ConditionStatus::Unknown`].
+//! Types, statuses and reasons are enums, so that decisions match on variants and never on text. A cluster also holds
+//! conditions of other writers and of newer versions: [`ConditionType::Other`] and [`Reason::Other`] keep their text
+//! unchanged, and a status that is not one of the three of Kubernetes reads as [`ConditionStatus::Unknown`].
 
 use std::fmt;
 
@@ -187,8 +187,8 @@ impl fmt::Display for Reason {
     }
 }
 
-/// Adds a problem to the one `Degraded` condition. The condition's reason is that of the first problem; its message lists all
-/// problems.
+/// Adds a problem to the one `Degraded` condition. The condition's reason is that of the first problem; its message
+/// lists all problems.
 pub fn add_degraded(conditions: &mut Vec<Condition>, reason: Reason, message: &str) {
     match conditions.iter_mut().find(|condition| condition.kind == ConditionType::Degraded) {
         Some(degraded) if degraded.status == ConditionStatus::True => {
@@ -199,7 +199,8 @@ pub fn add_degraded(conditions: &mut Vec<Condition>, reason: Reason, message: &s
     }
 }
 
-/// Sets the transition time of each condition: the time it has in `previous` while its status is the same, otherwise `now`.
+/// Sets the transition time of each condition: the time it has in `previous` while its status is the same, otherwise
+/// `now`.
 pub fn set_transition_times(conditions: &mut [Condition], previous: &[Condition], now: &str) {
     for condition in conditions {
         let same = previous.iter().find(|other| other.kind == condition.kind && other.status == condition.status);

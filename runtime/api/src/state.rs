@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// The state of a model version on a node. The order of the variants is the order in which a version passes through them.
+/// The state of a model version on a node. The order of the variants is the order in which a version passes through
+/// them.
 ///
-/// A state that this version does not know, which a newer agent may report, reads as [`ModelState::Pending`]: not ready, not
-/// failed, and still in transition.
+/// A state that this version does not know, which a newer agent may report, reads as [`ModelState::Pending`]: not
+/// ready, not failed, and still in transition.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(from = "String")]
 pub enum ModelState {

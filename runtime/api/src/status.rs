@@ -1,8 +1,9 @@
-//! How things stand, as it is written down: a node's own status, and what the controller sums up of all nodes.
+//! The statuses of nodes, models and streams.
 //!
-//! A [`NodeStatus`] is what `GET /v1/status` answers and what stands in the status of the node's `EdgeNode`;
-//! [`EdgeModelStatus`] and [`CameraStreamStatus`] stand in the status of the other two kinds. The custom resource
-//! definitions take their schemas from these types, so lists and texts have bounds here.
+//! A [`NodeStatus`] is the response of `GET /v1/status` and the status of the node's `EdgeNode`. The controller
+//! aggregates the statuses of all nodes into [`EdgeModelStatus`] and [`CameraStreamStatus`], the statuses of the other
+//! two kinds. The custom resource definitions take their schemas from these types, so every list, map and string has a
+//! bound.
 
 use std::collections::BTreeMap;
 
@@ -12,35 +13,37 @@ use serde::{Deserialize, Serialize};
 use crate::condition::Condition;
 use crate::state::ModelState;
 
-/// Models or streams in one node's status at most; what is over is left out and said in a condition.
+/// The most models, and the most streams, in one node's status. Further ones are left out, and the condition `Degraded`
+/// has the reason `LimitExceeded`.
 pub const ITEMS_MAX: usize = 256;
-/// Characters of a reason or message at most.
+/// The most characters of a reason or message.
 pub const TEXT_MAX: usize = 1024;
-/// A node's status.
+
+/// The status of a node.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct NodeStatus {
-    /// The agent.
+    /// The agent that reports.
     pub agent: AgentStatus,
-    /// What can execute models here.
+    /// The inference engines of the agent.
     #[schemars(length(max = 8))]
     pub engines: Vec<EngineStatus>,
-    /// The models that are asked for, by name.
+    /// The desired models, by name; at most 256.
     #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub models: Vec<ModelStatus>,
-    /// The streams that are asked for, by name.
+    /// The desired streams, by name; at most 256.
     #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub streams: Vec<StreamStatus>,
-    /// What waits for the broker.
+    /// The spool.
     pub spool: SpoolStatus,
-    /// The models on disk.
+    /// The model store.
     pub store: StoreStatus,
-    /// What an operator should know.
+    /// Observations for operators and for tools.
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 
-/// The agent.
+/// The identity of an agent and of its node.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct AgentStatus {
@@ -50,199 +53,199 @@ pub struct AgentStatus {
     /// The site's name.
     #[schemars(length(max = 253))]
     pub site: String,
-    /// The agent's version.
+    /// The version of the agent.
     #[schemars(length(max = 64))]
     pub version: String,
-    /// How many times the agent has been started on this node.
+    /// The number of starts of the agent with this data folder.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub epoch: u64,
-    /// The labels that it matches selectors with: those of the cluster's node, and its own configuration's on top.
+    /// The labels that selectors match: those of the Kubernetes node, overridden by those of the agent's configuration.
     #[schemars(extend("maxProperties" = 512, "additionalProperties" = {"type": "string", "maxLength": 253}))]
     pub labels: BTreeMap<String, String>,
-    /// When it was started last, RFC 3339.
+    /// When the agent started, RFC 3339.
     #[schemars(length(max = 64))]
     pub started_at: String,
-    /// When it last wrote its status, RFC 3339 by the node's clock. It is refreshed also where nothing else changes, so that
-    /// an agent that went silent can be told from one with nothing to say.
+    /// When the agent last wrote this status, RFC 3339 by the node's clock. It is refreshed at least once a minute, so
+    /// that the controller can distinguish an unreachable agent from one without changes.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub last_heartbeat_time: Option<String>,
-    /// The uid of the Kubernetes node it runs on, where the cluster has one of its name.
+    /// The uid of the Kubernetes node that has the agent's node name, if there is one.
     #[serde(rename = "nodeUID", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub node_uid: Option<String>,
 }
 
-/// Something that executes models.
+/// An inference engine.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EngineStatus {
-    /// Its name.
+    /// The engine's name.
     #[schemars(length(max = 64))]
     pub name: String,
-    /// What it executes on: `cpu`, `gpu`.
+    /// The devices that it can use: `cpu`, `gpu`.
     #[schemars(length(max = 8), inner(length(max = 16)))]
     pub devices: Vec<String>,
 }
 
-/// A model that is asked for.
+/// The status of a desired model on a node.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("required" = ["name"]))]
 pub struct ModelStatus {
-    /// Its name.
+    /// The name of the `EdgeModel`.
     #[schemars(length(max = 63))]
     pub name: String,
-    /// The version that is asked for.
+    /// The desired version.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub version: u64,
-    /// The uid of the `EdgeModel` that this speaks of, where a cluster asks for it.
+    /// The uid of the `EdgeModel`, if it comes from a cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub uid: Option<String>,
-    /// The generation of the `EdgeModel` that this speaks of, where a cluster asks for it.
+    /// The generation of the `EdgeModel` that this status was computed from, if it comes from a cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// The digest of that version, once it is known.
+    /// The digest of the desired version's file, once it is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 71))]
     pub digest: Option<String>,
-    /// Where that version stands: `Pending`, `Downloading`, `Verifying`, `Vetting`, `Warming`, `Ready`, `Failed`,
-    /// `Quarantined`.
+    /// The state of the desired version: `Pending`, `Downloading`, `Verifying`, `Vetting`, `Warming`, `Ready`,
+    /// `Failed`, `Quarantined`.
     #[schemars(with = "String", length(max = 32))]
     pub state: ModelState,
-    /// How far that version came when it failed last, also while it is tried again: one of the states above.
+    /// The state in which the desired version failed last; it stays while the version is retried.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>", length(max = 32))]
     pub failed_phase: Option<ModelState>,
-    /// What serves, which may be an earlier version.
+    /// The version that serves, which may be an earlier one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serving: Option<Serving>,
-    /// Median time of one inference when the serving version was vetted, in milliseconds.
+    /// The median duration of an inference when the serving version was vetted, in milliseconds.
     #[serde(rename = "p50Ms", skip_serializing_if = "Option::is_none")]
     pub p50_ms: Option<f64>,
-    /// The 99th percentile of it.
+    /// The 99th percentile of that duration, in milliseconds.
     #[serde(rename = "p99Ms", skip_serializing_if = "Option::is_none")]
     pub p99_ms: Option<f64>,
-    /// Most memory it took when it was vetted.
+    /// The peak memory when the serving version was vetted, in MiB.
     #[serde(rename = "peakMemoryMiB", skip_serializing_if = "Option::is_none")]
     pub peak_memory_mib: Option<f64>,
-    /// Why it is not ready.
+    /// Why the desired version is not ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 1024))]
     pub reason: Option<String>,
-    /// How far its download is.
+    /// The progress of the download, while there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Download>,
-    /// When the signature of the serving version ends, RFC 3339.
+    /// When the signature of the serving version expires, RFC 3339.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub signature_expires: Option<String>,
 }
 
-/// A version that serves.
+/// The serving version of a model.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Serving {
-    /// Its version.
+    /// The version.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub version: u64,
-    /// Its file.
+    /// The digest of the version's file.
     #[schemars(length(max = 71))]
     pub digest: String,
-    /// What executes it.
+    /// The engine that executes it.
     #[schemars(length(max = 64))]
     pub engine: String,
-    /// Where.
+    /// The device that the engine uses.
     #[schemars(length(max = 16))]
     pub device: String,
 }
 
-/// How far a download is.
+/// The progress of a download.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Download {
-    /// Bytes that have come.
+    /// Bytes received, including those of earlier attempts that are resumed.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub bytes: u64,
-    /// Bytes there will be, where the source tells.
+    /// Bytes in total, if the source reports it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub total: Option<u64>,
-    /// Of the total.
+    /// `bytes` in percent of `total`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub percent: Option<u8>,
-    /// Where they come from, without secrets.
+    /// The address of the source, without secrets.
     #[schemars(length(max = 2048))]
     pub from: String,
 }
 
-/// A stream that is asked for.
+/// The status of a desired stream on a node.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("required" = ["name"]))]
 pub struct StreamStatus {
-    /// Its name.
+    /// The name of the `CameraStream`.
     #[schemars(length(max = 63))]
     pub name: String,
-    /// The model that looks at its frames.
+    /// The model that processes the frames.
     #[schemars(length(max = 63))]
     pub model: String,
-    /// The uid of the `CameraStream` that this speaks of, where a cluster asks for it.
+    /// The uid of the `CameraStream`, if it comes from a cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub uid: Option<String>,
-    /// The generation of the `CameraStream` that this speaks of, where a cluster asks for it.
+    /// The generation of the `CameraStream` that this status was computed from, if it comes from a cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Whether frames can be had.
+    /// Whether the camera delivers frames.
     pub up: bool,
-    /// Why it is not up.
+    /// Why the stream is not up.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 1024))]
     pub reason: Option<String>,
 }
 
-/// What waits for the broker.
+/// The spool: messages that no broker has acknowledged yet.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SpoolStatus {
-    /// Records that wait.
+    /// Records in the spool.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub records: u64,
-    /// Bytes they take.
+    /// The size of the records, in bytes.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub bytes: u64,
-    /// Bytes they may take.
+    /// The limit of that size, in bytes.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub bytes_max: u64,
-    /// Age of the oldest.
+    /// The age of the oldest record, in seconds.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub oldest_seconds: u64,
 }
 
-/// The models on disk.
+/// The model store: the model files on disk.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct StoreStatus {
-    /// Bytes they take.
+    /// The size of the files, in bytes.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub bytes: u64,
-    /// Bytes they may take.
+    /// The quota of that size, in bytes.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub quota_bytes: u64,
-    /// Files of models.
+    /// The number of files.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub blobs: u64,
-    /// Model versions.
+    /// The number of model versions.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub versions: u64,
-    /// `ok`, `rebuilt` or `off`.
+    /// The state of the store's index: `ok`, `rebuilt` or `off`.
     #[schemars(length(max = 16))]
     pub index: String,
 }
 
-/// The beginning of a text that is too long.
+/// The text, cut to [`TEXT_MAX`] characters if it is longer.
 pub fn truncated(text: &str) -> String {
     if text.chars().count() <= TEXT_MAX {
         return text.to_owned();
@@ -250,48 +253,48 @@ pub fn truncated(text: &str) -> String {
     text.chars().take(TEXT_MAX - 1).chain(['…']).collect()
 }
 
-/// How a model stands on all nodes.
+/// The status of a model on all nodes.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EdgeModelStatus {
-    /// The generation that this speaks of.
+    /// The generation of the object's spec that this status was computed from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Nodes, counted.
+    /// Numbers of nodes.
     pub nodes: NodeCounts,
-    /// What an operator should know.
+    /// Observations for operators and for tools.
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 
-/// How a stream stands on the nodes that play it.
+/// The status of a stream on the nodes that run it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CameraStreamStatus {
-    /// The generation that this speaks of.
+    /// The generation of the object's spec that this status was computed from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Nodes, counted; `ready` are those where frames can be had.
+    /// Numbers of nodes; `ready` are those where the camera delivers frames.
     pub nodes: NodeCounts,
-    /// What an operator should know.
+    /// Observations for operators and for tools.
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 
-/// Nodes, counted.
+/// Numbers of nodes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct NodeCounts {
-    /// Nodes that are meant.
+    /// Nodes that the object targets.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub desired: u64,
-    /// Nodes where it stands as asked.
+    /// Nodes where the desired state is reached.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub ready: u64,
-    /// Nodes that try the version beside the one before.
+    /// Nodes that run the desired version as a candidate beside the previous one.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub candidate: u64,
-    /// Nodes where it failed.
+    /// Nodes where the object failed.
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
     pub failed: u64,
 }

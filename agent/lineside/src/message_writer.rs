@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
-use lineside_api::message::{Event, EventBody, MetricsBody, ResultBody, Series, Topics, numbered};
+use lineside_api::message::{EventMessage, MetricsMessage, NodeEvent, ResultMessage, Series, Topics, with_id};
 use lineside_common::clock;
 use lineside_spool::{AppendOutcome, NewRecord, RecordKind, Spool, WhenFull};
 
@@ -40,15 +40,15 @@ impl MessageWriter {
     }
 
     /// Says what came of an inspection.
-    pub fn result(&self, body: &ResultBody<'_>) -> AppendOutcome {
+    pub fn result(&self, body: &ResultMessage<'_>) -> AppendOutcome {
         self.put(RecordKind::Result, self.topics.result(body.stream), 0, body)
     }
 
     /// Says that something happened.
-    pub fn event(&self, event: Event) {
+    pub fn event(&self, event: NodeEvent) {
         let now = SystemTime::now();
         let topic = self.topics.event(event.stream());
-        let body = EventBody {
+        let body = EventMessage {
             ts: clock::rfc3339(now),
             site: &self.site,
             node: &self.node,
@@ -63,7 +63,7 @@ impl MessageWriter {
     /// Says how things stand after a period of so many seconds.
     pub fn metrics(&self, seconds: f64, series: Vec<Series>) {
         let now = SystemTime::now();
-        let body = MetricsBody {
+        let body = MetricsMessage {
             ts: clock::rfc3339(now),
             site: &self.site,
             node: &self.node,
@@ -88,7 +88,7 @@ impl MessageWriter {
             topic: topic.into(),
             ttl_seconds,
             when_full: self.when_full,
-            make: |seq| numbered(&format!("{}:{}:{letter}{seq}", self.node, self.epoch), seq, &body),
+            make: |seq| with_id(&format!("{}:{}:{letter}{seq}", self.node, self.epoch), seq, &body),
         })
     }
 }

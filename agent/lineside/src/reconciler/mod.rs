@@ -27,7 +27,7 @@ use crate::streams::capture::Capture;
 use crate::streams::inspector::{Inspector, StreamContext};
 use crate::streams::registry::StreamRegistry;
 use lineside_api::kinds::ModelManifest;
-use lineside_api::message::Event;
+use lineside_api::message::NodeEvent;
 use lineside_api::state::ModelState;
 use lineside_api::state::StreamStates;
 use lineside_common::backoff::Backoff;
@@ -82,7 +82,7 @@ pub struct Reconciler {
     /// The series set in `model_state`: model to version and state.
     reported: BTreeMap<String, (u64, ModelState)>,
     /// What was said last of each model.
-    said: BTreeMap<String, Event>,
+    said: BTreeMap<String, NodeEvent>,
     /// StreamStates that an operator has paused.
     paused: BTreeSet<String>,
     commands: mpsc::Receiver<CommandRequest>,

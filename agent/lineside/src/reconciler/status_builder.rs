@@ -8,7 +8,7 @@ use crate::desired::{Identity, Refused};
 use crate::http::health::ModelHealth;
 use crate::http::status_store::NodeState;
 use lineside_api::kinds::ModelManifest;
-use lineside_api::message::Event;
+use lineside_api::message::NodeEvent;
 use lineside_api::state::ModelState;
 use lineside_api::status::{
     CONFIG_PENDING, Condition, DEGRADED, ITEMS_MAX, ModelStatus, READY, Serving, SpoolStatus, StreamStatus, degrade,
@@ -303,7 +303,7 @@ impl Reconciler {
         serving: Option<u64>,
         reason: &Option<String>,
     ) {
-        let event = Event::ModelState {
+        let event = NodeEvent::ModelState {
             model: name.to_owned(),
             version: wanted.version,
             state: state.name().into(),

@@ -13,7 +13,7 @@ use prometheus::IntCounter;
 use crate::message_writer::MessageWriter;
 use crate::streams::report_filter::ReportFilter;
 use lineside_api::kinds::StreamManifest;
-use lineside_api::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultBody};
+use lineside_api::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultMessage};
 use lineside_api::verdict::Verdict;
 use lineside_common::clock;
 use lineside_common::metrics::Metrics;
@@ -111,14 +111,14 @@ impl StreamContext {
     fn judge(&self, task: &str, inspection: &Inspection, name: Option<&str>) -> Verdict {
         let Some(rule) = &self.rule else { return Verdict::None };
         let subject = FrameFacts { width: inspection.width, height: inspection.height, name };
-        match rule.judge(task, &inspection.prediction, subject) {
+        match rule.evaluate(task, &inspection.prediction, subject) {
             Ok(verdict) => {
                 self.rule_fails.store(false, Ordering::Relaxed);
                 verdict
             }
-            Err(reason) => {
+            Err(error) => {
                 if !self.rule_fails.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(stream = self.name, reason, "spec.verdict failed; the verdict is none");
+                    tracing::warn!(stream = self.name, reason = %error, "spec.verdict failed; the verdict is none");
                 }
                 Verdict::None
             }
@@ -203,7 +203,7 @@ impl Inspector {
         if !stream.should_report(&inspection.prediction, verdict, model) {
             return;
         }
-        let body = ResultBody {
+        let body = ResultMessage {
             ts: clock::rfc3339(now),
             site: self.message_writer.site(),
             node: self.message_writer.node(),

@@ -7,7 +7,7 @@ use prometheus::IntGauge;
 use tokio::sync::watch;
 
 use crate::message_writer::MessageWriter;
-use lineside_api::message::Event;
+use lineside_api::message::NodeEvent;
 
 /// The streams of this node.
 pub struct StreamRegistry {
@@ -51,7 +51,7 @@ impl lineside_capture::StreamReporter for Presence {
     fn up(&self) -> bool {
         let is_news = self.change(true, None);
         if is_news {
-            self.registry.message_writer.event(Event::StreamUp { stream: self.stream.clone() });
+            self.registry.message_writer.event(NodeEvent::StreamUp { stream: self.stream.clone() });
         }
         is_news
     }
@@ -59,7 +59,7 @@ impl lineside_capture::StreamReporter for Presence {
     fn down(&self, reason: Option<&str>) {
         if self.change(false, reason) {
             let (stream, reason) = (self.stream.clone(), reason.map(str::to_owned));
-            self.registry.message_writer.event(Event::StreamDown { stream, reason });
+            self.registry.message_writer.event(NodeEvent::StreamDown { stream, reason });
         }
     }
 }

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::command::{Command, CommandRequest};
 use crate::connection::Message;
-use lineside_api::message::{CommandMessage, CommandOutcome, CommandState, Incoming, Topics};
+use lineside_api::message::{CommandMessage, CommandOutcome, CommandState, IncomingTopic, Topics};
 use lineside_common::clock;
 use lineside_common::metrics::Metrics;
 
@@ -70,16 +70,16 @@ impl Commands {
     /// Takes in what came on a topic. A message that the broker had kept is no command of now.
     pub(super) fn take(&mut self, message: &Message) {
         let received = |kind: &str, outcome: &str| self.metrics.mqtt_received.with_label_values(&[kind, outcome]).inc();
-        match self.topics.understand(&message.topic) {
-            Some(Incoming::Command(name)) if message.retain => {
+        match self.topics.parse(&message.topic) {
+            Some(IncomingTopic::Command(name)) if message.retain => {
                 received("command", "stale");
                 tracing::warn!(command = name, "a retained command is passed over; publish commands without retain");
             }
-            Some(Incoming::Command(name)) => {
+            Some(IncomingTopic::Command(name)) => {
                 let name = name.to_owned();
                 self.carry_out(&name, message);
             }
-            Some(Incoming::Trigger(stream)) => {
+            Some(IncomingTopic::Trigger(stream)) => {
                 received("trigger", "unused");
                 if !self.has_told_of_triggers {
                     tracing::warn!(stream, "triggers are not built into this version yet, they are passed over");

@@ -10,7 +10,7 @@ use super::{Publisher, Token};
 use crate::connection::{Message, Sender};
 use crate::home_assistant;
 use crate::sparkplug::{HostSignal, Session};
-use lineside_api::message::{AgentPresence, as_historical};
+use lineside_api::message::{AgentPresence, mark_historical};
 use lineside_api::state::StreamStates;
 use lineside_common::files;
 use lineside_spool::{Record, RecordId};
@@ -63,7 +63,7 @@ impl Encoder {
     pub(super) fn begin(&mut self, publisher: &Publisher, sender: &mut Sender<Token>, streams: &StreamStates) -> bool {
         match self {
             Self::Json { .. } => {
-                let filters = publisher.topics.incoming();
+                let filters = publisher.topics.subscriptions();
                 sender.publish(publisher.status(AgentPresence::Online), Token::Own)
                     && filters.iter().all(|filter| sender.subscribe(filter))
                     && self.follow(publisher, sender, streams)
@@ -127,7 +127,7 @@ impl Encoder {
     pub(super) fn say(&mut self, record: Record, historical: bool, sender: &mut Sender<Token>) -> bool {
         match self {
             Self::Json { .. } => {
-                let payload = if historical { as_historical(record.payload) } else { record.payload };
+                let payload = if historical { mark_historical(record.payload) } else { record.payload };
                 let message = Message { topic: record.topic, payload, retain: false };
                 sender.publish(message, Token::Record(record.place))
             }

@@ -39,7 +39,7 @@ use crate::config::MqttConfig;
 use crate::connection;
 use crate::connection::{ConnectionLoss, Event, Message, Receiver, Sender};
 use crate::credentials::{BrokerCredentials, fingerprint};
-use lineside_api::message::{AgentPresence, StatusMessage, Topics};
+use lineside_api::message::{AgentPresence, PresenceMessage, Topics};
 use lineside_api::state::StreamStates;
 use lineside_common::clock;
 use lineside_common::metrics::Metrics;
@@ -213,7 +213,7 @@ impl Publisher {
     }
 
     fn status(&self, state: AgentPresence) -> Message {
-        let status = StatusMessage {
+        let status = PresenceMessage {
             state,
             ts: clock::rfc3339(SystemTime::now()),
             site: &self.site,

@@ -1,5 +1,5 @@
-//! The public contract as types: manifests, status, states, messages and topics. JSON Schemas and custom resource definitions are
-//! generated from these types, so their doc comments are public descriptions.
+//! The public contract as types: manifests, status, states, messages and topics. JSON Schemas and custom resource
+//! definitions are generated from these types, so their doc comments are public descriptions.
 
 pub mod envelope;
 pub mod kinds;

@@ -33,8 +33,8 @@ const HISTORICAL_END: &[u8] = b"\"historical\":true}";
 /// A published result, event or metrics message: its id, its sequence number and its content.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct IdentifiedMessage<T> {
-    /// `node:epoch:number`, unique for all time. Events have `e` and metrics have `m` in front of the number. A repeated message
-    /// has the same id; consumers discard repetitions.
+    /// `node:epoch:number`, unique for all time. Events have `e` and metrics have `m` in front of the number. A
+    /// repeated message has the same id; consumers discard repetitions.
     pub id: String,
     /// Sequence number within the kind of message, since the start of the agent. It increases by one with each message.
     pub seq: u64,

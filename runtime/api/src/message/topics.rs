@@ -37,8 +37,8 @@ impl Topics {
         format!("{}/metrics", self.base)
     }
 
-    /// Topic of the fence, in Sparkplug B mode only: a message with QoS 1 whose acknowledgement also confirms the messages with QoS 0
-    /// before it.
+    /// Topic of the fence, in Sparkplug B mode only: a message with QoS 1 whose acknowledgement also confirms the
+    /// messages with QoS 0 before it.
     pub fn fence(&self) -> String {
         format!("{}/fence", self.base)
     }

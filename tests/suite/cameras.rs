@@ -103,7 +103,7 @@ fn a_camera_that_stops_and_starts_is_reported_once_each_way_and_comes_back() {
 fn a_camera_that_answers_rubbish_is_named_and_disturbs_nobody() {
     let cases: [(&str, Vec<u8>, &str); 7] = [
         ("refused", b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n".to_vec(), "denies access"),
-        ("moved", b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n".to_vec(), "elsewhere"),
+        ("moved", b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n".to_vec(), "redirects"),
         ("page", b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<hr>".to_vec(), "text/html"),
         ("huge", b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: 99999999999\r\n\r\n".to_vec(), "more than"),
         (
@@ -115,7 +115,7 @@ fn a_camera_that_answers_rubbish_is_named_and_disturbs_nobody() {
         (
             "endless",
             [&b"HTTP/1.1 200 OK\r\nContent-Type: multipart/x-mixed-replace\r\n\r\n"[..], &[b'x'; 100_000]].concat(),
-            "no multipart body",
+            "not a multipart body",
         ),
         ("noise", [0xFFu8; 300].to_vec(), "did not complete the request"),
     ];

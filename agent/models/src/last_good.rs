@@ -59,10 +59,10 @@ impl LastGood {
                     models.insert(name, Good { manifest: *manifest, digest: model.digest });
                 }
                 Ok(_) => tracing::warn!(model = name, "what served last is no manifest of it, and is passed over"),
-                Err(reasons) => {
+                Err(errors) => {
                     tracing::warn!(
                         model = name,
-                        reason = reasons.join("; "),
+                        reason = %errors,
                         "the manifest that served last cannot be read"
                     );
                 }
@@ -124,7 +124,7 @@ impl LastGood {
         let written = |good: &Good| WrittenModel {
             version: good.manifest.version,
             digest: good.digest,
-            manifest: good.manifest.typed.clone(),
+            manifest: good.manifest.document.clone(),
         };
         let models = self.models.iter().map(|(name, good)| (name.clone(), written(good))).collect();
         write(&self.folder.join(LAST_GOOD), &Written { models })

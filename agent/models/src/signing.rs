@@ -122,7 +122,7 @@ impl Keyring {
         if envelope.payload_type != payload_type {
             return Err(format!("the signature is of a {}, not of a {payload_type}", envelope.payload_type));
         }
-        let payload = envelope.decoded()?;
+        let payload = envelope.decoded().map_err(|error| error.to_string())?;
         let message = pae(payload_type, &payload);
         let mut signers = BTreeSet::new();
         for signature in &envelope.signatures {
@@ -169,7 +169,7 @@ impl Keyring {
 /// # Errors
 /// When the payload is no base64.
 pub fn sign(envelope: &mut Envelope, key: &SigningKey) -> Result<(), String> {
-    let sig = key.0.sign(&pae(&envelope.payload_type, &envelope.decoded()?));
+    let sig = key.0.sign(&pae(&envelope.payload_type, &envelope.decoded().map_err(|error| error.to_string())?));
     let keyid = key_id(&key.public());
     envelope.signatures.retain(|signature| signature.keyid != keyid);
     envelope.signatures.push(Signature { keyid, sig: BASE64.encode(sig) });

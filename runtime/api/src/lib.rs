@@ -1,4 +1,5 @@
-//! The public contract as types: manifests, status, states, messages and topics.
+//! The public contract as types: manifests, status, states, messages and topics. JSON Schemas and custom resource
+//! definitions are generated from these types, so their doc comments are public descriptions.
 
 pub mod condition;
 pub mod envelope;

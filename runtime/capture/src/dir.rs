@@ -1,20 +1,22 @@
-//! `dir:`: the pictures of a folder, in the order of their names.
+//! The source `dir:`: the pictures of a folder, in the order of their names.
 //!
-//! At a given pace it plays like a camera: a frame that nobody took in time is replaced by the next, and counted. With
-//! `fps: 0` it waits for the model instead and loses nothing. The folder is listed anew for every round.
+//! With a frame rate the source behaves like a camera: a frame that no model takes in time is replaced by the next one and
+//! counted as skipped. With `fps: 0` the source waits for the model and drops no frame. The folder is listed at the beginning
+//! of each pass.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, retry};
 use lineside_common::files::read_bounded;
 use crate::mailbox::Mailbox;
 
+/// File name suffixes of pictures, in lower case.
 const SUFFIXES: [&str; 3] = ["jpg", "jpeg", "png"];
 
 pub(super) async fn play(
@@ -24,74 +26,86 @@ pub(super) async fn play(
     mailbox: &Mailbox,
     health: Health,
 ) {
-    // Files already complained about, so that a loop does not complain in every round. Bounded by the folder.
-    let unreadable = Mutex::new(BTreeSet::new());
-    retry(&health, || round(folder, repeat, interval, mailbox, &health, &unreadable)).await;
-    // A model may still be looking at the last frame; the stream ends when that is done.
+    let source = FolderSource { folder, repeat, interval, health: &health, unreadable: Mutex::default() };
+    retry(&health, || source.run(mailbox)).await;
+    // A model may still be processing the last frame; the stream ends when it has finished.
     mailbox.drained().await;
     health.ended();
 }
 
-async fn round(
-    folder: &Path,
+struct FolderSource<'a> {
+    folder: &'a Path,
+    /// Whether the source starts again after the last picture.
     repeat: bool,
     interval: Option<Duration>,
-    mailbox: &Mailbox,
-    health: &Health,
-    unreadable: &Mutex<BTreeSet<String>>,
-) -> Result<(), CameraError> {
-    let mut pace = Pace::new(interval);
-    loop {
-        let files = blocking({
-            let folder = folder.to_owned();
-            move || pictures(&folder)
-        })
-        .await
-        .map_err(CameraError::Unreachable)?;
-        if files.is_empty() {
-            return Err(CameraError::Rejected(format!("{} holds no .jpg, .jpeg or .png file", folder.display())));
+    health: &'a Health,
+    /// Names of the files that were logged as unreadable, so that each is logged once. Bounded by the number of files.
+    unreadable: Mutex<BTreeSet<String>>,
+}
+
+impl FolderSource<'_> {
+    /// Plays the folder, repeatedly if configured.
+    async fn run(&self, mailbox: &Mailbox) -> Result<(), CameraError> {
+        let mut pace = Pace::new(self.interval);
+        loop {
+            self.play_once(&mut pace, mailbox).await?;
+            if !self.repeat {
+                return Ok(());
+            }
         }
-        let mut played = 0;
+    }
+
+    /// Plays all pictures of the folder. An unreadable file is skipped; a folder without a readable picture is an error.
+    async fn play_once(&self, pace: &mut Pace, mailbox: &Mailbox) -> Result<(), CameraError> {
+        let folder = self.folder.to_owned();
+        let files = blocking(move || pictures(&folder)).await.map_err(CameraError::Unreachable)?;
+        if files.is_empty() {
+            return Err(CameraError::Rejected(format!("{} has no .jpg, .jpeg or .png file", self.folder.display())));
+        }
+        let mut has_readable = false;
         for file in files {
             pace.tick().await;
             let name = file.file_name().map(|name| name.to_string_lossy().into_owned());
-            let bytes = blocking(move || read_bounded(&file, FRAME_BYTES_MAX as u64)).await;
-            let bytes = match bytes {
-                Ok(bytes) => Bytes::from(bytes),
-                Err(reason) => {
-                    health.metrics.failed.inc();
-                    let is_news = unreadable
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .insert(name.clone().unwrap_or_default());
-                    if is_news {
-                        tracing::warn!(
-                            event = "frame_unreadable",
-                            stream = health.stream,
-                            file = name,
-                            reason,
-                            "frame cannot be read, going on"
-                        );
-                    }
-                    continue;
+            match blocking(move || read_bounded(&file, FRAME_BYTES_MAX as u64)).await {
+                Ok(bytes) => {
+                    has_readable = true;
+                    self.deliver(bytes.into(), name, mailbox).await;
                 }
-            };
-            played += 1;
-            health.up();
-            match interval {
-                Some(_) => mailbox.offer(captured(bytes, name, true)),
-                None => mailbox.put(captured(bytes, name, false)).await,
+                Err(reason) => self.report_unreadable(name.unwrap_or_default(), &reason),
             }
         }
-        if played == 0 {
-            return Err(CameraError::Rejected(format!("no picture in {} can be read", folder.display())));
+        if has_readable {
+            Ok(())
+        } else {
+            Err(CameraError::Rejected(format!("no picture in {} is readable", self.folder.display())))
         }
-        if !repeat {
-            return Ok(());
+    }
+
+    async fn deliver(&self, picture: Bytes, name: Option<String>, mailbox: &Mailbox) {
+        self.health.up();
+        if self.interval.is_some() {
+            mailbox.offer(captured(picture, name, true));
+        } else {
+            mailbox.put(captured(picture, name, false)).await;
+        }
+    }
+
+    /// Counts an unreadable file, and logs it the first time.
+    fn report_unreadable(&self, file: String, reason: &str) {
+        self.health.metrics.failed.inc();
+        if self.unreadable.lock().insert(file.clone()) {
+            tracing::warn!(
+                event = "frame_unreadable",
+                stream = self.health.stream,
+                file,
+                reason,
+                "Frame cannot be read and is skipped"
+            );
         }
     }
 }
 
+/// Runs file system calls on the pool for blocking work.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T, String> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map_err(|error| error.to_string()),
@@ -99,17 +113,18 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> +
     }
 }
 
-/// The pictures of a folder, sorted by name. Hidden files are left out, so that one being copied is not read half.
+/// The pictures of a folder, sorted by name. Hidden files are ignored, so that a file can be copied under a hidden name and
+/// renamed when it is complete.
 fn pictures(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     let is_picture = |path: &Path| {
         let suffix = path.extension().and_then(OsStr::to_str).unwrap_or_default().to_lowercase();
         let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
         SUFFIXES.contains(&suffix.as_str()) && !is_hidden
     };
-    let list = std::fs::read_dir(folder)
+    let entries = std::fs::read_dir(folder)
         .map_err(|error| std::io::Error::new(error.kind(), format!("{}: {error}", folder.display())))?;
     let mut files = Vec::new();
-    for entry in list {
+    for entry in entries {
         let path = entry?.path();
         if is_picture(&path) {
             files.push(path);
@@ -124,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pictures_come_by_name_and_other_files_do_not() {
+    fn pictures_are_sorted_by_name_and_other_files_are_ignored() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["b.JPG", "a.png", "c.jpeg", ".hidden.jpg", "notes.txt", "jpg"] {
             std::fs::write(folder.path().join(name), b"").unwrap();

@@ -1,4 +1,4 @@
-//! `file:`: one file, which is a picture or recorded MJPEG (JPEGs one after the other, as `ffmpeg -f mjpeg` writes them).
+//! The source `file:`: one file with a picture, or an MJPEG recording: concatenated JPEGs, as `ffmpeg -f mjpeg` writes them.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,16 +11,17 @@ use super::{CameraError, Health, Pace, captured, retry};
 use lineside_common::files::read_bounded;
 use crate::mailbox::Mailbox;
 
-/// A recording is held in memory while it plays.
+/// Largest recording in bytes; it is kept in memory while it is played.
 const RECORDING_BYTES_MAX: u64 = 1 << 30;
 
 pub(super) async fn play(path: &Path, interval: Option<Duration>, mailbox: &Mailbox, health: Health) {
-    retry(&health, || once(path, interval, mailbox, &health)).await;
+    retry(&health, || play_once(path, interval, mailbox, &health)).await;
     mailbox.drained().await;
     health.ended();
 }
 
-async fn once(
+/// Plays all frames of the file.
+async fn play_once(
     path: &Path,
     interval: Option<Duration>,
     mailbox: &Mailbox,
@@ -33,8 +34,8 @@ async fn once(
         .flatten()
         .map_err(|error| CameraError::Unreachable(format!("{}: {error}", path.display())))?;
     if bytes.starts_with(&[0, 0, 1]) || bytes.starts_with(&[0, 0, 0, 1]) {
-        let what = "is H.264, which is not built into this version yet; use MJPEG";
-        return Err(CameraError::Rejected(format!("{} {what}", path.display())));
+        let reason = "is H.264, which is not supported by this version; use MJPEG";
+        return Err(CameraError::Rejected(format!("{} {reason}", path.display())));
     }
     health.up();
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -42,16 +43,17 @@ async fn once(
     let mut pace = Pace::new(interval);
     while let Some(frame) = next_frame(&mut rest) {
         pace.tick().await;
-        match interval {
-            Some(_) => mailbox.offer(captured(frame, name.clone(), true)),
-            None => mailbox.put(captured(frame, name.clone(), false)).await,
+        if interval.is_some() {
+            mailbox.offer(captured(frame, name.clone(), true));
+        } else {
+            mailbox.put(captured(frame, name.clone(), false)).await;
         }
     }
     Ok(())
 }
 
-/// Takes the next picture off the front, passing over bytes between two JPEGs. What is no whole JPEG is taken in one piece;
-/// the decoder says what it is.
+/// Removes the next picture from the front, with the bytes between two JPEGs. Data that is not a complete JPEG is returned as
+/// one piece, which the decoder identifies or rejects.
 fn next_frame(rest: &mut Bytes) -> Option<Bytes> {
     if rest.is_empty() {
         return None;
@@ -72,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recording_is_cut_into_its_pictures() {
+    fn a_recording_is_split_into_its_pictures() {
         let jpeg = [0xFF, 0xD8, 0xFF, 0xDA, 0x00, 0x02, 0x12, 0xFF, 0xD9];
         let mut recording = Bytes::from([&jpeg[..], b"\0\0", &jpeg, &jpeg[..5], b""].concat());
         let frames: Vec<Bytes> = std::iter::from_fn(|| next_frame(&mut recording)).collect();

@@ -2,12 +2,12 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// 2026-01-01T00:00:00Z in seconds since 1970. This program did not exist before that date, so a clock with an earlier time was
-/// never set.
+/// 2026-01-01T00:00:00Z in seconds since 1970. This program did not exist before that date, so a clock with an earlier
+/// time was never set.
 const PLAUSIBLE_SINCE_SECONDS: u64 = 1_767_225_600;
 
-/// Formats a time as RFC 3339 in UTC with milliseconds, such as `2026-11-23T18:35:56.123Z`. Times before 1970 and after 9999 are
-/// clamped to that range.
+/// Formats a time as RFC 3339 in UTC with milliseconds, such as `2026-11-23T18:35:56.123Z`. Times before 1970 and after
+/// 9999 are clamped to that range.
 pub fn rfc3339(time: SystemTime) -> String {
     // The formatter supports years up to 9999.
     let seconds_max = 253_402_300_799;

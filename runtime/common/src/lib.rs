@@ -1,5 +1,5 @@
-//! The foundation of the workspace, which uses no other crate of it: backoff, clock, digests, durable files, supervised tasks and
-//! child processes, metrics, rate limits.
+//! The foundation of the workspace, which uses no other crate of it: backoff, clock, digests, durable files, supervised
+//! tasks and child processes, metrics, rate limits.
 
 pub mod allocator;
 pub mod backoff;

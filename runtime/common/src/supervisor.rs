@@ -77,7 +77,8 @@ impl SupervisedTask {
     }
 }
 
-/// Reports the end of a thread to the supervisor. Dropping it without [`FailureReporter::done`], as a panic does, is a failure.
+/// Reports the end of a thread to the supervisor. Dropping it without [`FailureReporter::done`], as a panic does, is a
+/// failure.
 pub struct FailureReporter {
     supervisor: Supervisor,
     task: String,
@@ -115,7 +116,9 @@ impl Supervisor {
         let stop = CancellationToken::new();
         let injection = self.0.injections.lock().entry(name.to_owned()).or_default().clone();
         self.0.restarts.with_label_values(&[name]);
-        let task = tokio::spawn(supervise(self.clone(), name.to_owned(), on_failure, start, stop.clone(), injection));
+        let run =
+            TaskRun { supervisor: self.clone(), name: name.to_owned(), on_failure, stop: stop.clone(), injection };
+        let task = tokio::spawn(run.supervise(start));
         SupervisedTask { name: name.to_owned(), stop, task }
     }
 
@@ -177,52 +180,59 @@ impl Supervisor {
     }
 }
 
-async fn supervise<F, T>(
+/// One supervised task, through all its restarts.
+struct TaskRun {
     supervisor: Supervisor,
     name: String,
     on_failure: OnFailure,
-    mut start: F,
     stop: CancellationToken,
     injection: Arc<Notify>,
-) where
-    F: FnMut(CancellationToken) -> T + Send + 'static,
-    T: Future<Output = ()> + Send + 'static,
-{
-    let mut backoff = Backoff::new(RESTART_FIRST, RESTART_CAP);
-    loop {
-        let started = Instant::now();
-        let (work, injection) = (start(stop.clone()), injection.clone());
-        let ended = tokio::spawn(async move {
-            tokio::select! {
-                () = work => {}
-                () = injection.notified() => injected(),
+}
+
+impl TaskRun {
+    /// Runs the task until it is stopped, or has failed and is not restarted.
+    async fn supervise<F, T>(self, mut start: F)
+    where
+        F: FnMut(CancellationToken) -> T + Send + 'static,
+        T: Future<Output = ()> + Send + 'static,
+    {
+        let Self { supervisor, name, on_failure, stop, injection } = self;
+        let mut backoff = Backoff::new(RESTART_FIRST, RESTART_CAP);
+        loop {
+            let started = Instant::now();
+            let (work, injection) = (start(stop.clone()), injection.clone());
+            let ended = tokio::spawn(async move {
+                tokio::select! {
+                    () = work => {}
+                    () = injection.notified() => injected(),
+                }
+            })
+            .await;
+            if stop.is_cancelled() && ended.is_ok() {
+                return;
             }
-        })
-        .await;
-        if stop.is_cancelled() && ended.is_ok() {
-            return;
-        }
-        let reason = match ended {
-            Ok(()) => "ended unexpectedly".to_owned(),
-            Err(error) => describe(error),
-        };
-        if on_failure == OnFailure::Exit {
-            return supervisor.exit(&name, &reason);
-        }
-        if stop.is_cancelled() {
-            tracing::error!(event = "task_failed", task = name, reason, "Task failed while it was being stopped");
-            return;
-        }
-        if started.elapsed() >= HEALTHY_AFTER {
-            backoff.reset();
-        }
-        let delay = backoff.next_delay();
-        supervisor.0.restarts.with_label_values(&[&name]).inc();
-        supervisor.note_failure(&name, &reason);
-        tracing::error!(event = "task_failed", task = name, reason, ?delay, "Task failed and is restarted");
-        tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            () = stop.cancelled() => return,
+            let reason = match ended {
+                Ok(()) => "ended unexpectedly".to_owned(),
+                Err(error) => describe(error),
+            };
+            if on_failure == OnFailure::Exit {
+                return supervisor.exit(&name, &reason);
+            }
+            if stop.is_cancelled() {
+                tracing::error!(event = "task_failed", task = name, reason, "Task failed while it was being stopped");
+                return;
+            }
+            if started.elapsed() >= HEALTHY_AFTER {
+                backoff.reset();
+            }
+            let delay = backoff.next_delay();
+            supervisor.0.restarts.with_label_values(&[&name]).inc();
+            supervisor.note_failure(&name, &reason);
+            tracing::error!(event = "task_failed", task = name, reason, ?delay, "Task failed and is restarted");
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = stop.cancelled() => return,
+            }
         }
     }
 }

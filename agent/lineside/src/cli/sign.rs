@@ -100,7 +100,7 @@ fn existing(path: &Path, wanted: &Statement, says_expiry: bool) -> Result<Envelo
     let failed = |why: String| Failure::Failed(anyhow!("--envelope {shown}: {why}"));
     let bytes = files::read_bounded(path, ENVELOPE_BYTES_MAX).map_err(|error| failed(error.to_string()))?;
     let envelope: Envelope = serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))?;
-    let payload = envelope.decoded().map_err(failed)?;
+    let payload = envelope.decoded().map_err(|error| failed(error.to_string()))?;
     let mut said: Statement = serde_json::from_slice(&payload).map_err(|error| failed(error.to_string()))?;
     if !says_expiry {
         said.expires = None;

@@ -19,7 +19,7 @@ use url::Url;
 
 use super::mqtt;
 use lineside_api::kinds::yaml;
-use lineside_api::names::{ConfigErrors, is_name, topic_segment};
+use lineside_api::names::{ConfigErrors, NameError, is_name, topic_segment};
 use lineside_kube::ClusterConfig;
 use lineside_models::ModelsConfig;
 use lineside_mqtt::config::MqttConfig;
@@ -190,7 +190,7 @@ impl ConfigLayers {
     /// # Errors
     /// Every error, in the order of the settings.
     pub fn resolve(&self, mut errors: ConfigErrors, host_name: &str) -> Result<Config, Vec<String>> {
-        let mut text = |setting: &'static str, otherwise: Option<&str>, check: fn(&str) -> Result<(), String>| {
+        let mut text = |setting: &'static str, otherwise: Option<&str>, check: fn(&str) -> Result<(), NameError>| {
             let (value, place) = self.get(setting);
             let value = value.or(otherwise).map(str::to_owned);
             let value = errors.require(&place, value)?;

@@ -98,9 +98,12 @@ impl ManifestFolder {
         let read = match read_bounded(path, FILE_BYTES_MAX) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
             Err(error) => Err(vec![error.to_string()]),
-            Ok(bytes) => String::from_utf8(bytes)
-                .map_err(|_| vec!["it is no UTF-8 text".to_owned()])
-                .and_then(|text| manifest::read(&text, &self.path, &crate::desired::check_rule)),
+            Ok(bytes) => {
+                String::from_utf8(bytes).map_err(|_| vec!["it is no UTF-8 text".to_owned()]).and_then(|text| {
+                    manifest::read(&text, &self.path, &crate::desired::check_rule)
+                        .map_err(manifest::ManifestErrors::into_list)
+                })
+            }
         };
         Some(match read {
             Ok(objects) => {

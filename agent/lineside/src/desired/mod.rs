@@ -16,9 +16,9 @@ use lineside_api::kinds::{ModelManifest, StreamManifest, selects};
 /// Checks a verdict rule as manifests are read.
 ///
 /// # Errors
-/// What is wrong with it, in one line.
-pub fn check_rule(rule: &str) -> Result<(), String> {
-    lineside_rules::Rule::compile(rule).map(drop)
+/// [`lineside_rules::RuleError`].
+pub fn check_rule(rule: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    Ok(lineside_rules::Rule::compile(rule).map(drop)?)
 }
 
 /// The node that manifests are matched against.

@@ -67,7 +67,8 @@ impl ObjectSet {
         let (uid, generation) = (given.uid.clone(), given.generation);
         let known = match read_object(given.document.clone(), &super::check_rule) {
             Ok(object) => Known { uid, generation, good: Some((given, object)), refused: None },
-            Err(reasons) => {
+            Err(errors) => {
+                let reasons = errors.into_list();
                 let refused = Refused::new(&given.kind, &given.name, given.identity(), &given.document, reasons);
                 Known { uid, generation, good: before, refused: Some(refused) }
             }

@@ -9,7 +9,7 @@ use super::context::PublisherContext;
 use crate::command::{Command, CommandError, CommandName, CommandRequest, SetLevel};
 use crate::connection::MqttMessage;
 use crate::metrics::MqttMetrics;
-use lineside_api::message::{CommandMessage, CommandOutcome, CommandState, Incoming, Topics};
+use lineside_api::message::{CommandMessage, CommandOutcome, CommandState, IncomingTopic, Topics};
 use lineside_common::{LogOnChange, clock, error_chain};
 
 /// Maximum size of a command's payload in bytes.
@@ -59,8 +59,8 @@ impl Commands {
     /// Handles a message on one of the agent's topics. A message that the broker had retained is outdated and ignored.
     pub(super) fn handle(&mut self, message: &MqttMessage) {
         let received = &self.responder.metrics.received;
-        match self.responder.topics.understand(&message.topic) {
-            Some(Incoming::Command(name)) if message.retain => {
+        match self.responder.topics.parse(&message.topic) {
+            Some(IncomingTopic::Command(name)) if message.retain => {
                 received.command_stale.inc();
                 tracing::warn!(
                     event = "command_stale",
@@ -68,8 +68,8 @@ impl Commands {
                     "Retained command is ignored; publish commands without the retain flag"
                 );
             }
-            Some(Incoming::Command(name)) => self.dispatch(name, &message.payload),
-            Some(Incoming::Trigger(stream)) => {
+            Some(IncomingTopic::Command(name)) => self.dispatch(name, &message.payload),
+            Some(IncomingTopic::Trigger(stream)) => {
                 received.trigger_unused.inc();
                 if self.triggers_ignored.set(()) {
                     tracing::warn!(

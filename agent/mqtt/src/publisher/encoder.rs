@@ -10,7 +10,7 @@ use super::context::PublisherContext;
 use crate::connection::{MqttMessage, MqttSender};
 use crate::home_assistant;
 use crate::sparkplug::{HostSignal, SparkplugSession};
-use lineside_api::message::{AgentPresence, as_historical};
+use lineside_api::message::{AgentPresence, mark_historical};
 use lineside_api::state::StreamStates;
 use lineside_common::files;
 use lineside_spool::{Record, RecordId};
@@ -101,7 +101,7 @@ impl Encoder {
         match self {
             Self::Json { .. } => {
                 publish_node_message(sender, context.status_message(AgentPresence::Online))?;
-                subscribe_all(sender, &context.topics.incoming())?;
+                subscribe_all(sender, &context.topics.subscriptions())?;
             }
             Self::Sparkplug { session, .. } => subscribe_all(sender, &session.filters())?,
         }
@@ -177,7 +177,7 @@ impl Encoder {
     ) -> Result<(), QueueFull> {
         match self {
             Self::Json { .. } => {
-                let payload = if historical { as_historical(record.payload) } else { record.payload };
+                let payload = if historical { mark_historical(record.payload) } else { record.payload };
                 let message = MqttMessage { topic: record.topic, payload, retain: false };
                 queued(sender.publish(message, AckToken::Record(record.id)))
             }

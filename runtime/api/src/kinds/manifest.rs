@@ -1,5 +1,5 @@
-//! Manifest files, and the raw stage of their objects: the fields of an `EdgeModel` or a `CameraStream` as written. The doc comments
-//! of the `Raw` types are the descriptions in the custom resource definitions.
+//! Manifest files, and the raw stage of their objects: the fields of an `EdgeModel` or a `CameraStream` as written. The
+//! doc comments of the `Raw` types are the descriptions in the custom resource definitions.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -85,7 +85,8 @@ impl ManifestDocument {
     /// [`ManifestErrors`] with every error of the object.
     pub fn read(&self, check_rule: RuleCheck<'_>) -> Result<Object, ManifestErrors> {
         let mut errors = ConfigErrors::default();
-        match object(1, self.document.clone(), &self.folder, check_rule, &mut errors) {
+        let reader = Reader { folder: &self.folder, check_rule };
+        match reader.object(1, self.document.clone(), &mut errors) {
             Some(object) if errors.is_empty() => Ok(object),
             _ => Err(ManifestErrors(errors.into_list())),
         }
@@ -108,8 +109,9 @@ pub fn read(text: &str, folder: &Path, check_rule: RuleCheck<'_>) -> Result<Vec<
     let documents = yaml::documents(text).map_err(|error| ManifestErrors(vec![error.to_string()]))?;
     let mut errors = ConfigErrors::default();
     let mut objects: Vec<Object> = Vec::new();
+    let reader = Reader { folder, check_rule };
     for (index, document) in documents.into_iter().enumerate() {
-        let Some(object) = object(index + 1, document, folder, check_rule, &mut errors) else { continue };
+        let Some(object) = reader.object(index + 1, document, &mut errors) else { continue };
         if objects.iter().any(|other| other.key() == object.key()) {
             errors.add(place(object.key()), "is defined twice in the file");
         } else {
@@ -119,41 +121,44 @@ pub fn read(text: &str, folder: &Path, check_rule: RuleCheck<'_>) -> Result<Vec<
     if errors.is_empty() { Ok(objects) } else { Err(ManifestErrors(errors.into_list())) }
 }
 
-/// Reads the document with this number in its file, from 1.
+/// What the objects of a manifest are read with.
+#[derive(Clone, Copy)]
+pub(super) struct Reader<'a> {
+    /// The folder that relative paths refer to.
+    pub(super) folder: &'a Path,
+    /// Checks verdict rules.
+    pub(super) check_rule: RuleCheck<'a>,
+}
 
-fn object(
-    number: usize,
-    document: Value,
-    folder: &Path,
-    check_rule: RuleCheck<'_>,
-    errors: &mut ConfigErrors,
-) -> Option<Object> {
-    let kind = document.get("kind").and_then(Value::as_str).unwrap_or_default().to_owned();
-    let name = document.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
-    let place = match (kind.as_str(), name.as_str()) {
-        ("", _) | (_, "") => format!("document {number}"),
-        (kind, name) => place((kind, name)),
-    };
-    match kind.as_str() {
-        "EdgeModel" => {
-            let raw: RawObject<RawModelSpec> = yaml::read(&place, document.clone(), errors);
-            let (name, spec) = raw.checked(&place, errors)?;
-            let model = ModelManifest::resolve(&place, name, spec, ManifestDocument::new(document, folder), errors);
-            model.map(|model| Object::Model(Box::new(model)))
-        }
-        "CameraStream" => {
-            let raw: RawObject<RawStreamSpec> = yaml::read(&place, document, errors);
-            let (name, spec) = raw.checked(&place, errors)?;
-            StreamManifest::resolve(&place, name, spec, folder, check_rule, errors)
-                .map(|stream| Object::Stream(Box::new(stream)))
-        }
-        "" => {
-            errors.add(place, "kind is missing; expected EdgeModel or CameraStream");
-            None
-        }
-        other => {
-            errors.add(place, format!("unknown kind {other}; expected EdgeModel or CameraStream"));
-            None
+impl Reader<'_> {
+    /// Reads the document with this number in its file, from 1.
+    fn object(self, number: usize, document: Value, errors: &mut ConfigErrors) -> Option<Object> {
+        let kind = document.get("kind").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let name = document.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let place = match (kind.as_str(), name.as_str()) {
+            ("", _) | (_, "") => format!("document {number}"),
+            (kind, name) => place((kind, name)),
+        };
+        match kind.as_str() {
+            "EdgeModel" => {
+                let raw: RawObject<RawModelSpec> = yaml::read(&place, document.clone(), errors);
+                let (name, spec) = raw.checked(&place, errors)?;
+                let document = ManifestDocument::new(document, self.folder);
+                ModelManifest::resolve(&place, name, spec, document, errors).map(|model| Object::Model(Box::new(model)))
+            }
+            "CameraStream" => {
+                let raw: RawObject<RawStreamSpec> = yaml::read(&place, document, errors);
+                let (name, spec) = raw.checked(&place, errors)?;
+                StreamManifest::resolve(&place, name, spec, self, errors).map(|stream| Object::Stream(Box::new(stream)))
+            }
+            "" => {
+                errors.add(place, "kind is missing; expected EdgeModel or CameraStream");
+                None
+            }
+            other => {
+                errors.add(place, format!("unknown kind {other}; expected EdgeModel or CameraStream"));
+                None
+            }
         }
     }
 }
@@ -201,8 +206,8 @@ impl<S> RawObject<S> {
     }
 }
 
-/// The schema of a field that is planned and not supported yet: the schema accepts any object, and a validation rule rejects it
-/// with a message that says so.
+/// The schema of a field that is planned and not supported yet: the schema accepts any object, and a validation rule
+/// rejects it with a message that says so.
 fn unsupported_object(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }
@@ -247,13 +252,14 @@ fn envelope(_: &mut SchemaGenerator) -> Schema {
     {"rule": "!has(self.rollout)", "message": "spec.rollout is not supported by this version; remove it"}
 ]))]
 pub struct RawModelSpec {
-    /// Version number, which must increase. A node rejects a version that is lower than the highest it has served, unless rollback
-    /// is true.
+    /// Version number, which must increase. A node rejects a version that is lower than the highest it has served,
+    /// unless rollback is true.
     #[schemars(range(min = 0, max = 9_007_199_254_740_991_u64))]
     pub version: Option<u64>,
     /// Location of the model file.
     pub source: Option<RawModelSource>,
-    /// What the outputs mean. Default: the metadata of the model, or classify for a model whose only output is [batch, classes].
+    /// What the outputs mean. Default: the metadata of the model, or classify for a model whose only output is
+    /// [batch, classes].
     pub task: Option<Task>,
     /// Conversion of a picture to the input tensor.
     pub input: Option<InputSpec>,
@@ -267,7 +273,8 @@ pub struct RawModelSpec {
     /// Labels of the nodes that run the model. Default: every node.
     #[schemars(schema_with = "selector")]
     pub node_selector: Option<BTreeMap<String, String>>,
-    /// Golden samples: pictures with the predictions that the model has to reproduce on the node before it serves. Default: none.
+    /// Golden samples: pictures with the predictions that the model has to reproduce on the node before it serves.
+    /// Default: none.
     #[schemars(length(max = 64))]
     pub golden: Option<Vec<RawGolden>>,
     /// Planned; not supported by this version.
@@ -293,7 +300,8 @@ pub struct RawModelSpec {
     }
 ]))]
 pub struct RawModelSource {
-    /// Address of the file: https://, s3://, gs://, az://, oci:// or file:///; http:// only if the agent allows it (--source-http).
+    /// Address of the file: https://, s3://, gs://, az://, oci:// or file:///; http:// only if the agent allows it
+    /// (--source-http).
     #[schemars(length(min = 1, max = 2048))]
     pub uri: Option<String>,
     /// SHA-256 of the file: sha256: and 64 hexadecimal digits. Required except for file:.
@@ -302,8 +310,8 @@ pub struct RawModelSource {
     /// Size of the file in bytes. Default: not checked.
     #[schemars(range(min = 1, max = 9_007_199_254_740_991_u64))]
     pub size: Option<u64>,
-    /// Secret with the credentials for the address. It has to be mounted into the agent's pod, because the agent has no permission
-    /// to read Secrets.
+    /// Secret with the credentials for the address. It has to be mounted into the agent's pod, because the agent has no
+    /// permission to read Secrets.
     pub secret_ref: Option<RawSecretRef>,
     /// Signature of this version, as `lineside sign` prints it. Required if the agent has trusted keys.
     #[schemars(schema_with = "envelope")]
@@ -368,8 +376,8 @@ pub struct RawStreamSpec {
     /// Largest number of frames per second, 0 to 1000; 0 is no limit. Default: 0.
     #[schemars(range(min = 0.0, max = 1000.0), extend("default" = 0))]
     pub fps: Option<f64>,
-    /// Largest age of a frame in milliseconds when its inference starts. Older frames are dropped and counted as stale. Default: no
-    /// limit.
+    /// Largest age of a frame in milliseconds when its inference starts. Older frames are dropped and counted as stale.
+    /// Default: no limit.
     #[schemars(range(min = 1, max = 86_400_000))]
     pub max_age_ms: Option<u64>,
     /// CEL expression over the prediction, whose value is "pass", "reject" or "none". Default: every verdict is none.
@@ -420,8 +428,8 @@ pub struct RawReport {
     {"rule": "!has(self.secretRef)", "message": "secretRef is not supported by this version; remove it"}
 ]))]
 pub struct RawStreamSource {
-    /// Address of the source: http:// or https:// of a camera that serves MJPEG or single pictures, dir:/// of a folder or file:/// of
-    /// a file on the node.
+    /// Address of the source: http:// or https:// of a camera that serves MJPEG or single pictures, dir:/// of a folder
+    /// or file:/// of a file on the node.
     #[schemars(length(min = 1, max = 2048))]
     pub uri: Option<String>,
     /// Planned; not supported by this version.

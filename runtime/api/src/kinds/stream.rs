@@ -1,11 +1,10 @@
 //! The resolved stage of a `CameraStream`. Its tests are those of [`super::manifest`], which read complete files.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::Duration;
 
 use super::StreamSource;
-use super::manifest::{RawReport, RawStreamSpec, RuleCheck, reject_unsupported};
+use super::manifest::{RawReport, RawStreamSpec, Reader, reject_unsupported};
 use crate::names::{ConfigErrors, NAME_FORMAT, is_name};
 
 /// Largest number of frames per second, above the rate of any supported camera.
@@ -68,8 +67,7 @@ impl StreamManifest {
         place: &str,
         name: String,
         raw: RawStreamSpec,
-        folder: &Path,
-        check_rule: RuleCheck<'_>,
+        reader: Reader<'_>,
         errors: &mut ConfigErrors,
     ) -> Option<Self> {
         let at = |field: &str| format!("{place} spec.{field}");
@@ -80,7 +78,7 @@ impl StreamManifest {
         let source = raw.source.unwrap_or_default();
         reject_unsupported(place, "spec.source.secretRef", source.secret_ref.as_ref(), errors);
         let uri = errors.require(&at("source.uri"), source.uri);
-        let source = uri.and_then(|uri| errors.take(&at("source.uri"), StreamSource::parse(&uri, folder)));
+        let source = uri.and_then(|uri| errors.take(&at("source.uri"), StreamSource::parse(&uri, reader.folder)));
         let model = errors.require(&at("model"), raw.model);
         if model.as_deref().is_some_and(|model| !is_name(model)) {
             errors.add(at("model"), format!("is not a valid name: {NAME_FORMAT}"));
@@ -94,7 +92,7 @@ impl StreamManifest {
             errors.add(at("maxAgeMs"), "0 would drop every frame; omit the field for no limit");
         }
         let report = raw.report.and_then(|report| Report::resolve(&at("report"), &report, errors));
-        let verdict = raw.verdict.filter(|rule| errors.take(&at("verdict"), check_rule(rule)).is_some());
+        let verdict = raw.verdict.filter(|rule| errors.take(&at("verdict"), (reader.check_rule)(rule)).is_some());
         Some(Self {
             name,
             source: source?,

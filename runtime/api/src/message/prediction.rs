@@ -1,4 +1,4 @@
-//! A model's answer as it is written: by task, with raw tensors as the Open Inference Protocol writes them.
+//! The prediction in the JSON format of results: fields by task, raw tensors as in the Open Inference Protocol v2.
 
 use std::sync::Arc;
 
@@ -9,31 +9,31 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-/// The model's answer, by task.
+/// The prediction; the fields depend on the task.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum PredictionInfo {
-    /// classify
+    /// Task `classify`.
     Classify {
-        /// Best first.
+        /// The classes in descending order of their scores.
         classes: Vec<ClassInfo>,
     },
-    /// detect
+    /// Task `detect`.
     Detect {
-        /// Best first.
+        /// The objects in descending order of their scores.
         detections: Vec<DetectionInfo>,
     },
-    /// anomaly
+    /// Task `anomaly`.
     Anomaly {
-        /// Higher is stranger, in the model's own scale.
+        /// Anomaly score in the scale of the model; higher is more anomalous.
         score: f32,
-        /// Where it is strange.
+        /// Anomaly score for each position. Present for a model that outputs a map, when `spec.output.map` is true.
         #[serde(skip_serializing_if = "Option::is_none")]
         map: Option<MapInfo>,
     },
-    /// tensor
+    /// Task `tensor`.
     Tensor {
-        /// The raw outputs, in the graph's order.
+        /// The raw outputs, in the order of the graph.
         outputs: Vec<TensorInfo>,
     },
 }
@@ -41,60 +41,60 @@ pub enum PredictionInfo {
 /// A class with its score.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct ClassInfo {
-    /// Its name.
+    /// Name of the class.
     #[serde(serialize_with = "text")]
     pub label: Arc<str>,
-    /// Its index in the model's output.
+    /// Index of the class in the output of the model, from 0.
     pub class: u32,
-    /// 0 to 1 where the model gives probabilities.
+    /// Score, 0 to 1 for models that output probabilities.
     pub score: f32,
 }
 
-/// A found object.
+/// A detected object.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DetectionInfo {
-    /// Its class's name.
+    /// Name of the class.
     #[serde(serialize_with = "text")]
     pub label: Arc<str>,
-    /// Its class's index.
+    /// Index of the class in the output of the model, from 0.
     pub class: u32,
-    /// 0 to 1.
+    /// Score, 0 to 1.
     pub score: f32,
-    /// Left, top, right, bottom in pixels of the source picture.
+    /// Left, top, right and bottom in pixels of the source picture, rounded to hundredths.
     #[serde(rename = "box")]
     pub bbox: [f32; 4],
 }
 
-/// An anomaly map in 256 steps: `value = min + byte / 255 * (max - min)`.
+/// An anomaly map, quantized to 256 steps: `value = min + byte / 255 * (max - min)`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct MapInfo {
-    /// Columns.
+    /// Number of columns.
     pub width: usize,
-    /// Rows.
+    /// Number of rows.
     pub height: usize,
-    /// The value of byte 0.
+    /// Value of byte 0.
     pub min: f32,
-    /// The value of byte 255.
+    /// Value of byte 255.
     pub max: f32,
-    /// `width * height` bytes, row by row, in base64.
+    /// `width * height` bytes in row-major order, in base64.
     pub data: String,
 }
 
-/// A raw output, written as the Open Inference Protocol writes tensors.
+/// A raw output in the tensor format of the Open Inference Protocol v2.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct TensorInfo {
-    /// The output's name.
+    /// Name of the output in the graph.
     #[serde(serialize_with = "text")]
     pub name: Arc<str>,
-    /// Type of its elements.
+    /// Type of the elements.
     pub datatype: DataType,
-    /// Its shape, outermost dimension first.
+    /// Shape, outermost dimension first.
     pub shape: Vec<usize>,
-    /// The elements, row-major and flat. `null` stands for a value that JSON cannot write, such as infinity.
+    /// The elements as a flat list in row-major order. `null` is a value that JSON cannot represent, such as infinity.
     pub data: Vec<serde_json::Value>,
 }
 
-/// A shared text as a string. serde's own way for these is a feature that half the dependencies would be rebuilt for.
+/// Serializes a shared string. The feature `rc` of serde would do the same, and would rebuild half of the dependencies.
 fn text<S: serde::Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(text)
 }
@@ -105,8 +105,8 @@ impl From<Prediction> for PredictionInfo {
             Prediction::Classes(classes) => {
                 Self::Classify { classes: classes.into_iter().map(ClassInfo::from).collect() }
             }
-            Prediction::Detections(found) => {
-                Self::Detect { detections: found.into_iter().map(DetectionInfo::from).collect() }
+            Prediction::Detections(detections) => {
+                Self::Detect { detections: detections.into_iter().map(DetectionInfo::from).collect() }
             }
             Prediction::Anomaly { score, map } => {
                 Self::Anomaly { score, map: map.map(|map| MapInfo::new(map.width, map.height, &map.values)) }
@@ -125,9 +125,9 @@ impl From<Class> for ClassInfo {
 }
 
 impl From<Detection> for DetectionInfo {
-    fn from(found: Detection) -> Self {
-        let Class { label, class, score } = found.class;
-        Self { label, class, score, bbox: found.bbox.map(|side| (side * 100.0).round() / 100.0) }
+    fn from(detection: Detection) -> Self {
+        let Class { label, class, score } = detection.class;
+        Self { label, class, score, bbox: detection.bbox.map(|side| (side * 100.0).round() / 100.0) }
     }
 }
 
@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_map_is_written_in_256_steps_of_its_own_range() {
+    fn a_map_is_quantized_to_256_steps_of_its_range() {
         let prediction =
             Prediction::Anomaly { score: 3.0, map: Some(AnomalyMap { width: 2, height: 1, values: vec![-1.0, 3.0] }) };
         let json = serde_json::to_value(PredictionInfo::from(prediction)).unwrap();
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn raw_outputs_are_written_as_the_open_inference_protocol_does() {
+    fn raw_outputs_have_the_format_of_the_open_inference_protocol() {
         let tensor = Tensor::new(vec![1, 2], Data::F32(vec![0.5, f32::INFINITY])).unwrap();
         let json = serde_json::to_value(TensorInfo::from(NamedTensor { name: "y".into(), tensor })).unwrap();
         assert_eq!(json, serde_json::json!({"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [0.5, null]}));

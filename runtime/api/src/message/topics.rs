@@ -1,4 +1,4 @@
-//! The topics of one node, `{prefix}/v1/{site}/{node}/...`: where it speaks, and what it listens to.
+//! The MQTT topics of one node: `{prefix}/v1/{site}/{node}/...`.
 
 use crate::names::is_name;
 
@@ -9,22 +9,22 @@ pub struct Topics {
 }
 
 impl Topics {
-    /// `{prefix}/v1/{site}/{node}`.
+    /// The topics below `{prefix}/v1/{site}/{node}`.
     pub fn new(prefix: &str, site: &str, node: &str) -> Self {
         Self { base: format!("{prefix}/v1/{site}/{node}") }
     }
 
-    /// Where the node says whether it is there.
+    /// Topic of the node's presence.
     pub fn status(&self) -> String {
         format!("{}/status", self.base)
     }
 
-    /// Where a stream's results go.
+    /// Topic of a stream's results.
     pub fn result(&self, stream: &str) -> String {
         format!("{}/{stream}/result", self.base)
     }
 
-    /// Where an event goes.
+    /// Topic of events: of a stream, or of the node.
     pub fn event(&self, stream: Option<&str>) -> String {
         match stream {
             Some(stream) => format!("{}/{stream}/event", self.base),
@@ -32,53 +32,54 @@ impl Topics {
         }
     }
 
-    /// Where metrics go.
+    /// Topic of the node's metrics.
     pub fn metrics(&self) -> String {
         format!("{}/metrics", self.base)
     }
 
-    /// Where the message goes whose acknowledgement counts for messages with QoS 0 before it (SparkplugConfig B only).
+    /// Topic of the fence, in Sparkplug B mode only: a message with QoS 1 whose acknowledgement also confirms the
+    /// messages with QoS 0 before it.
     pub fn fence(&self) -> String {
         format!("{}/fence", self.base)
     }
 
-    /// Where the answers to a command go.
+    /// Topic of the responses to a command.
     pub fn command_state(&self, name: &str) -> String {
         format!("{}/cmd/{name}/state", self.base)
     }
 
-    /// Where a command is given.
+    /// Topic on which a command is received.
     pub fn command_set(&self, name: &str) -> String {
         format!("{}/cmd/{name}/set", self.base)
     }
 
-    /// What the agent listens to.
-    pub fn incoming(&self) -> [String; 2] {
+    /// The topic filters that the agent subscribes to: commands and triggers.
+    pub fn subscriptions(&self) -> [String; 2] {
         [self.command_set("+"), format!("{}/+/trigger", self.base)]
     }
 
-    /// What came in on a topic.
-    pub fn understand<'a>(&self, topic: &'a str) -> Option<Incoming<'a>> {
+    /// Parses the topic of a received message. `None` for a topic that is not among the subscriptions.
+    pub fn parse<'a>(&self, topic: &'a str) -> Option<IncomingTopic<'a>> {
         let levels: Vec<&str> = topic.strip_prefix(&self.base)?.strip_prefix('/')?.split('/').collect();
         match levels.as_slice() {
-            ["cmd", name, "set"] => Some(Incoming::Command(name)),
-            [stream, "trigger"] if is_name(stream) => Some(Incoming::Trigger(stream)),
+            ["cmd", name, "set"] => Some(IncomingTopic::Command(name)),
+            [stream, "trigger"] if is_name(stream) => Some(IncomingTopic::Trigger(stream)),
             _ => None,
         }
     }
 
-    /// Everything the node says.
+    /// The topic filter for all messages of the node.
     pub fn all(&self) -> String {
         format!("{}/#", self.base)
     }
 }
 
-/// What a topic that the agent listens to means.
+/// The meaning of a subscribed topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Incoming<'a> {
-    /// A command of this name.
+pub enum IncomingTopic<'a> {
+    /// A command with this name.
     Command(&'a str),
-    /// A request to inspect one part in front of this stream.
+    /// A trigger of this stream, which requests the inspection of one part.
     Trigger(&'a str),
 }
 
@@ -87,15 +88,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_commands_and_triggers_of_this_node_are_understood() {
+    fn only_commands_and_triggers_of_this_node_are_parsed() {
         let topics = Topics::new("lineside", "plant", "edge-1");
-        let mine = |rest: &str| format!("lineside/v1/plant/edge-1/{rest}");
-        assert_eq!(topics.understand(&mine("cmd/pause/set")), Some(Incoming::Command("pause")));
-        assert_eq!(topics.understand(&mine("cam7/trigger")), Some(Incoming::Trigger("cam7")));
+        let own = |rest: &str| format!("lineside/v1/plant/edge-1/{rest}");
+        assert_eq!(topics.parse(&own("cmd/pause/set")), Some(IncomingTopic::Command("pause")));
+        assert_eq!(topics.parse(&own("cam7/trigger")), Some(IncomingTopic::Trigger("cam7")));
         for other in ["cmd/pause/state", "cmd/a/b/set", "cam7/result", "Cam_7/trigger", "trigger", "", "cmd/set"] {
-            assert_eq!(topics.understand(&mine(other)), None, "{other}");
+            assert_eq!(topics.parse(&own(other)), None, "{other}");
         }
-        assert_eq!(topics.understand("lineside/v1/plant/edge-2/cmd/pause/set"), None);
-        assert_eq!(topics.understand("lineside/v1/plant/edge-1cmd/pause/set"), None);
+        assert_eq!(topics.parse("lineside/v1/plant/edge-2/cmd/pause/set"), None);
+        assert_eq!(topics.parse("lineside/v1/plant/edge-1cmd/pause/set"), None);
     }
 }

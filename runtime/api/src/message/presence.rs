@@ -1,0 +1,33 @@
+//! The presence of an agent on its broker.
+
+use schemars::JsonSchema;
+use serde::Serialize;
+
+/// The presence of an agent, retained on `{prefix}/v1/{site}/{node}/status`. The agent registers the `offline` message as its
+/// Will, so that the broker publishes it when the connection is lost.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(title = "Lineside status")]
+pub struct PresenceMessage<'a> {
+    /// Whether the agent is connected.
+    pub state: AgentPresence,
+    /// Time at which the message was written, RFC 3339 in UTC. For a Will this is the time of the connection, not of its loss.
+    pub ts: String,
+    /// Name of the site.
+    pub site: &'a str,
+    /// Name of the node.
+    pub node: &'a str,
+    /// Version of the agent.
+    pub version: &'a str,
+    /// Number of starts of the agent on this node.
+    pub epoch: u64,
+}
+
+/// Whether an agent is connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AgentPresence {
+    /// The agent is connected.
+    Online,
+    /// The agent has ended, or its connection is lost.
+    Offline,
+}

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use rumqttc::{AsyncClient, EventLoop, IncomingTopic, LastWill, MqttOptions, Outgoing, QoS, TlsConfiguration, Transport};
+use rumqttc::{AsyncClient, EventLoop, Incoming, LastWill, MqttOptions, Outgoing, QoS, TlsConfiguration, Transport};
 
 use crate::config::Broker;
 use crate::credentials::{BrokerCredentials, CredentialsError};
@@ -33,7 +33,7 @@ pub struct MqttMessage {
     pub topic: Arc<str>,
     /// The payload, at most 8 MiB with the rest of the packet.
     pub payload: Bytes,
-    /// Outgoing: the broker keeps the message for later subscribers. IncomingTopic: the broker had kept it.
+    /// Outgoing: the broker keeps the message for later subscribers. Incoming: the broker had kept it.
     pub retain: bool,
 }
 
@@ -203,17 +203,17 @@ impl<T> MqttSender<T> {
     pub fn interpret(&mut self, event: TransportEvent) -> ConnectionEvent<T> {
         use rumqttc::Event as Raw;
         match event.0 {
-            Ok(Raw::IncomingTopic(IncomingTopic::ConnAck(_))) => ConnectionEvent::Connected,
-            Ok(Raw::IncomingTopic(IncomingTopic::PubAck(acknowledgement))) => match self.sent.remove(&acknowledgement.pkid) {
+            Ok(Raw::Incoming(Incoming::ConnAck(_))) => ConnectionEvent::Connected,
+            Ok(Raw::Incoming(Incoming::PubAck(acknowledgement))) => match self.sent.remove(&acknowledgement.pkid) {
                 Some(token) => ConnectionEvent::Acknowledged(token),
                 None => ConnectionEvent::PacketReceived,
             },
-            Ok(Raw::IncomingTopic(IncomingTopic::Publish(message))) => ConnectionEvent::Received(MqttMessage {
+            Ok(Raw::Incoming(Incoming::Publish(message))) => ConnectionEvent::Received(MqttMessage {
                 topic: message.topic.into(),
                 payload: message.payload,
                 retain: message.retain,
             }),
-            Ok(Raw::IncomingTopic(_)) => ConnectionEvent::PacketReceived,
+            Ok(Raw::Incoming(_)) => ConnectionEvent::PacketReceived,
             // rumqttc assigns packet identifiers in the order in which messages were queued. Messages with QoS 0 get none.
             Ok(Raw::Outgoing(Outgoing::Publish(packet_id))) => {
                 self.unsent = self.unsent.saturating_sub(1);

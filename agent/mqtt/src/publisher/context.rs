@@ -11,7 +11,7 @@ use crate::command::{CommandRequest, SetLevel};
 use crate::config::MqttConfig;
 use crate::connection::MqttMessage;
 use crate::metrics::MqttMetrics;
-use lineside_api::message::{AgentPresence, StatusMessage, Topics};
+use lineside_api::message::{AgentPresence, PresenceMessage, Topics};
 use lineside_api::state::StreamStates;
 use lineside_common::clock;
 use lineside_spool::Spool;
@@ -45,7 +45,7 @@ pub struct PublisherContext {
 impl PublisherContext {
     /// The retained message about the agent's presence.
     pub(super) fn status_message(&self, state: AgentPresence) -> MqttMessage {
-        let status = StatusMessage {
+        let status = PresenceMessage {
             state,
             ts: clock::rfc3339(SystemTime::now()),
             site: &self.site,

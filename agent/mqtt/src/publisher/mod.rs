@@ -226,7 +226,7 @@ mod tests {
     use lineside_api::message::Topics;
     use lineside_api::state::StreamStates;
     use lineside_common::metrics::Registrar;
-    use lineside_spool::model_test::options;
+    use lineside_spool::simulation::options;
     use lineside_spool::{AppendOutcome, NewRecord, RecordKind, Spool, WhenFull};
 
     /// A publisher with what it is connected to.
@@ -263,9 +263,9 @@ mod tests {
                 topic: "lineside/v1/plant/edge-1/cam/result".into(),
                 ttl_seconds: 0,
                 when_full: WhenFull::DropNewest,
-                make: |_| Bytes::from_static(b"{}"),
+                build_payload: |_| Bytes::from_static(b"{}"),
             });
-            assert!(matches!(outcome, AppendOutcome::Kept(_)));
+            assert!(matches!(outcome, AppendOutcome::Appended(_)));
         }
 
         async fn wait_until_connected(&self) {

@@ -22,9 +22,10 @@ use crate::message_writer::MessageWriter;
 use crate::streams::registry::StreamRegistry;
 use lineside_api::message::Topics;
 use lineside_common::metrics::Metrics;
-use lineside_common::{child_process, files};
+use lineside_common::{child_process, error_chain, files};
 use lineside_kube::ClusterClient;
 use lineside_models::fetch::Fetcher;
+use lineside_models::{FetchMetrics, StoreMetrics};
 
 use crate::desired::cluster::ClusterSync;
 use crate::desired::folder_watcher::follow;
@@ -94,10 +95,7 @@ impl App {
         let metrics = Metrics::new().context("the metrics cannot be set up")?;
         let server = Server::bind(config.http).await?;
         let keys = match &config.models.trusted_keys {
-            Some(path) => Some(
-                Keyring::read(path, config.models.signature_threshold)
-                    .map_err(|reason| anyhow::anyhow!("--trusted-keys: {reason}"))?,
-            ),
+            Some(path) => Some(Keyring::read(path, config.models.signature_threshold).context("--trusted-keys")?),
             None => None,
         };
         let store = Arc::new(open_store(&config, &metrics)?);
@@ -155,7 +153,7 @@ impl App {
         let node = Node { name: config.node, labels: config.labels };
         let models = config.models;
         let limits = AdmissionLimits { memory_bytes: models.admission_memory_bytes, seconds: models.admission_seconds };
-        let fetcher = Fetcher::new(store.clone(), models, metrics.clone());
+        let fetcher = Fetcher::new(store.clone(), models, fetch_metrics(&metrics), store_metrics(&metrics));
         let (say, desired_state) = watch::channel(None);
         let again = Arc::new(Notify::new());
         let has_cluster = matches!(config.desired_state, DesiredSource::ClusterClient(_));
@@ -252,16 +250,42 @@ fn open_store(config: &Config, metrics: &Metrics) -> anyhow::Result<Store> {
         }
     });
     let store = Store::open(&root, config.models.store_bytes_max, index).context("the store cannot be opened")?;
-    store.tidy().context("the store cannot be tidied")?;
+    store.remove_stale_files().context("stale files of the store cannot be removed")?;
     match (store.index_state(), reason) {
-        (IndexState::Rebuilt, Some(reason)) => {
+        (IndexState::Rebuilt, Some(error)) => {
             metrics.store_index_rebuilt.inc();
-            tracing::warn!(event = "store_index_rebuilt", reason, "the store's index was rebuilt");
+            tracing::warn!(
+                event = "store_index_rebuilt",
+                reason = error_chain(&error),
+                "the store's index was rebuilt"
+            );
         }
-        (_, Some(reason)) => tracing::warn!(reason, "the store goes without its index"),
+        (_, Some(error)) => {
+            let reason = error_chain(&error);
+            tracing::warn!(event = "store_index_off", reason, "The store works without its index");
+        }
         (_, None) => {}
     }
     Ok(store)
+}
+
+/// The metrics of fetching, in the registry of today's `Metrics`.
+fn fetch_metrics(metrics: &Metrics) -> FetchMetrics {
+    FetchMetrics {
+        peer_bytes: metrics.fetch_bytes.with_label_values(&["peer"]),
+        source_bytes: metrics.fetch_bytes.with_label_values(&["source"]),
+        failures: metrics.fetch_failures.clone(),
+    }
+}
+
+/// The metrics of the store, in the registry of today's `Metrics`.
+fn store_metrics(metrics: &Metrics) -> StoreMetrics {
+    StoreMetrics {
+        bytes: metrics.store_bytes.clone(),
+        quota_bytes: metrics.store_quota_bytes.clone(),
+        evictions: metrics.store_evictions.clone(),
+        index_rebuilt: metrics.store_index_rebuilt.clone(),
+    }
 }
 
 /// Counts this start. The number goes into every result's id, so that no id is ever given twice, and is on disk before

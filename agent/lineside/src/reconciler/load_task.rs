@@ -24,12 +24,12 @@ use lineside_api::message::ModelInfo;
 use lineside_api::state::ModelState;
 use lineside_common::clock;
 use lineside_common::digest::Digest;
+use lineside_common::error_chain;
 use lineside_common::metrics::Metrics;
 use lineside_models::admission::{Admission, AdmissionLimits, AdmissionRecord, Benchmark, Rejection};
-use lineside_models::fetch::{Fetcher, Progress};
+use lineside_models::fetch::{FetchError, Fetcher, Progress};
 use lineside_models::signing::{Keyring, Statement, has_expired};
-use lineside_models::store;
-use lineside_models::store::{FailureRecord, NoteKind, Store, VersionRecord};
+use lineside_models::store::{DigestRecordKind, FailureRecord, Store, StoreError, VersionRecord};
 use lineside_scheduler::slot::{Deployment, Ready};
 
 /// RetryState of one digest, one after the other, after which it is not tried again.
@@ -111,9 +111,15 @@ impl From<String> for LoadFailure {
     }
 }
 
-impl From<store::StoreError> for LoadFailure {
-    fn from(error: store::StoreError) -> Self {
-        error.to_string().into()
+impl From<StoreError> for LoadFailure {
+    fn from(error: StoreError) -> Self {
+        error_chain(&error).into()
+    }
+}
+
+impl From<FetchError> for LoadFailure {
+    fn from(error: FetchError) -> Self {
+        error_chain(&error).into()
     }
 }
 
@@ -151,7 +157,7 @@ pub(super) async fn bring(way: Arc<LoadContext>, request: LoadRequest) -> Result
                 pinned: false,
                 signature: manifest.signature.clone(),
             };
-            tokio::task::block_in_place(|| way.store.record(record))?;
+            tokio::task::block_in_place(|| way.store.put_version(record))?;
             fetched.digest
         }
     };
@@ -177,8 +183,8 @@ fn statement(way: &LoadContext, request: &LoadRequest) -> Result<Option<Statemen
          source.signature",
     )?;
     let statement = keys
-        .statement(envelope, &manifest.name, manifest.version)
-        .map_err(|reason| format!("its signature is refused: {reason}"))?;
+        .verify_statement(envelope, &manifest.name, manifest.version)
+        .map_err(|error| format!("its signature is refused: {}", error_chain(&error)))?;
     if let Some(digest) = manifest.digest.filter(|digest| *digest != statement.digest) {
         return Err(format!(
             "its signature is refused: it is signed for {}, and source.digest asks for {digest}",
@@ -191,7 +197,7 @@ fn statement(way: &LoadContext, request: &LoadRequest) -> Result<Option<Statemen
             statement.size
         ));
     }
-    let expiry = statement.expiry()?;
+    let expiry = statement.expiry().map_err(|error| error_chain(&error))?;
     let has_expired = expiry.is_some_and(|expiry| has_expired(expiry, SystemTime::now()));
     match has_expired && request.known_good != Some(statement.digest) {
         true => Err(format!(
@@ -216,7 +222,7 @@ fn settle(
         return Ok(None);
     }
     stage.set(ModelState::Verifying);
-    let bytes = way.store.read(digest, way.fetcher.bytes_max())?;
+    let bytes = way.store.read_verified(digest, way.fetcher.bytes_max())?;
     if let Some(statement) =
         statement.filter(|statement| (statement.digest, statement.size) != (*digest, bytes.len() as u64))
     {
@@ -232,7 +238,7 @@ fn settle(
     stage.set(ModelState::Vetting);
     let admission = Admission::new(manifest, digest, way.limits)
         .map_err(|rejection| refused(way, request, digest, None, rejection))?;
-    let failures_on_record: FailureRecord = way.store.recall(NoteKind::FailureRecord, digest).unwrap_or_default();
+    let failures_on_record: FailureRecord = way.store.read_digest_record(digest).unwrap_or_default();
     if failures_on_record.quarantined && failures_on_record.key.as_ref() == Some(admission.key()) {
         return Err(given_up(&failures_on_record, digest));
     }
@@ -241,7 +247,7 @@ fn settle(
         return Err(count(way, digest, Some(admission.key()), reason, TRIALS_MAX));
     }
     let known: Option<AdmissionRecord> =
-        way.store.recall(NoteKind::Verdicts, admission.key()).filter(|verdict: &AdmissionRecord| {
+        way.store.read_digest_record(admission.key()).filter(|verdict: &AdmissionRecord| {
             // After a load that never ended the verdict is doubted.
             verdict.digest == *digest && failures_on_record.unfinished_loads == 0
         });
@@ -258,7 +264,7 @@ fn settle(
     }
     let loading =
         FailureRecord { unfinished_loads: failures_on_record.unfinished_loads + 1, ..failures_on_record.clone() };
-    way.store.remember(NoteKind::FailureRecord, digest, &loading)?;
+    way.store.write_digest_record(digest, &loading)?;
     if manifest.stop_first && request.slot.serving().is_some() {
         tracing::info!(model = manifest.name, version = manifest.version, "the version before is stopped first");
         request.slot.stop();
@@ -273,12 +279,8 @@ fn settle(
     };
     // A success clears what went wrong before with this manifest; what went wrong with another one is remembered.
     match failures_on_record.key.is_none() || failures_on_record.key.as_ref() == Some(admission.key()) {
-        true => way.store.forget(NoteKind::FailureRecord, digest).map(drop)?,
-        false => way.store.remember(
-            NoteKind::FailureRecord,
-            digest,
-            &FailureRecord { unfinished_loads: 0, ..failures_on_record },
-        )?,
+        true => way.store.delete_digest_record(DigestRecordKind::Failure, digest).map(drop)?,
+        false => way.store.write_digest_record(digest, &FailureRecord { unfinished_loads: 0, ..failures_on_record })?,
     }
     if is_superseded() {
         return Ok(None);
@@ -325,7 +327,7 @@ fn vet(
         benchmark: benchmark.clone(),
         at: clock::rfc3339(SystemTime::now()),
     };
-    way.store.remember(NoteKind::Verdicts, admission.key(), &verdict)?;
+    way.store.write_digest_record(admission.key(), &verdict)?;
     Ok(Some(benchmark))
 }
 
@@ -339,7 +341,7 @@ fn refused(
     rejection: Rejection,
 ) -> LoadFailure {
     let reason = match rejection {
-        Rejection::Unknown(reason) => return reason.into(),
+        rejection @ Rejection::Unavailable { .. } => return error_chain(&rejection).into(),
         Rejection::Manifest(reason) => {
             way.metrics.admission_failures.inc();
             return reason.into();
@@ -350,7 +352,7 @@ fn refused(
     if request.known_good.as_ref() == Some(digest) {
         return reason.into();
     }
-    let before: FailureRecord = way.store.recall(NoteKind::FailureRecord, digest).unwrap_or_default();
+    let before: FailureRecord = way.store.read_digest_record(digest).unwrap_or_default();
     // Another manifest may fare better, so its failures are counted by themselves.
     let failures = if before.key.as_ref() == key { before.failures } else { 0 } + 1;
     count(way, digest, key, reason, failures)
@@ -365,8 +367,9 @@ fn count(way: &LoadContext, digest: &Digest, key: Option<&Digest>, reason: Strin
         key: key.copied(),
         unfinished_loads: 0,
     };
-    if let Err(error) = way.store.remember(NoteKind::FailureRecord, digest, &failures_on_record) {
-        tracing::error!(%error, "a failed attempt could not be written down");
+    if let Err(error) = way.store.write_digest_record(digest, &failures_on_record) {
+        let reason = error_chain(&error);
+        tracing::error!(event = "failure_record_not_written", reason, "Cannot write the failure record");
     }
     match failures_on_record.quarantined {
         true => given_up(&failures_on_record, digest),

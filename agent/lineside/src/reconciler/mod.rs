@@ -35,7 +35,7 @@ use lineside_common::digest::Digest;
 use lineside_common::metrics::Metrics;
 use lineside_models::admission::AdmissionLimits;
 use lineside_models::fetch::Fetcher;
-use lineside_models::last_good::LastGood;
+use lineside_models::last_good::LastGoodVersions;
 use lineside_models::signing::Keyring;
 use lineside_models::store::Store;
 use lineside_mqtt::command::CommandRequest;
@@ -70,7 +70,7 @@ pub struct Reconciler {
     metrics: Metrics,
     health: Arc<Health>,
     board: Arc<StatusStore>,
-    last_good: LastGood,
+    last_good: LastGoodVersions,
     desired: Assignment,
     observed: ObservedState,
     slots: HashMap<String, Arc<Deployment<StreamContext>>>,
@@ -189,7 +189,7 @@ impl Reconciler {
             metrics: parts.metrics,
             health: parts.health,
             board: parts.board,
-            last_good: LastGood::read(&parts.data_dir),
+            last_good: LastGoodVersions::read(&parts.data_dir),
             desired: Assignment::default(),
             observed: ObservedState::default(),
             slots: HashMap::new(),
@@ -293,9 +293,10 @@ impl Reconciler {
         let observed = &self.observed.models;
         let new: Vec<String> = wanted.keys().filter(|name| !observed.contains_key(*name)).cloned().collect();
         for name in &new {
-            let good = self.last_good.get(name).filter(|good| self.way.store.blob(&good.digest).is_some());
+            let good = self.last_good.get(name).filter(|good| self.way.store.contains_blob(&good.digest));
             let last_good = good.map(|good| good.manifest.clone());
-            let model = ObservedModel { highest: self.last_good.highest(name), last_good, ..ObservedModel::default() };
+            let model =
+                ObservedModel { highest: self.last_good.highest_version(name), last_good, ..ObservedModel::default() };
             self.observed.models.insert(name.clone(), model);
         }
         self.observed.models.retain(|name, model| wanted.contains_key(name) || !model.is_idle());
@@ -308,8 +309,14 @@ impl Reconciler {
     }
 
     fn forget_good(&mut self, name: &str) {
-        if let Err(error) = self.last_good.forget(name) {
-            tracing::error!(model = name, %error, "that the model is gone could not be written down");
+        if let Err(error) = self.last_good.remove(name) {
+            let reason = lineside_common::error_chain(&error);
+            tracing::error!(
+                event = "last_good_not_written",
+                model = name,
+                reason,
+                "Cannot record that the model was removed"
+            );
         }
     }
 
@@ -464,13 +471,17 @@ impl Reconciler {
         }
         // The command line reads this file to know what must not be evicted, so it is written before anything else can
         // happen to the version before.
-        if let Err(error) = self.last_good.served(&manifest, loaded.digest) {
-            tracing::error!(%error, "what serves could not be written down; a start without a network may serve an older version");
+        if let Err(error) = self.last_good.record(&manifest, loaded.digest) {
+            tracing::error!(
+                event = "last_good_not_written",
+                reason = lineside_common::error_chain(&error),
+                "Cannot record the serving version; a start without a network may serve an older version"
+            );
         }
         self.expired.remove(&manifest.name);
         self.serving.insert(manifest.name.clone(), loaded);
         let model = self.observed.models.entry(manifest.name.clone()).or_default();
-        model.highest = self.last_good.highest(&manifest.name);
+        model.highest = self.last_good.highest_version(&manifest.name);
         model.last_good = Some(manifest.clone());
         model.restore_at = None;
         model.refused = None;

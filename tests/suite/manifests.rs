@@ -187,7 +187,7 @@ fn a_wrong_digest_and_wrong_labels_are_rejected_with_the_field_name() {
                 .map(|entry| entry["reason"].as_str().unwrap().to_owned())
         })
     };
-    assert!(reason("digest").contains("spec.source.digest asks for sha256:0000"), "{}", reason("digest"));
+    assert!(reason("digest").contains("spec.source.digest is sha256:0000"), "{}", reason("digest"));
     assert!(reason("labels").contains("spec.output.labels has 2 names, but the model has 4 classes"));
     assert!(reason("missing").contains("none.onnx"));
     let (status, ready) = http::get(site.agent.http(), "/readyz").unwrap();

@@ -56,7 +56,7 @@ const DOORS: [(&str, &str); 17] = [
     ("sled", "agent/models/src/store/index.rs"),
     ("object_store", "agent/models/src/fetch"),
     ("http_auth", "agent/models/src/fetch/oci.rs"),
-    ("ring", "agent/models/src/signing.rs"),
+    ("ring", "agent/models/src/signing"),
     ("indicatif", "agent/lineside/src/cli/progress.rs"),
     ("crc32c", "agent/spool/src"),
     ("prost", "agent/mqtt/src"),

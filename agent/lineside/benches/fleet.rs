@@ -157,7 +157,7 @@ async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
     let client = Client::try_from(config).unwrap();
     let nodes: Api<KubeNode> = Api::all(client.clone());
     let folder = tempfile::tempdir().unwrap();
-    let (index, _) = Index::open(&Store::index_folder(folder.path()), |_| Ok(()));
+    let (index, _) = Index::open(&Store::index_folder(folder.path()), |_| Ok::<(), String>(()));
     let store = Arc::new(Store::open(&folder.path().join("store"), 1 << 30, index).unwrap());
     let stop = CancellationToken::new();
     let begun = Instant::now();
@@ -237,7 +237,7 @@ async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32)
             .unwrap();
     };
     let folder = tempfile::tempdir().unwrap();
-    let (index, _) = Index::open(&Store::index_folder(folder.path()), |_| Ok(()));
+    let (index, _) = Index::open(&Store::index_folder(folder.path()), |_| Ok::<(), String>(()));
     let store = Arc::new(Store::open(&folder.path().join("store"), 1 << 30, index).unwrap());
     let access = ClusterConfig {
         kubeconfig: Some(kubeconfig.to_owned()),

@@ -1,41 +1,42 @@
-//! The settings of models.
+//! Configuration of model artifacts.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How models come to a node, and what they have to show.
+/// How model files are fetched, stored, verified and admitted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelsConfig {
-    /// Hosts that may be fetched from, `host` or `host:port`; empty allows any but this node itself.
+    /// Hosts that files may be fetched from, `host` or `host:port`. Empty allows every host but this node itself.
     pub source_hosts: BTreeSet<String>,
-    /// Whether sources may be unencrypted.
+    /// Whether sources may use unencrypted HTTP. Default: false.
     pub source_http: bool,
-    /// A PEM file of further root certificates.
+    /// A PEM file of root certificates in addition to those of the system.
     pub source_ca: Option<PathBuf>,
-    /// A cap on the bandwidth of downloads.
+    /// Upper bound of the bandwidth of all downloads together. Default: unlimited.
     pub source_bytes_per_second: Option<u64>,
-    /// A source that says nothing for this long is given up.
+    /// A source that sends nothing for this long is abandoned. Default: 30 s.
     pub source_stall: Duration,
-    /// Downloads begin within this time, at random.
+    /// Downloads start after a random delay of up to this, so that the nodes of a site do not start together. Default:
+    /// 3 s.
     pub source_jitter: Duration,
-    /// The folder of mounted secrets.
+    /// The folder of the mounted secrets. Default: `/var/run/lineside/secrets`.
     pub secrets_dir: PathBuf,
-    /// Bytes of one model's file at most.
+    /// Upper bound of the size of one model file. Default: 2 GiB.
     pub model_bytes_max: u64,
-    /// Bytes the store may take.
+    /// Quota of the model store. Default: 4 GiB.
     pub store_bytes_max: u64,
-    /// The keys that are believed: a PEM file or a folder of them.
+    /// Trusted public keys: a PEM file or a folder of PEM files. Without them, signatures are not verified.
     pub trusted_keys: Option<PathBuf>,
-    /// How many of them have to sign.
+    /// Number of trusted keys that must have signed a model. At least 1. Default: 1.
     pub signature_threshold: usize,
-    /// `host:port` of agents that are asked first.
+    /// `host:port` of the agents that are queried before the source.
     pub peers: Vec<String>,
-    /// The file with the secret that the site's agents share.
+    /// The file with the token that the agents of a site share.
     pub peer_token: Option<PathBuf>,
-    /// Bytes of memory that admission may take.
+    /// Address space of the admission process, in bytes. Default: 2 GiB.
     pub admission_memory_bytes: u64,
-    /// Seconds that admission may take.
+    /// Processor time and wall time of the admission process, in seconds. Default: 120.
     pub admission_seconds: u64,
 }
 

@@ -1,14 +1,18 @@
-//! What served last on this node, and the highest version that ever did: two small files in the data folder.
+//! Last-good versions: the model versions that served last on this node, and the highest version of each model that
+//! ever served. Both are kept in small files in the data folder.
 //!
-//! `last-good.json` holds the manifests of the models that served last, as they were written, with the digests of their
-//! files. A start without a network, or beside a new version that is no good, begins with them. `highest-versions.json`
-//! outlives them: a model that was taken away and comes back must not come back older.
+//! `last-good.json` holds the manifests of the versions that served last, as they were written, with the digests of
+//! their files. The agent restores them at a start without a network, or when a new version fails.
+//! `highest-versions.json` is kept when a model is removed: a model that is added again must not serve an older
+//! version.
 //!
-//! A file that cannot be read is passed over with a warning: the agent starts as on its first day.
+//! A file that cannot be read is ignored with a warning, and the agent starts without it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use lineside_api::kinds::ModelManifest;
@@ -16,139 +20,155 @@ use lineside_api::kinds::manifest::{ManifestDocument, Object};
 use lineside_common::digest::Digest;
 use lineside_common::files;
 
-const LAST_GOOD: &str = "last-good.json";
-const HIGHEST: &str = "highest-versions.json";
+const LAST_GOOD_FILE: &str = "last-good.json";
+const HIGHEST_VERSIONS_FILE: &str = "highest-versions.json";
 const BYTES_MAX: u64 = 64 << 20;
 
-/// What served last, by model.
-pub struct LastGood {
+/// The last-good version of each model, and its highest version.
+pub struct LastGoodVersions {
     folder: PathBuf,
-    models: BTreeMap<String, Good>,
+    models: BTreeMap<String, LastGoodVersion>,
     highest: BTreeMap<String, u64>,
 }
 
-/// A version that has served.
+/// A version that has served on this node.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Good {
-    /// How it was asked for.
+pub struct LastGoodVersion {
+    /// The manifest it served with.
     pub manifest: ModelManifest,
-    /// Its file.
+    /// The digest of its file.
     pub digest: Digest,
 }
 
+/// A file of the last-good versions could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write {}", path.display())]
+pub struct LastGoodError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// The content of `last-good.json`.
 #[derive(Serialize, Deserialize)]
-struct Written {
-    models: BTreeMap<String, WrittenModel>,
+struct LastGoodFile {
+    models: BTreeMap<String, LastGoodEntry>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct WrittenModel {
+struct LastGoodEntry {
     version: u64,
     digest: Digest,
     manifest: ManifestDocument,
 }
 
-impl LastGood {
-    /// Reads what an earlier run left.
+impl LastGoodVersions {
+    /// Reads the files in the data folder.
     pub fn read(folder: &Path) -> Self {
-        let written: Option<Written> = read(&folder.join(LAST_GOOD));
+        let entries: Option<LastGoodFile> = read_json(&folder.join(LAST_GOOD_FILE));
         let mut models = BTreeMap::new();
-        for (name, model) in written.map(|written| written.models).unwrap_or_default() {
-            match model.manifest.read(&|_| Ok(())) {
+        for (name, entry) in entries.map(|file| file.models).unwrap_or_default() {
+            match entry.manifest.read(&|_| Ok(())) {
                 Ok(Object::Model(manifest)) if manifest.name == name => {
-                    models.insert(name, Good { manifest: *manifest, digest: model.digest });
+                    models.insert(name, LastGoodVersion { manifest: *manifest, digest: entry.digest });
                 }
-                Ok(_) => tracing::warn!(model = name, "what served last is no manifest of it, and is passed over"),
-                Err(errors) => {
-                    tracing::warn!(
-                        model = name,
-                        reason = %errors,
-                        "the manifest that served last cannot be read"
-                    );
-                }
+                Ok(_) => tracing::warn!(
+                    event = "last_good_unreadable",
+                    model = name,
+                    "Ignoring a last-good entry whose manifest is not of this model"
+                ),
+                Err(reasons) => tracing::warn!(
+                    event = "last_good_unreadable",
+                    model = name,
+                    reason = %reasons,
+                    "Ignoring an unreadable last-good manifest"
+                ),
             }
         }
-        Self { highest: read(&folder.join(HIGHEST)).unwrap_or_default(), folder: folder.to_owned(), models }
+        let highest = read_json(&folder.join(HIGHEST_VERSIONS_FILE)).unwrap_or_default();
+        Self { highest, folder: folder.to_owned(), models }
     }
 
-    /// What served last under a name.
-    pub fn get(&self, name: &str) -> Option<&Good> {
+    /// The last-good version of a model.
+    pub fn get(&self, name: &str) -> Option<&LastGoodVersion> {
         self.models.get(name)
     }
 
-    /// The models there are.
+    /// The names of the models that have a last-good version.
     pub fn names(&self) -> impl Iterator<Item = &String> {
         self.models.keys()
     }
 
-    /// The highest version that ever served under a name.
-    pub fn highest(&self, name: &str) -> Option<u64> {
+    /// The highest version of a model that ever served on this node.
+    pub fn highest_version(&self, name: &str) -> Option<u64> {
         self.highest.get(name).copied()
     }
 
-    /// The files that are needed to start again.
+    /// The digests of the last-good versions.
     pub fn digests(&self) -> BTreeSet<Digest> {
-        self.models.values().map(|good| good.digest).collect()
+        self.models.values().map(|version| version.digest).collect()
     }
 
-    /// A version serves now.
+    /// Records that a version serves now.
     ///
     /// # Errors
-    /// Whatever the file system says.
-    pub fn served(&mut self, manifest: &ModelManifest, digest: Digest) -> std::io::Result<()> {
-        // The highest version first: between the two writes, the worse error would be to forget it.
+    /// When a file cannot be written. The version is recorded in memory.
+    pub fn record(&mut self, manifest: &ModelManifest, digest: Digest) -> Result<(), LastGoodError> {
+        // The highest version is written first: after a crash between the two writes, a missing highest version would
+        // allow a downgrade.
         let highest = self.highest.entry(manifest.name.clone()).or_default();
         if *highest < manifest.version {
             *highest = manifest.version;
-            write(&self.folder.join(HIGHEST), &self.highest)?;
+            write_json(&self.folder.join(HIGHEST_VERSIONS_FILE), &self.highest)?;
         }
-        let good = Good { manifest: manifest.clone(), digest };
-        match self.models.insert(manifest.name.clone(), good.clone()) {
-            Some(before) if before == good => Ok(()),
-            _ => self.save(),
+        let version = LastGoodVersion { manifest: manifest.clone(), digest };
+        match self.models.insert(manifest.name.clone(), version.clone()) {
+            Some(previous) if previous == version => Ok(()),
+            _ => self.write(),
         }
     }
 
-    /// A model is not wanted any more.
+    /// Removes the last-good version of a model. The highest version is kept.
     ///
     /// # Errors
-    /// Whatever the file system says.
-    pub fn forget(&mut self, name: &str) -> std::io::Result<()> {
+    /// When the file cannot be written. The version is removed from memory.
+    pub fn remove(&mut self, name: &str) -> Result<(), LastGoodError> {
         match self.models.remove(name) {
-            Some(_) => self.save(),
+            Some(_) => self.write(),
             None => Ok(()),
         }
     }
 
-    fn save(&self) -> std::io::Result<()> {
-        let written = |good: &Good| WrittenModel {
-            version: good.manifest.version,
-            digest: good.digest,
-            manifest: good.manifest.document.clone(),
+    fn write(&self) -> Result<(), LastGoodError> {
+        let entry = |version: &LastGoodVersion| LastGoodEntry {
+            version: version.manifest.version,
+            digest: version.digest,
+            manifest: version.manifest.document.clone(),
         };
-        let models = self.models.iter().map(|(name, good)| (name.clone(), written(good))).collect();
-        write(&self.folder.join(LAST_GOOD), &Written { models })
+        let models = self.models.iter().map(|(name, version)| (name.clone(), entry(version))).collect();
+        write_json(&self.folder.join(LAST_GOOD_FILE), &LastGoodFile { models })
     }
 }
 
-fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
-    let bytes = match files::read_bounded(path, BYTES_MAX) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let value = files::read_bounded(path, BYTES_MAX).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
+    match value {
+        Ok(value) => Some(value),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => {
-            tracing::warn!(file = %path.display(), %error, "what served last cannot be read");
-            return None;
+            tracing::warn!(
+                event = "last_good_unreadable",
+                file = %path.display(),
+                %error,
+                "Ignoring an unreadable file of the last-good versions"
+            );
+            None
         }
-    };
-    let read = serde_json::from_slice(&bytes);
-    if let Err(error) = &read {
-        tracing::warn!(file = %path.display(), %error, "what served last cannot be read");
     }
-    read.ok()
 }
 
-fn write<T: Serialize>(path: &Path, value: &T) -> std::io::Result<()> {
-    files::replace(path, &serde_json::to_vec_pretty(value)?)
+fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), LastGoodError> {
+    let write = || files::replace(path, &serde_json::to_vec_pretty(value)?);
+    write().map_err(|source| LastGoodError { path: path.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -162,25 +182,40 @@ mod tests {
         );
         match lineside_api::kinds::manifest::read(&text, Path::new("/models"), &|_| Ok(())).unwrap().remove(0) {
             Object::Model(model) => *model,
-            Object::Stream(_) => unreachable!("a model was written"),
+            Object::Stream(_) => unreachable!("the manifest is an EdgeModel"),
         }
     }
 
     #[test]
-    fn what_served_is_remembered_as_it_was_written_and_the_highest_version_for_ever() {
+    fn the_last_good_version_survives_a_restart_and_the_highest_version_a_removal() {
         let folder = tempfile::tempdir().unwrap();
-        let mut last_good = LastGood::read(folder.path());
-        assert_eq!(last_good.get("m"), None);
-        last_good.served(&manifest(3), Digest::of(b"3")).unwrap();
-        last_good.served(&manifest(2), Digest::of(b"2")).unwrap();
-        let mut again = LastGood::read(folder.path());
-        assert_eq!(again.get("m"), Some(&Good { manifest: manifest(2), digest: Digest::of(b"2") }));
-        assert_eq!((again.highest("m"), again.digests().len()), (Some(3), 1));
-        again.forget("m").unwrap();
-        let again = LastGood::read(folder.path());
-        assert_eq!((again.get("m"), again.highest("m")), (None, Some(3)));
-        std::fs::write(folder.path().join(LAST_GOOD), "{").unwrap();
-        std::fs::write(folder.path().join(HIGHEST), "[]").unwrap();
-        assert_eq!(LastGood::read(folder.path()).highest("m"), None);
+        let mut versions = LastGoodVersions::read(folder.path());
+        assert_eq!(versions.get("m"), None);
+        versions.record(&manifest(3), Digest::of(b"3")).unwrap();
+        versions.record(&manifest(2), Digest::of(b"2")).unwrap();
+        let mut reread = LastGoodVersions::read(folder.path());
+        let expected = LastGoodVersion { manifest: manifest(2), digest: Digest::of(b"2") };
+        assert_eq!(reread.get("m"), Some(&expected));
+        assert_eq!((reread.highest_version("m"), reread.digests().len()), (Some(3), 1));
+        reread.remove("m").unwrap();
+        let reread = LastGoodVersions::read(folder.path());
+        assert_eq!((reread.get("m"), reread.highest_version("m")), (None, Some(3)));
+    }
+
+    #[test]
+    fn unreadable_files_are_ignored() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(LAST_GOOD_FILE), "{").unwrap();
+        std::fs::write(folder.path().join(HIGHEST_VERSIONS_FILE), "[]").unwrap();
+        let versions = LastGoodVersions::read(folder.path());
+        assert_eq!((versions.names().count(), versions.highest_version("m")), (0, None));
+    }
+
+    #[test]
+    fn a_write_error_names_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut versions = LastGoodVersions::read(&folder.path().join("missing"));
+        let error = versions.record(&manifest(1), Digest::of(b"1")).unwrap_err();
+        assert!(error.to_string().contains(HIGHEST_VERSIONS_FILE), "{error}");
     }
 }

@@ -109,8 +109,8 @@ pub fn main() -> ExitCode {
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Keygen(arguments) => sign::keygen(&arguments),
         Command::Schema(arguments) => schema::run(arguments),
-        Command::AdmissionChild => admission::child_main().map_err(Failure::Failed),
-        Command::IndexChild { folder } => probe(&folder).map_err(|reason| Failure::Failed(anyhow::Error::msg(reason))),
+        Command::AdmissionChild => admission::child_main().map_err(|error| Failure::Failed(error.into())),
+        Command::IndexChild { folder } => probe(&folder).map_err(|error| Failure::Failed(error.into())),
     });
     match ended {
         Ok(()) => ExitCode::SUCCESS,

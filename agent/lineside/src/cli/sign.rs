@@ -9,6 +9,7 @@ use super::{Failure, write_out};
 use lineside_api::envelope::Envelope;
 use lineside_common::clock;
 use lineside_common::digest::Digest;
+use lineside_common::error_chain;
 use lineside_common::files;
 use lineside_models::signing::{MODEL_PAYLOAD, SigningKey, Statement, key_id, parse_time};
 
@@ -55,7 +56,7 @@ pub(super) struct SignArguments {
 }
 
 pub(super) fn keygen(arguments: &KeygenArguments) -> Result<(), Failure> {
-    let key = SigningKey::generate(&arguments.file).map_err(|why| Failure::Failed(anyhow!(why)))?;
+    let key = SigningKey::generate(&arguments.file).map_err(anyhow::Error::from)?;
     let public = format!("{}.pub", arguments.file.display());
     write_out(&format!("{} and {public}, key {}", arguments.file.display(), key_id(&key.public())));
     Ok(())
@@ -67,10 +68,12 @@ pub(super) fn sign(arguments: &SignArguments) -> Result<(), Failure> {
         return Err(usage(format!("--name: `{}` is no name of a model", arguments.name)));
     }
     let expires = match &arguments.expires {
-        Some(text) => Some(clock::rfc3339(parse_time(text).map_err(|why| usage(format!("--expires: {why}")))?)),
+        Some(text) => Some(clock::rfc3339(
+            parse_time(text).map_err(|error| usage(format!("--expires: {}", error_chain(&error))))?,
+        )),
         None => None,
     };
-    let key = SigningKey::read(&arguments.key).map_err(|why| anyhow!("--key: {why}"))?;
+    let key = SigningKey::read(&arguments.key).context("--key")?;
     let file = files::open_regular(&arguments.model).with_context(|| arguments.model.display().to_string())?;
     let (digest, size) = Digest::of_reader(file).with_context(|| arguments.model.display().to_string())?;
     let statement = Statement { name: arguments.name.clone(), version: arguments.version, digest, size, expires };
@@ -81,7 +84,7 @@ pub(super) fn sign(arguments: &SignArguments) -> Result<(), Failure> {
             Envelope::new(MODEL_PAYLOAD, &payload)
         }
     };
-    lineside_models::signing::sign(&mut envelope, &key).map_err(|why| Failure::Failed(anyhow!(why)))?;
+    lineside_models::signing::sign(&mut envelope, &key).map_err(anyhow::Error::from)?;
     let text = serde_json::to_string(&envelope).map_err(anyhow::Error::from)?;
     match arguments.json {
         true => write_out(&text),

@@ -14,10 +14,11 @@ use super::{Failure, write_out};
 use crate::app::STORE_FOLDER;
 use lineside_common::clock;
 use lineside_common::digest::Digest;
-use lineside_models::bundle;
-use lineside_models::last_good::LastGood;
+use lineside_common::error_chain;
+use lineside_models::bundle::{self, BundleProgress, VersionSelector};
+use lineside_models::last_good::LastGoodVersions;
 use lineside_models::signing::{Keyring, SigningKey};
-use lineside_models::store::{Blob, FailureRecord, Index, NoteKind, Store, VersionRecord, mib};
+use lineside_models::store::{Blob, DigestRecordKind, FailureRecord, Index, Store, VersionRecord, format_mib};
 
 #[derive(Args)]
 pub(super) struct Arguments {
@@ -101,7 +102,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     let open = || -> anyhow::Result<Store> {
         Store::open(&root, arguments.store_mib_max << 20, Index::off()).context("the store cannot be opened")
     };
-    let last_good = LastGood::read(&arguments.data_dir);
+    let last_good = LastGoodVersions::read(&arguments.data_dir);
     let json = arguments.json;
     match arguments.command {
         Command::Ls => Ok(list(&open()?, &last_good, json)?),
@@ -110,8 +111,9 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Pin { version } => pin(&open()?, &version, true),
         Command::Unpin { version } => pin(&open()?, &version, false),
         Command::Release { digest } => {
-            let digest = Digest::parse(&digest).map_err(|error| Failure::Usage(vec![error.to_string()]))?;
-            let was_there = open()?.forget(NoteKind::FailureRecord, &digest).map_err(anyhow::Error::from)?;
+            let digest = Digest::parse(&digest).map_err(|why| Failure::Usage(vec![why]))?;
+            let was_there =
+                open()?.delete_digest_record(DigestRecordKind::Failure, &digest).map_err(anyhow::Error::from)?;
             match was_there {
                 true => say(json, &json!({"released": digest}), &format!("{digest} may be tried again")),
                 false => return Err(Failure::Failed(anyhow::anyhow!("{digest} has not failed here"))),
@@ -120,34 +122,29 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         }
         Command::Export { model, output, key } => {
             let (name, version) = parse(&model, false)?;
-            let key = SigningKey::read(&key).map_err(|why| anyhow::anyhow!("--key: {why}"))?;
+            let key = SigningKey::read(&key).context("--key")?;
             let bar = bar("exporting");
-            let versions = bundle::export(
-                &open()?,
-                &name,
-                version,
-                &output,
-                &key,
-                |total| bar.set_length(total),
-                |bytes| bar.inc(bytes),
-            )?;
+            let selector = VersionSelector { name, version };
+            let progress = |progress| match progress {
+                BundleProgress::Total(bytes) => bar.set_length(bytes),
+                BundleProgress::Advanced(bytes) => bar.inc(bytes),
+            };
+            let versions = bundle::export(&open()?, &selector, &output, &key, progress).map_err(anyhow::Error::from)?;
             bar.finish_and_clear();
             told(json, "exported", &versions, &output);
             Ok(())
         }
         Command::Import { folder, trusted_keys, signature_threshold } => {
             let keys = Keyring::read(&trusted_keys, signature_threshold)
-                .map_err(|why| Failure::Usage(vec![format!("--trusted-keys: {why}")]))?;
+                .map_err(|error| Failure::Usage(vec![format!("--trusted-keys: {}", error_chain(&error))]))?;
             let bar = bar("importing");
             let store = open()?;
-            let versions = bundle::import(
-                &store,
-                &folder,
-                &keys,
-                &last_good.digests(),
-                |total| bar.set_length(total),
-                |bytes| bar.inc(bytes),
-            )?;
+            let progress = |progress| match progress {
+                BundleProgress::Total(bytes) => bar.set_length(bytes),
+                BundleProgress::Advanced(bytes) => bar.inc(bytes),
+            };
+            let versions =
+                bundle::import(&store, &folder, &keys, &last_good.digests(), progress).map_err(anyhow::Error::from)?;
             bar.finish_and_clear();
             told(json, "imported", &versions, &folder);
             Ok(())
@@ -170,11 +167,11 @@ struct Row {
     quarantine: Option<FailureRecord>,
 }
 
-fn list(store: &Store, last_good: &LastGood, json: bool) -> anyhow::Result<()> {
+fn list(store: &Store, last_good: &LastGoodVersions, json: bool) -> anyhow::Result<()> {
     let usage = store.usage()?;
     let mut rows = Vec::new();
     for blob in store.blobs()? {
-        let failures_on_record: Option<FailureRecord> = store.recall(NoteKind::FailureRecord, &blob.digest);
+        let failures_on_record: Option<FailureRecord> = store.read_digest_record(&blob.digest);
         for version in &blob.versions {
             rows.push(Row {
                 name: version.name.clone(),
@@ -215,13 +212,13 @@ fn list(store: &Store, last_good: &LastGood, json: bool) -> anyhow::Result<()> {
             row.name,
             row.version,
             &row.digest.hex()[..12],
-            mib(row.bytes),
+            format_mib(row.bytes),
             row.last_used.get(..19).unwrap_or_default(),
             marks.join(","),
             row.source
         ));
     }
-    lines.push(format!("{} of {} in {} files", mib(usage.bytes), mib(usage.quota_bytes), usage.blobs));
+    lines.push(format!("{} of {} in {} files", format_mib(usage.bytes), format_mib(usage.quota_bytes), usage.blobs));
     write_out(&lines.join("\n"));
     Ok(())
 }
@@ -241,7 +238,7 @@ fn verify(store: &Store, json: bool) -> anyhow::Result<()> {
         let all: Vec<_> = found
             .iter()
             .map(|(digest, outcome)| {
-                let reason = outcome.as_ref().err().map(ToString::to_string);
+                let reason = outcome.as_ref().err().map(|error| error_chain(error));
                 json!({"digest": digest, "versions": names.get(digest), "ok": outcome.is_ok(), "reason": reason})
             })
             .collect();
@@ -250,8 +247,8 @@ fn verify(store: &Store, json: bool) -> anyhow::Result<()> {
         for (digest, outcome) in &found {
             let versions = names.get(digest).map(|names| names.join(" ")).unwrap_or_default();
             match outcome {
-                Ok(bytes) => write_out(&format!("ok       {digest}  {}  {versions}", mib(*bytes))),
-                Err(reason) => write_out(&format!("DAMAGED  {digest}  {versions}: {reason}")),
+                Ok(bytes) => write_out(&format!("ok       {digest}  {}  {versions}", format_mib(*bytes))),
+                Err(error) => write_out(&format!("DAMAGED  {digest}  {versions}: {}", error_chain(error))),
             }
         }
     }
@@ -262,7 +259,8 @@ fn verify(store: &Store, json: bool) -> anyhow::Result<()> {
 }
 
 fn collect(store: &Store, protected: &BTreeSet<Digest>, room: u64, dry_run: bool, json: bool) -> anyhow::Result<()> {
-    let evicted = if dry_run { store.plan(room, protected)?.evicted } else { store.make_room(room, protected)? };
+    let evicted =
+        if dry_run { store.plan_eviction(room, protected)?.evicted } else { store.free_space(room, protected)? };
     let bytes: u64 = evicted.iter().map(|blob| blob.bytes).sum();
     let names = |blob: &Blob| {
         let names: Vec<String> = blob.versions.iter().map(VersionRecord::to_string).collect();
@@ -278,16 +276,16 @@ fn collect(store: &Store, protected: &BTreeSet<Digest>, room: u64, dry_run: bool
     }
     for blob in &evicted {
         let verb = if dry_run { "would evict" } else { "evicted" };
-        write_out(&format!("{verb}  {}  {}  {}", blob.digest, mib(blob.bytes), names(blob)));
+        write_out(&format!("{verb}  {}  {}  {}", blob.digest, format_mib(blob.bytes), names(blob)));
     }
-    write_out(&format!("{} in {} files", mib(bytes), evicted.len()));
+    write_out(&format!("{} in {} files", format_mib(bytes), evicted.len()));
     Ok(())
 }
 
 fn pin(store: &Store, version: &str, pinned: bool) -> Result<(), Failure> {
     let (name, number) = parse(version, true)?;
     let number = number.unwrap_or_default();
-    match store.pin(&name, number, pinned).map_err(anyhow::Error::from)? {
+    match store.set_pinned(&name, number, pinned).map_err(anyhow::Error::from)? {
         true => {
             write_out(&format!("{name}:{number} is {}", if pinned { "pinned" } else { "not pinned" }));
             Ok(())

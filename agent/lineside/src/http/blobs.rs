@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 
 use lineside_common::digest::Digest;
-use lineside_models::fetch::read_token;
+use lineside_models::fetch::read_peer_token;
 use lineside_models::store::Store;
 
 /// Bytes that are read and sent at a time.
@@ -25,10 +25,11 @@ const PIECE_BYTES: usize = 64 << 10;
 pub(super) async fn answer(store: &Arc<Store>, token: &Path, hex: &str, headers: &HeaderMap) -> Response {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
     let refuse = |status: StatusCode, why: &str| (status, Json(json!({"error": why}))).into_response();
-    let wanted = match read_token(token) {
+    let wanted = match read_peer_token(token) {
         Ok(token) => token,
-        Err(reason) => {
-            tracing::warn!(reason, "a peer could not be answered");
+        Err(error) => {
+            let reason = lineside_common::error_chain(&error);
+            tracing::warn!(event = "peer_token_unusable", reason, "Cannot answer a peer");
             return refuse(StatusCode::SERVICE_UNAVAILABLE, "the token cannot be read");
         }
     };
@@ -40,7 +41,9 @@ pub(super) async fn answer(store: &Arc<Store>, token: &Path, hex: &str, headers:
     let Ok(digest) = Digest::from_hex(hex) else {
         return refuse(StatusCode::BAD_REQUEST, "expected 64 hexadecimal digits");
     };
-    let Some(file) = store.blob(&digest) else { return refuse(StatusCode::NOT_FOUND, "there is no such blob here") };
+    let Some(file) = store.open_blob(&digest) else {
+        return refuse(StatusCode::NOT_FOUND, "there is no such blob here");
+    };
     let Ok(bytes) = file.metadata().map(|facts| facts.len()) else {
         return refuse(StatusCode::INTERNAL_SERVER_ERROR, "the blob cannot be read");
     };

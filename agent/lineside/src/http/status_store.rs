@@ -88,10 +88,10 @@ impl lineside_kube::status_writer::StatusSource for StatusStore {
                     quota_bytes: usage.quota_bytes,
                     blobs: whole(usage.blobs),
                     versions: whole(usage.versions),
-                    index: self.store.index_state().name().to_owned(),
+                    index: self.store.index_state().as_str().to_owned(),
                 };
             }
-            Err(error) => add_degraded(&mut status.conditions, Reason::StoreUnreadable, &error.to_string()),
+            Err(error) => add_degraded(&mut status.conditions, Reason::StoreUnreadable, &lineside_common::error_chain(&error)),
         }
         status
     }

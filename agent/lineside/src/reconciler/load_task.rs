@@ -20,17 +20,17 @@ use lineside_api::kinds::ModelManifest;
 use lineside_api::message::ModelInfo;
 use lineside_api::state::ModelState;
 use lineside_api::status::Download;
-use lineside_common::clock;
+use lineside_common::{clock, error_chain};
 use lineside_common::digest::Digest;
 use lineside_inference::pipeline::{Pipeline, engine_for};
 use lineside_models::admission::{Admission, AdmissionLimits, AdmissionRecord, Benchmark, Rejection};
-use lineside_models::fetch::{Fetcher, Progress};
+use lineside_models::fetch::{FetchError, Fetcher, Progress};
+use lineside_models::AdmissionMetrics;
 use lineside_models::signing::{Keyring, Statement, has_expired};
-use lineside_models::store::{self, FailureRecord, NoteKind, Store, VersionRecord};
+use lineside_models::store::{DigestRecordKind, FailureRecord, Store, StoreError, VersionRecord};
 use lineside_scheduler::{BatchPolicy, Deployment, VersionId, VersionSpec, WorkerFactory};
 use lineside_worker::{InProcessWorker, Worker};
 use parking_lot::Mutex;
-use prometheus::IntCounter;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -61,7 +61,7 @@ pub struct LoadContext {
     /// Limits of the admission child.
     pub limits: AdmissionLimits,
     /// Counts admissions that failed.
-    pub admission_failures: IntCounter,
+    pub metrics: AdmissionMetrics,
     /// Held from `Verifying` on.
     pub turn: Arc<Semaphore>,
 }
@@ -144,9 +144,15 @@ impl From<String> for LoadFailure {
     }
 }
 
-impl From<store::StoreError> for LoadFailure {
-    fn from(error: store::StoreError) -> Self {
-        error.to_string().into()
+impl From<StoreError> for LoadFailure {
+    fn from(error: StoreError) -> Self {
+        error_chain(&error).into()
+    }
+}
+
+impl From<FetchError> for LoadFailure {
+    fn from(error: FetchError) -> Self {
+        error_chain(&error).into()
     }
 }
 
@@ -220,7 +226,7 @@ async fn fetch(
         pinned: false,
         signature: manifest.signature.clone(),
     };
-    tokio::task::block_in_place(|| context.store.record(record))?;
+    tokio::task::block_in_place(|| context.store.put_version(record))?;
     Ok(Some(fetched.digest))
 }
 
@@ -233,8 +239,8 @@ fn statement(context: &LoadContext, request: &LoadRequest) -> Result<Option<Stat
          source.signature",
     )?;
     let statement = keys
-        .statement(envelope, &manifest.name, manifest.version)
-        .map_err(|reason| format!("its signature is refused: {reason}"))?;
+        .verify_statement(envelope, &manifest.name, manifest.version)
+        .map_err(|error| format!("its signature is refused: {}", error_chain(&error)))?;
     if let Some(digest) = manifest.digest.filter(|digest| *digest != statement.digest) {
         return Err(format!(
             "its signature is refused: it is for {}, but source.digest is {digest}",
@@ -247,7 +253,7 @@ fn statement(context: &LoadContext, request: &LoadRequest) -> Result<Option<Stat
             statement.size
         ));
     }
-    let expiry = statement.expiry()?;
+    let expiry = statement.expiry().map_err(|error| error_chain(&error))?;
     let has_expired = expiry.is_some_and(|expiry| has_expired(expiry, SystemTime::now()));
     match has_expired && request.known_good != Some(statement.digest) {
         true => Err(format!(
@@ -272,7 +278,7 @@ fn admit_and_serve(
         return Ok(None);
     }
     progress.set(ModelState::Verifying);
-    let bytes = context.store.read(digest, context.fetcher.bytes_max())?;
+    let bytes = context.store.read_verified(digest, context.fetcher.bytes_max())?;
     if let Some(statement) =
         statement.filter(|statement| (statement.digest, statement.size) != (*digest, bytes.len() as u64))
     {
@@ -288,7 +294,7 @@ fn admit_and_serve(
     progress.set(ModelState::Vetting);
     let admission = Admission::new(manifest, digest, context.limits)
         .map_err(|rejection| refused(context, request, digest, None, rejection))?;
-    let record: FailureRecord = context.store.recall(NoteKind::FailureRecord, digest).unwrap_or_default();
+    let record: FailureRecord = context.store.read_digest_record(digest).unwrap_or_default();
     if record.quarantined && record.key.as_ref() == Some(admission.key()) {
         return Err(quarantined(&record, digest));
     }
@@ -297,7 +303,7 @@ fn admit_and_serve(
         return Err(record_failure(context, digest, Some(admission.key()), reason, FAILURES_MAX));
     }
     let known: Option<AdmissionRecord> =
-        context.store.recall(NoteKind::Verdicts, admission.key()).filter(|verdict: &AdmissionRecord| {
+        context.store.read_digest_record(admission.key()).filter(|verdict: &AdmissionRecord| {
             // After a load that never finished, the earlier admission is not trusted.
             verdict.digest == *digest && record.unfinished_loads == 0
         });
@@ -314,7 +320,7 @@ fn admit_and_serve(
     }
     let loading =
         FailureRecord { unfinished_loads: record.unfinished_loads + 1, ..record.clone() };
-    context.store.remember(NoteKind::FailureRecord, digest, &loading)?;
+    context.store.write_digest_record(digest, &loading)?;
     if manifest.stop_first && deployment.serving().is_some() {
         tracing::info!(
             event = "version_stopped_first",
@@ -335,10 +341,8 @@ fn admit_and_serve(
     };
     // A success clears the failures of this manifest; those of another manifest are kept.
     match record.key.is_none() || record.key.as_ref() == Some(admission.key()) {
-        true => context.store.forget(NoteKind::FailureRecord, digest).map(drop)?,
-        false => context.store.remember(
-            NoteKind::FailureRecord,
-            digest,
+        true => context.store.delete_digest_record(DigestRecordKind::Failure, digest).map(drop)?,
+        false => context.store.write_digest_record(digest,
             &FailureRecord { unfinished_loads: 0, ..record },
         )?,
     }
@@ -383,7 +387,7 @@ fn run_admission(
         benchmark: benchmark.clone(),
         at: clock::rfc3339(SystemTime::now()),
     };
-    context.store.remember(NoteKind::Verdicts, admission.key(), &verdict)?;
+    context.store.write_digest_record(admission.key(), &verdict)?;
     Ok(Some(benchmark))
 }
 
@@ -397,18 +401,18 @@ fn refused(
     rejection: Rejection,
 ) -> LoadFailure {
     let reason = match rejection {
-        Rejection::Unknown(reason) => return reason.into(),
+        rejection @ Rejection::Unavailable { .. } => return error_chain(&rejection).into(),
         Rejection::Manifest(reason) => {
-            context.admission_failures.inc();
+            context.metrics.failures.inc();
             return reason.into();
         }
         Rejection::Model(reason) => reason,
     };
-    context.admission_failures.inc();
+    context.metrics.failures.inc();
     if request.known_good.as_ref() == Some(digest) {
         return reason.into();
     }
-    let before: FailureRecord = context.store.recall(NoteKind::FailureRecord, digest).unwrap_or_default();
+    let before: FailureRecord = context.store.read_digest_record(digest).unwrap_or_default();
     // Another manifest may succeed, so its failures are counted separately.
     let failures = if before.key.as_ref() == key { before.failures } else { 0 } + 1;
     record_failure(context, digest, key, reason, failures)
@@ -423,7 +427,7 @@ fn record_failure(context: &LoadContext, digest: &Digest, key: Option<&Digest>, 
         key: key.copied(),
         unfinished_loads: 0,
     };
-    if let Err(error) = context.store.remember(NoteKind::FailureRecord, digest, &record) {
+    if let Err(error) = context.store.write_digest_record(digest, &record) {
         tracing::error!(event = "failure_not_recorded", %error, "A failure cannot be recorded");
     }
     match record.quarantined {

@@ -1,31 +1,48 @@
-//! The child's side of admission. It reads from stdin, answers on stdout, and may die in any way at any point.
+//! The admission process. It reads the request from stdin and writes the response to stdout. A model may end it at any
+//! point in any way, which is why it is a process.
 
-use std::io::{BufRead as _, Read as _, Write as _};
+use std::io::{self, BufRead as _, Read as _, Write as _};
 use std::time::{Duration, Instant};
 
+use lineside_api::message::PredictionInfo;
 use lineside_api::prediction::Prediction;
+use lineside_common::child_process::limit_myself;
+use lineside_common::process_stats::{memory_bytes, p50_p99};
 use lineside_inference::pipeline::{Pipeline, engine_for};
 use lineside_inference::{Error, ErrorKind};
 use lineside_inference::picture::Picture;
 
-use super::golden::compare;
-use super::{Answer, Benchmark, Request};
-use lineside_api::message::PredictionInfo;
-use lineside_common::child_process::limit_myself;
-use lineside_common::process_stats::{memory_bytes, p50_p99};
+use super::Benchmark;
+use super::golden;
+use super::protocol::{GoldenSample, Request, Response};
 
-/// Timed runs at most.
+/// Upper bound of the measured inferences.
 const RUNS_MAX: u32 = 100;
-/// Time spent on timed runs at most, once there were a few.
-const TIMED_FOR: Duration = Duration::from_millis(500);
+/// Lower bound of the measured inferences.
 const RUNS_MIN: u32 = 5;
+/// The measurement ends after this time, once the lower bound is reached.
+const MEASUREMENT_TIME: Duration = Duration::from_millis(500);
 
-/// Reads the request and the model, vets, and answers.
+/// Why the admission process ends without a response.
+#[derive(Debug, thiserror::Error)]
+pub enum AdmissionChildError {
+    /// The request cannot be read, the limits cannot be set, or the response cannot be written.
+    #[error("the admission process cannot communicate with the agent or limit itself")]
+    Io(#[from] io::Error),
+    /// The request is not valid, or the response cannot be serialized.
+    #[error("the request or the response of the admission is not valid JSON")]
+    Json(#[from] serde_json::Error),
+    /// Loading or running the model panicked.
+    #[error("the model made the admission process panic")]
+    Panicked,
+}
+
+/// Reads the request and the model, runs the admission, and writes the response.
 ///
 /// # Errors
-/// When nobody has asked properly.
-pub fn main() -> anyhow::Result<()> {
-    let mut stdin = std::io::stdin().lock();
+/// When there is no response: the agent derives the reason from the exit status and stderr.
+pub fn main() -> Result<(), AdmissionChildError> {
+    let mut stdin = io::stdin().lock();
     let mut line = Vec::new();
     stdin.read_until(b'\n', &mut line)?;
     let request: Request = serde_json::from_slice(&line)?;
@@ -33,59 +50,92 @@ pub fn main() -> anyhow::Result<()> {
     limit_myself(&request.limits.of_process())?;
     let mut model = Vec::new();
     stdin.read_to_end(&mut model)?;
-    // On a thread, whose stack is as small as that of the threads the agent will load and run it on.
-    let answer = std::thread::spawn(move || match vet(&request, &model) {
-        Ok(benchmark) => Answer::Fit(benchmark),
-        Err(error) if error.kind() == ErrorKind::BadSpec => Answer::Manifest(error.to_string()),
-        Err(error) => Answer::Model(error.to_string()),
+    // The agent loads and runs models on threads, so the stack must be as small here as there.
+    let response = std::thread::spawn(move || match admit(&request, &model) {
+        Ok(benchmark) => Response::Admitted(benchmark),
+        Err(error) if error.kind() == ErrorKind::BadSpec => Response::Manifest(error.to_string()),
+        Err(error) => Response::Model(error.to_string()),
     });
-    let answer = answer.join().map_err(|_| anyhow::anyhow!("admission panicked"))?;
-    let mut stdout = std::io::stdout().lock();
-    serde_json::to_writer(&mut stdout, &answer)?;
+    let response = response.join().map_err(|_| AdmissionChildError::Panicked)?;
+    let mut stdout = io::stdout().lock();
+    serde_json::to_writer(&mut stdout, &response)?;
     stdout.flush()?;
     Ok(())
 }
 
-fn vet(request: &Request, model: &[u8]) -> Result<Benchmark, Error> {
+/// Loads the model, runs it on synthetic images and on the golden samples, and measures it.
+fn admit(request: &Request, model: &[u8]) -> Result<Benchmark, Error> {
     let started = Instant::now();
     let mut pipeline = Pipeline::load(engine_for(&request.spec)?, model, &request.spec)?;
     let load_ms = milliseconds(started.elapsed());
     let (width, height) = (pipeline.input().width, pipeline.input().height);
     let bytes = width as usize * height as usize * 3;
-    let mut noise = fastrand::Rng::with_seed(7);
-    let pictures = [vec![128; bytes], vec![0; bytes], (0..bytes).map(|_| noise.u8(..)).collect()];
-    for picture in &pictures {
-        let frame = Picture::from_rgb(width, height, picture.clone())?;
-        finite(&pipeline.run_picture(&frame)?.prediction)?;
+    let mut random = fastrand::Rng::with_seed(7);
+    let noise: Vec<u8> = (0..bytes).map(|_| random.u8(..)).collect();
+    for image in [vec![128; bytes], vec![0; bytes], noise.clone()] {
+        check_finite(&run_picture(&mut pipeline, &Picture::from_rgb(width, height, image)?)?.prediction)?;
     }
     for sample in &request.samples {
-        let picture = super::golden::decoded(&sample.picture)?;
-        let found = pipeline
-            .run(&picture)
-            .map_err(|error| Error::new(error.kind(), format!("golden sample {}: {error}", sample.name)))?;
-        let size = (found.width, found.height);
-        let answer = serde_json::to_value(PredictionInfo::from(found.prediction))
-            .map_err(|error| Error::new(ErrorKind::BadOutput, error.to_string()))?;
-        compare(&sample.answer, &answer, sample.tolerance, size)
-            .map_err(|reason| Error::new(ErrorKind::BadOutput, format!("golden sample {}: {reason}", sample.name)))?;
+        check_sample(&mut pipeline, sample)?;
     }
-    let frame = Picture::from_rgb(width, height, pictures[2].clone())?;
-    let mut times = Vec::new();
+    let picture = Picture::from_rgb(width, height, noise)?;
+    let mut times_ms = Vec::new();
     let started = Instant::now();
-    while times.len() < RUNS_MIN as usize || (times.len() < RUNS_MAX as usize && started.elapsed() < TIMED_FOR) {
-        times.push(milliseconds(pipeline.run_picture(&frame)?.timings.infer));
+    while times_ms.len() < RUNS_MIN as usize
+        || (times_ms.len() < RUNS_MAX as usize && started.elapsed() < MEASUREMENT_TIME)
+    {
+        times_ms.push(milliseconds(run_picture(&mut pipeline, &picture)?.infer_time));
     }
-    let (p50_ms, p99_ms) = p50_p99(&mut times);
-    Ok(Benchmark { p50_ms, p99_ms, load_ms, peak_memory_bytes: memory_bytes("VmHWM"), runs: times.len() as u32 })
+    let (p50_ms, p99_ms) = p50_p99(&mut times_ms);
+    Ok(Benchmark { p50_ms, p99_ms, load_ms, peak_memory_bytes: memory_bytes("VmHWM"), runs: times_ms.len() as u32 })
 }
 
-/// The tasks with a meaning refuse NaN by themselves; raw tensors are looked at here.
-fn finite(prediction: &Prediction) -> Result<(), Error> {
+/// What the admission uses of one inference.
+struct Inference {
+    prediction: Prediction,
+    /// Width and height of the source image in pixels.
+    image_size: (u32, u32),
+    infer_time: Duration,
+}
+
+/// Runs the pipeline on a decoded picture.
+fn run_picture(pipeline: &mut Pipeline, picture: &Picture) -> Result<Inference, Error> {
+    let output = pipeline.run_picture(picture)?;
+    Ok(Inference {
+        image_size: (output.width, output.height),
+        infer_time: output.timings.infer,
+        prediction: output.prediction,
+    })
+}
+
+/// Runs the pipeline on an encoded image.
+fn run_encoded(pipeline: &mut Pipeline, image: &[u8]) -> Result<Inference, Error> {
+    let output = pipeline.run(image)?;
+    Ok(Inference {
+        image_size: (output.width, output.height),
+        infer_time: output.timings.infer,
+        prediction: output.prediction,
+    })
+}
+
+/// Compares the output for a golden sample with the expected one.
+fn check_sample(pipeline: &mut Pipeline, sample: &GoldenSample) -> Result<(), Error> {
+    let error = |kind, reason: String| Error::new(kind, format!("golden sample {}: {reason}", sample.name));
+    let image = golden::decode(&sample.image).map_err(|reason| error(ErrorKind::BadSpec, reason.to_string()))?;
+    let inference = run_encoded(pipeline, &image).map_err(|reason| error(reason.kind(), reason.to_string()))?;
+    let actual = serde_json::to_value(PredictionInfo::from(inference.prediction))
+        .map_err(|reason| error(ErrorKind::BadOutput, reason.to_string()))?;
+    golden::compare(&sample.expected, actual, sample.tolerance, inference.image_size)
+        .map_err(|reason| error(ErrorKind::BadOutput, reason.to_string()))
+}
+
+/// Checks raw tensors for NaN and infinity. The other tasks reject NaN themselves.
+fn check_finite(prediction: &Prediction) -> Result<(), Error> {
     let Prediction::Tensors(outputs) = prediction else { return Ok(()) };
     for output in outputs {
         if output.tensor.to_f32().iter().any(|value| !value.is_finite()) {
-            let why = format!("output `{}` holds NaN or infinity for a plain picture", output.name);
-            return Err(Error::new(ErrorKind::BadOutput, why));
+            let message = format!("output `{}` contains NaN or infinity for a synthetic image", output.name);
+            return Err(Error::new(ErrorKind::BadOutput, message));
         }
     }
     Ok(())

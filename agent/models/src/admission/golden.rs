@@ -1,118 +1,214 @@
-//! Whether a model's answer is the one a golden sample asks for.
+//! Compares the output of a model with the expected output of a golden sample.
 //!
-//! The sample's JSON has the fields a result has for the task (`classes`, `detections`, `score` or `outputs`), or is what
-//! `lineside check --image ... --json` prints. Fields it leaves out are not compared. Classes are found by their label, so
-//! that two that score alike may change places; every detection needs one of the same label at the same place.
+//! The expected output is JSON with the fields of a result for the task (`classes`, `detections`, `score` or
+//! `outputs`), or the output of `lineside check --image ... --json`. Fields that the sample leaves out are not
+//! compared. Classes are matched by label, so that two classes with nearly equal scores may change places; every
+//! detection must match one of the same label at the same place.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use lineside_inference::{Error, ErrorKind};
+use serde::Deserialize;
 use serde_json::Value;
 
-pub(super) fn encoded(bytes: &[u8]) -> String {
+/// Encodes an image for the request.
+pub(super) fn encode(bytes: &[u8]) -> String {
     BASE64.encode(bytes)
 }
 
-pub(super) fn decoded(text: &str) -> Result<Vec<u8>, Error> {
-    BASE64.decode(text).map_err(|error| Error::new(ErrorKind::BadSpec, error.to_string()))
+/// Decodes an image of the request.
+pub(super) fn decode(text: &str) -> Result<Vec<u8>, base64::DecodeError> {
+    BASE64.decode(text)
 }
 
-/// Compares an answer with the one that is asked for; `size` is the picture's, in pixels.
-pub(super) fn compare(wanted: &str, answer: &Value, tolerance: f32, size: (u32, u32)) -> Result<(), String> {
-    let wanted: Value = serde_json::from_str(wanted).map_err(|error| format!("its answer is no JSON: {error}"))?;
-    let wanted = ["/image/prediction", "/prediction"].iter().find_map(|at| wanted.pointer(at)).unwrap_or(&wanted);
+/// Why an output does not match its golden sample.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum GoldenMismatch {
+    /// The expected output of the sample is not valid.
+    #[error("its expected output is not valid: {0}")]
+    InvalidSample(#[source] serde_json::Error),
+    /// The output of the model cannot be compared.
+    #[error("the output of the model cannot be compared: {0}")]
+    InvalidOutput(#[source] serde_json::Error),
+    /// The sample has no field that the model outputs.
+    #[error("its expected output has no field that the model outputs")]
+    NoCommonField,
+    /// A value differs by more than the tolerance.
+    #[error(
+        "{what} is {actual:.4}, which differs from {expected:.4} by {:.4}; the tolerance is {tolerance}",
+        (actual - expected).abs()
+    )]
+    Value { what: String, expected: f64, actual: f64, tolerance: f64 },
+    /// Another difference.
+    #[error("{0}")]
+    Different(String),
+}
+
+/// The compared fields of a result. A field is `None` where the JSON leaves it out.
+#[derive(Debug, Default, Deserialize)]
+struct TaskOutput {
+    classes: Option<Vec<Class>>,
+    detections: Option<Vec<Detection>>,
+    score: Option<f64>,
+    outputs: Option<Vec<Output>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Class {
+    label: String,
+    score: f64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Detection {
+    label: String,
+    score: f64,
+    /// Left, top, right, bottom in pixels of the source image.
+    #[serde(rename = "box")]
+    bbox: [f64; 4],
+}
+
+#[derive(Debug, Deserialize)]
+struct Output {
+    name: String,
+    data: Vec<Element>,
+}
+
+/// An element of a raw output. Only numbers can be compared: `null` stands for NaN or infinity.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Element {
+    Number(f64),
+    Other(Value),
+}
+
+/// Compares `actual` with the `expected` JSON. `image_size` is width and height of the image in pixels.
+pub(super) fn compare(
+    expected: &str,
+    actual: Value,
+    tolerance: f32,
+    image_size: (u32, u32),
+) -> Result<(), GoldenMismatch> {
+    let expected = parse_expected(expected).map_err(GoldenMismatch::InvalidSample)?;
+    let actual = TaskOutput::deserialize(actual).map_err(GoldenMismatch::InvalidOutput)?;
     let tolerance = f64::from(tolerance);
-    let mut compared = 0;
-    for (field, wanted) in wanted.as_object().into_iter().flatten() {
-        // A sample may serve several tasks; what this one does not answer is not compared.
-        let Some(found) = answer.get(field) else { continue };
-        match field.as_str() {
-            "classes" => classes(list(wanted), list(found), tolerance)?,
-            "detections" => detections(list(wanted), list(found), tolerance, size)?,
-            "score" => near("the score", wanted, found, tolerance)?,
-            "outputs" => outputs(list(wanted), list(found), tolerance)?,
-            _ => continue,
-        }
-        compared += 1;
+    // A sample may have fields of several tasks; those that this task does not output are not compared.
+    let mut has_compared = false;
+    if let (Some(expected), Some(actual)) = (&expected.classes, &actual.classes) {
+        compare_classes(expected, actual, tolerance)?;
+        has_compared = true;
     }
-    match compared {
-        0 => Err("its answer has nothing that the model answers".to_owned()),
-        _ => Ok(()),
+    if let (Some(expected), Some(actual)) = (&expected.detections, &actual.detections) {
+        compare_detections(expected, actual, tolerance, image_size)?;
+        has_compared = true;
     }
-}
-
-fn list(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
-}
-
-fn label(value: &Value) -> &str {
-    value["label"].as_str().unwrap_or_default()
-}
-
-fn near(what: &str, wanted: &Value, found: &Value, tolerance: f64) -> Result<(), String> {
-    match (wanted.as_f64(), found.as_f64()) {
-        (Some(wanted), Some(found)) if (wanted - found).abs() <= tolerance => Ok(()),
-        (Some(wanted), Some(found)) => Err(format!(
-            "{what} is {found:.4}, which differs from {wanted:.4} by {:.4}; the tolerance is {tolerance}",
-            (wanted - found).abs()
-        )),
-        _ => Err(format!("{what} is {found}, and {wanted} is asked for")),
+    if let (Some(expected), Some(actual)) = (expected.score, actual.score) {
+        compare_value("the score", expected, actual, tolerance)?;
+        has_compared = true;
     }
+    if let (Some(expected), Some(actual)) = (&expected.outputs, &actual.outputs) {
+        compare_outputs(expected, actual, tolerance)?;
+        has_compared = true;
+    }
+    if has_compared { Ok(()) } else { Err(GoldenMismatch::NoCommonField) }
 }
 
-fn classes(wanted: &[Value], found: &[Value], tolerance: f64) -> Result<(), String> {
-    if let (Some(first), Some(best)) = (wanted.first(), found.first()) {
-        let close = |class: &Value| class["score"].as_f64().unwrap_or_default();
-        if label(first) != label(best) && (close(best) - close(first)).abs() > tolerance {
-            return Err(format!("the model says {}, and {} is asked for", label(best), label(first)));
+/// Parses the expected output, which may be nested in a report of `lineside check`.
+fn parse_expected(text: &str) -> serde_json::Result<TaskOutput> {
+    let mut document: Value = serde_json::from_str(text)?;
+    for pointer in ["/image/prediction", "/prediction"] {
+        if let Some(nested) = document.pointer_mut(pointer) {
+            document = nested.take();
+            break;
         }
     }
-    for class in wanted {
-        let same = found.iter().find(|found| label(found) == label(class));
-        match same {
-            Some(same) => near(&format!("the score of {}", label(class)), &class["score"], &same["score"], tolerance)?,
-            // Only the best are reported; what scores next to nothing may be missing.
-            None if class["score"].as_f64().is_some_and(|score| score <= tolerance) => {}
-            None => return Err(format!("the model does not say {}", label(class))),
-        }
-    }
-    Ok(())
+    TaskOutput::deserialize(document)
 }
 
-fn detections(wanted: &[Value], found: &[Value], tolerance: f64, size: (u32, u32)) -> Result<(), String> {
-    if wanted.len() != found.len() {
-        return Err(format!("the model finds {}, and {} are asked for", found.len(), wanted.len()));
+fn is_near(expected: f64, actual: f64, tolerance: f64) -> bool {
+    (expected - actual).abs() <= tolerance
+}
+
+fn compare_value(what: &str, expected: f64, actual: f64, tolerance: f64) -> Result<(), GoldenMismatch> {
+    if is_near(expected, actual, tolerance) {
+        Ok(())
+    } else {
+        Err(GoldenMismatch::Value { what: what.to_owned(), expected, actual, tolerance })
     }
-    let limits = [size.0, size.1, size.0, size.1].map(|side| f64::from(side) * tolerance);
-    let mut free: Vec<&Value> = found.iter().collect();
-    for one in wanted {
-        let fits = |found: &&Value| {
-            let sides = list(&one["box"]).iter().zip(list(&found["box"])).zip(limits);
-            label(found) == label(one)
-                && near("", &one["score"], &found["score"], tolerance).is_ok()
-                && sides.clone().count() == limits.len()
-                && sides.clone().all(|((wanted, found), limit)| near("", wanted, found, limit).is_ok())
-        };
-        match free.iter().position(fits) {
-            Some(at) => drop(free.swap_remove(at)),
-            None => return Err(format!("the model does not find {} {} at {}", label(one), one["score"], one["box"])),
+}
+
+fn compare_classes(expected: &[Class], actual: &[Class], tolerance: f64) -> Result<(), GoldenMismatch> {
+    if let (Some(expected), Some(actual)) = (expected.first(), actual.first())
+        && expected.label != actual.label
+        && !is_near(expected.score, actual.score, tolerance)
+    {
+        let message = format!("the best class of the model is {}, expected {}", actual.label, expected.label);
+        return Err(GoldenMismatch::Different(message));
+    }
+    for class in expected {
+        match actual.iter().find(|actual| actual.label == class.label) {
+            Some(actual) => {
+                compare_value(&format!("the score of {}", class.label), class.score, actual.score, tolerance)?;
+            }
+            // Only the best classes are in a result; a class with a score within the tolerance of 0 may be missing.
+            None if class.score <= tolerance => {}
+            None => {
+                return Err(GoldenMismatch::Different(format!("the model does not output the class {}", class.label)));
+            }
         }
     }
     Ok(())
 }
 
-fn outputs(wanted: &[Value], found: &[Value], tolerance: f64) -> Result<(), String> {
-    for output in wanted {
-        let name = output["name"].as_str().unwrap_or_default();
-        let Some(same) = found.iter().find(|found| found["name"] == output["name"]) else {
-            return Err(format!("the model has no output `{name}`"));
+fn compare_detections(
+    expected: &[Detection],
+    actual: &[Detection],
+    tolerance: f64,
+    (width, height): (u32, u32),
+) -> Result<(), GoldenMismatch> {
+    if expected.len() != actual.len() {
+        let message = format!("the model finds {} objects, expected {}", actual.len(), expected.len());
+        return Err(GoldenMismatch::Different(message));
+    }
+    let box_tolerances = [width, height, width, height].map(|side| f64::from(side) * tolerance);
+    let mut unmatched: Vec<&Detection> = actual.iter().collect();
+    for detection in expected {
+        let matches = |actual: &&Detection| {
+            let mut sides = detection.bbox.iter().zip(actual.bbox).zip(box_tolerances);
+            actual.label == detection.label
+                && is_near(detection.score, actual.score, tolerance)
+                && sides.all(|((expected, actual), tolerance)| is_near(*expected, actual, tolerance))
         };
-        let (values, others) = (list(&output["data"]), list(&same["data"]));
-        if values.len() != others.len() {
-            return Err(format!("output `{name}` has {} values, and {} are asked for", others.len(), values.len()));
+        let Some(index) = unmatched.iter().position(matches) else {
+            let Detection { label, score, bbox } = detection;
+            let message = format!("the model does not find {label} with score {score} at {bbox:?}");
+            return Err(GoldenMismatch::Different(message));
+        };
+        unmatched.swap_remove(index);
+    }
+    Ok(())
+}
+
+fn compare_outputs(expected: &[Output], actual: &[Output], tolerance: f64) -> Result<(), GoldenMismatch> {
+    for output in expected {
+        let name = &output.name;
+        let Some(actual) = actual.iter().find(|actual| actual.name == *name) else {
+            return Err(GoldenMismatch::Different(format!("the model does not have an output `{name}`")));
+        };
+        let (expected_len, actual_len) = (output.data.len(), actual.data.len());
+        if expected_len != actual_len {
+            let message = format!("output `{name}` has {actual_len} values, expected {expected_len}");
+            return Err(GoldenMismatch::Different(message));
         }
-        for (index, (value, other)) in values.iter().zip(others).enumerate() {
-            near(&format!("value {index} of output `{name}`"), value, other, tolerance)?;
+        for (index, (expected, actual)) in output.data.iter().zip(&actual.data).enumerate() {
+            let what = format!("value {index} of output `{name}`");
+            match (expected, actual) {
+                (Element::Number(expected), Element::Number(actual)) => {
+                    compare_value(&what, *expected, *actual, tolerance)?;
+                }
+                (_, Element::Other(value)) | (Element::Other(value), _) => {
+                    return Err(GoldenMismatch::Different(format!("{what} is {value}, which is not a number")));
+                }
+            }
         }
     }
     Ok(())
@@ -124,8 +220,8 @@ mod tests {
 
     use super::*;
 
-    fn check(wanted: Value, found: Value) -> Result<(), String> {
-        compare(&wanted.to_string(), &found, 0.01, (100, 50))
+    fn check(expected: &Value, actual: &Value) -> Result<(), String> {
+        compare(&expected.to_string(), actual.clone(), 0.01, (100, 50)).map_err(|error| error.to_string())
     }
 
     fn class(label: &str, score: f64) -> Value {
@@ -134,38 +230,58 @@ mod tests {
 
     #[test]
     fn classes_are_compared_by_label() {
-        let found = json!({"classes": [class("a", 0.5), class("b", 0.495)]});
-        assert_eq!(check(json!({"classes": [class("b", 0.5), class("a", 0.495)]}), found.clone()), Ok(()));
-        assert_eq!(check(json!({"classes": [class("a", 0.5), class("c", 0.001)]}), found.clone()), Ok(()));
-        assert!(check(json!({"classes": [class("b", 0.9)]}), found.clone()).unwrap_err().contains('b'));
-        assert!(check(json!({"classes": [class("a", 0.52)]}), found.clone()).unwrap_err().contains("0.02"));
-        assert!(check(json!({"classes": [class("c", 0.5)]}), found.clone()).is_err());
-        let printed = json!({"image": {"prediction": {"classes": [class("a", 0.5)]}}});
-        assert_eq!(check(printed, found.clone()), Ok(()));
-        assert!(check(json!({}), found.clone()).is_err() && compare("{", &found, 0.1, (1, 1)).is_err());
+        let actual = json!({"classes": [class("a", 0.5), class("b", 0.495)]});
+        assert_eq!(check(&json!({"classes": [class("b", 0.5), class("a", 0.495)]}), &actual), Ok(()));
+        assert_eq!(check(&json!({"classes": [class("a", 0.5), class("c", 0.001)]}), &actual), Ok(()));
+        assert!(check(&json!({"classes": [class("b", 0.9)]}), &actual).unwrap_err().contains('b'));
+        assert!(check(&json!({"classes": [class("a", 0.52)]}), &actual).unwrap_err().contains("0.02"));
+        assert!(check(&json!({"classes": [class("c", 0.5)]}), &actual).is_err());
     }
 
     #[test]
-    fn every_detection_needs_one_of_its_own() {
-        let found = |boxes: &[[f64; 4]]| {
+    fn the_expected_output_may_be_a_report_of_the_check_command() {
+        let actual = json!({"classes": [class("a", 0.5)]});
+        for report in [
+            json!({"image": {"prediction": {"classes": [class("a", 0.5)]}}}),
+            json!({"prediction": {"classes": [class("a", 0.5)]}}),
+        ] {
+            assert_eq!(check(&report, &actual), Ok(()), "{report}");
+        }
+        assert!(check(&json!({}), &actual).unwrap_err().contains("no field"));
+        let error = compare("{", actual.clone(), 0.1, (1, 1)).unwrap_err();
+        assert!(matches!(error, GoldenMismatch::InvalidSample(_)));
+        assert!(check(&json!({"classes": 7}), &actual).unwrap_err().contains("not valid"));
+    }
+
+    #[test]
+    fn every_detection_matches_another_one() {
+        let detections = |boxes: &[[f64; 4]]| {
             let all: Vec<Value> = boxes.iter().map(|b| json!({"label": "a", "score": 0.5, "box": b})).collect();
             json!({"detections": all})
         };
         let one = [10.0, 10.0, 20.0, 20.0];
-        assert_eq!(check(found(&[one]), found(&[[10.9, 10.4, 20.0, 20.0]])), Ok(()));
-        assert!(check(found(&[one]), found(&[[11.1, 10.0, 20.0, 20.0]])).is_err());
-        assert!(check(found(&[one, one]), found(&[one])).unwrap_err().contains("finds 1"));
-        assert!(check(found(&[one, one]), found(&[one, [50.0, 10.0, 60.0, 20.0]])).is_err());
-        assert_eq!(check(found(&[]), found(&[])), Ok(()));
+        assert_eq!(check(&detections(&[one]), &detections(&[[10.9, 10.4, 20.0, 20.0]])), Ok(()));
+        assert!(check(&detections(&[one]), &detections(&[[11.1, 10.0, 20.0, 20.0]])).is_err());
+        assert!(check(&detections(&[one, one]), &detections(&[one])).unwrap_err().contains("finds 1"));
+        assert!(check(&detections(&[one, one]), &detections(&[one, [50.0, 10.0, 60.0, 20.0]])).is_err());
+        assert_eq!(check(&detections(&[]), &detections(&[])), Ok(()));
     }
 
     #[test]
     fn scores_and_raw_outputs_are_compared_as_numbers() {
-        assert_eq!(check(json!({"score": 1.0}), json!({"score": 1.005})), Ok(()));
-        assert!(check(json!({"score": 1.0}), json!({"score": null})).is_err());
-        let output = |data: &[f64]| json!({"outputs": [{"name": "y", "data": data}]});
-        assert_eq!(check(output(&[1.0, 2.0]), output(&[1.0, 2.009])), Ok(()));
-        assert!(check(output(&[1.0]), output(&[1.0, 2.0])).is_err());
-        assert!(check(output(&[1.0, 2.0]), output(&[1.0, 2.1])).unwrap_err().contains("value 1"));
+        assert_eq!(check(&json!({"score": 1.0}), &json!({"score": 1.005})), Ok(()));
+        assert!(check(&json!({"score": 1.0}), &json!({"score": 1.02})).unwrap_err().contains("tolerance"));
+        assert!(check(&json!({"score": 1.0}), &json!({"score": null})).is_err());
+        let output = |data: Value| json!({"outputs": [{"name": "y", "data": data}]});
+        assert_eq!(check(&output(json!([1, 2.0])), &output(json!([1.0, 2.009]))), Ok(()));
+        assert!(check(&output(json!([1.0])), &output(json!([1.0, 2.0]))).is_err());
+        assert!(check(&output(json!([1.0, 2.0])), &output(json!([1.0, 2.1]))).unwrap_err().contains("value 1"));
+        assert!(check(&output(json!([1.0])), &output(json!([null]))).unwrap_err().contains("not a number"));
+    }
+
+    #[test]
+    fn outputs_that_are_not_numbers_do_not_prevent_the_comparison_of_others() {
+        let actual = json!({"outputs": [{"name": "flags", "data": [true]}, {"name": "y", "data": [1.0]}]});
+        assert_eq!(check(&json!({"outputs": [{"name": "y", "data": [1.0]}]}), &actual), Ok(()));
     }
 }

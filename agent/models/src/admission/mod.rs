@@ -1,229 +1,299 @@
-//! Admission: a model is proven on this node before it may serve.
+//! Admission: tests a model on this node before it may serve.
 //!
-//! A child process ([`child`]) with limits on memory, processor time and wall time is given the verified bytes. It checks
-//! the file, loads and optimises it, runs it on several pictures, compares the golden samples, and measures. What it says
-//! is kept beside the model under a key of everything it depends on, so that the next start need not ask again:
+//! A [child process](child) with limits on memory, processor time and wall time receives the verified bytes of the
+//! model. It checks the file, loads and optimizes it, runs it on several images, compares the golden samples, and
+//! measures. The result is kept in the store as an [`AdmissionRecord`] under the admission key, which covers everything
+//! the result depends on, so that the next start does not repeat the admission:
 //!
 //! ```text
-//! key = SHA-256 of { model digest, manifest's spec, golden samples, engine, agent version, processor }
+//! key = SHA-256 of { model digest, spec of the manifest, golden samples, engine, agent version, processor }
 //! ```
 //!
-//! No artifact of the optimised graph is kept. Measured with tract 0.23.9 on EfficientNet-Lite0: loading from ONNX takes
-//! about 75 ms, from tract's own NNEF form about 54 ms; that does not pay for a second copy of the weights on flash, and
-//! NNEF cannot express every operator that ONNX has. Skipping the admission is what makes a start fast.
+//! The optimized graph is not kept. Measured with tract 0.23.9 on EfficientNet-Lite0: loading from ONNX takes about 75
+//! ms, from the NNEF form of tract about 54 ms; that does not justify a second copy of the weights on flash, and NNEF
+//! cannot express every operator of ONNX. Skipping the admission is what makes a start fast.
 
 mod child;
 mod golden;
+mod protocol;
 
+use std::io;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use lineside_api::spec::ModelSpec;
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
-pub use child::main as child_main;
-
 use lineside_api::kinds::ModelManifest;
-use lineside_common::child_process::{self as process, ChildOutput};
+use lineside_common::child_process::{self, ChildOutput, ProcessLimits};
 use lineside_common::digest::Digest;
 use lineside_common::files::read_bounded;
 
-/// The hidden subcommand of the child.
-pub const SUBCOMMAND: &str = "admission-child";
-/// Bytes of one golden sample's picture or answer at most.
-const GOLDEN_BYTES_MAX: u64 = 32 << 20;
-/// The part of what a child printed before it died that is shown.
-const LAST_WORDS_CHARACTERS: usize = 300;
+use crate::store::{DigestRecord, DigestRecordKind};
 
-/// AdmissionLimits of a admission, as configured.
+pub use child::{AdmissionChildError, main as child_main};
+use protocol::{GoldenSample, Request, Response};
+
+/// The hidden subcommand of the child process.
+pub const SUBCOMMAND: &str = "admission-child";
+/// Upper bound of the image and of the expected output of one golden sample.
+const GOLDEN_BYTES_MAX: u64 = 32 << 20;
+/// The part of the stderr of a child that is included in an error message.
+const STDERR_CHARACTERS_MAX: usize = 300;
+
+/// The limits of an admission process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AdmissionLimits {
-    /// Bytes of address space.
+    /// Address space in bytes.
     pub memory_bytes: u64,
-    /// Seconds of processor time, and of wall time.
+    /// Processor time and wall time in seconds.
     pub seconds: u64,
 }
 
 impl AdmissionLimits {
-    fn of_process(self) -> process::ProcessLimits {
-        process::ProcessLimits {
+    fn of_process(self) -> ProcessLimits {
+        ProcessLimits {
             memory_bytes: self.memory_bytes,
             cpu_seconds: Some(self.seconds),
-            priority: process::ChildPriority::Background,
+            priority: ChildPriority::Background,
         }
     }
 }
 
-/// What admission measured.
+/// The measurements of an admission.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Benchmark {
     /// Median time of one inference, in milliseconds.
     pub p50_ms: f64,
-    /// 99th percentile of one inference, in milliseconds.
+    /// 99th percentile of the time of one inference, in milliseconds.
     pub p99_ms: f64,
-    /// Time to load and optimise, in milliseconds.
+    /// Time to load and optimize the model, in milliseconds.
     pub load_ms: f64,
-    /// Most memory the child had resident, in bytes.
+    /// Peak resident memory of the child process, in bytes.
     pub peak_memory_bytes: u64,
-    /// Timed runs.
+    /// Number of measured inferences.
     pub runs: u32,
 }
 
-/// A model that was found fit, as it is kept.
+/// The record of a model that was admitted. Kept in the store under the admission key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AdmissionRecord {
-    /// The model's file.
+    /// Digest of the model file.
     pub digest: Digest,
-    /// The engine it was vetted with.
+    /// The engine the model was admitted with.
     pub engine: String,
-    /// What was measured.
+    /// The measurements. `figures` is the name on disk.
+    #[serde(rename = "figures")]
     pub benchmark: Benchmark,
-    /// When, RFC 3339.
+    /// When the model was admitted, RFC 3339.
     pub at: String,
 }
 
-/// Why a model was not found fit.
-#[derive(Debug, Clone, PartialEq)]
+impl DigestRecord for AdmissionRecord {
+    const KIND: DigestRecordKind = DigestRecordKind::Admission;
+}
+
+/// Why a model was not admitted. The variant decides whether the failure counts against the model file.
+#[derive(Debug, thiserror::Error)]
 pub enum Rejection {
-    /// The manifest and the model do not fit each other. The model may be sound; it does not count against it.
+    /// The manifest does not fit the model. The failure does not count against the model file, which may be valid.
+    #[error("{0}")]
     Manifest(String),
-    /// The model is no good on this node.
+    /// The model cannot serve on this node.
+    #[error("{0}")]
     Model(String),
-    /// The child could not be run at all, or was told to stop; nothing is known.
-    Unknown(String),
+    /// The admission could not be completed. There is no result.
+    #[error("{message}")]
+    Unavailable {
+        /// What happened.
+        message: String,
+        /// The error of the system, if there is one.
+        source: Option<io::Error>,
+    },
 }
 
-/// A golden sample with its files' content.
-#[derive(Serialize, Deserialize)]
-struct Sample {
-    name: String,
-    /// In base64.
-    picture: String,
-    answer: String,
-    tolerance: f32,
+impl Rejection {
+    fn unavailable(message: &str) -> Self {
+        Self::Unavailable { message: message.to_owned(), source: None }
+    }
+
+    fn not_started(source: io::Error) -> Self {
+        Self::Unavailable { message: "the admission process cannot be run".to_owned(), source: Some(source) }
+    }
 }
 
-/// What the child is asked: one line of JSON on stdin, followed by the model's bytes.
-#[derive(Serialize, Deserialize)]
-struct Request {
-    spec: ModelSpec,
-    limits: AdmissionLimits,
-    samples: Vec<Sample>,
-}
-
-/// What the child answers on stdout.
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Answer {
-    Fit(Benchmark),
-    Manifest(String),
-    Model(String),
-}
-
-/// A admission that is ready to be run.
+/// An admission that is ready to run.
 pub struct Admission {
     request: Request,
     key: Digest,
 }
 
 impl Admission {
-    /// Reads the golden samples and works out the key.
+    /// Reads the golden samples and computes the admission key.
     ///
     /// # Errors
-    /// [`Rejection::Manifest`] for a golden sample that cannot be read.
+    /// [`Rejection::Manifest`] when a golden sample cannot be read.
     pub fn new(manifest: &ModelManifest, digest: &Digest, limits: AdmissionLimits) -> Result<Self, Rejection> {
         let mut samples = Vec::new();
         for golden in &manifest.golden {
-            let read = |path: &PathBuf| {
-                read_bounded(path, GOLDEN_BYTES_MAX)
-                    .map_err(|error| Rejection::Manifest(format!("golden sample {}: {error}", path.display())))
-            };
-            let answer = String::from_utf8(read(&golden.output)?)
-                .map_err(|_| Rejection::Manifest(format!("golden sample {} is no text", golden.output.display())))?;
-            samples.push(Sample {
+            let expected = String::from_utf8(read_golden(&golden.output)?).map_err(|_| {
+                Rejection::Manifest(format!("golden sample {} is not UTF-8 text", golden.output.display()))
+            })?;
+            samples.push(GoldenSample {
                 name: golden.input.display().to_string(),
-                picture: golden::encoded(&read(&golden.input)?),
-                answer,
+                image: golden::encode(&read_golden(&golden.input)?),
+                expected,
                 tolerance: golden.tolerance,
             });
         }
         let request = Request { spec: manifest.spec.clone(), limits, samples };
-        // AdmissionLimits take no part: a model that was found fit within others is still fit.
-        let depends_on = serde_json::json!({
-            "model": digest,
-            "spec": request.spec,
-            "samples": request.samples,
-            "engine": "tract",
-            "agent": env!("CARGO_PKG_VERSION"),
-            "processor": processor(),
-        });
-        Ok(Self { request, key: Digest::of(depends_on.to_string().as_bytes()) })
+        let key = admission_key(digest, &request, &processor());
+        Ok(Self { request, key })
     }
 
-    /// What the verdict is kept under.
+    /// The admission key.
     pub fn key(&self) -> &Digest {
         &self.key
     }
 
-    /// Runs the child on a model's bytes and waits for it. `cancelled` is asked meanwhile.
+    /// Runs the child process on the bytes of the model and waits for it. `is_cancelled` is polled in the meantime; the
+    /// child is killed when it returns true.
     ///
     /// # Errors
-    /// Why the model is not fit, or why nobody knows.
-    pub fn run(&self, model: &[u8], cancelled: impl Fn() -> bool) -> Result<Benchmark, Rejection> {
-        let unknown = |error: String| Rejection::Unknown(format!("admission cannot be run: {error}"));
-        let program = std::env::current_exe().map_err(|error| unknown(error.to_string()))?;
+    /// Why the model was not admitted.
+    pub fn run(&self, model: &[u8], is_cancelled: impl Fn() -> bool) -> Result<Benchmark, Rejection> {
+        let program = std::env::current_exe().map_err(Rejection::not_started)?;
         let mut command = Command::new(program);
         command.arg(SUBCOMMAND).env_clear();
-        let mut request = serde_json::to_vec(&self.request).map_err(|error| unknown(error.to_string()))?;
-        request.push(b'\n');
+        let request = self.request.to_line().map_err(|error| Rejection::not_started(error.into()))?;
         let limits = self.request.limits;
-        let ended = process::run(command, &[&request, model], Duration::from_secs(limits.seconds), &cancelled)
-            .map_err(|error| unknown(error.to_string()))?;
-        if let Ok(answer) = serde_json::from_slice::<Answer>(&ended.stdout) {
-            return match answer {
-                Answer::Fit(benchmark) => Ok(benchmark),
-                Answer::Manifest(reason) => Err(Rejection::Manifest(reason)),
-                Answer::Model(reason) => Err(Rejection::Model(reason)),
-            };
+        let output = child_process::run(command, &[&request, model], Duration::from_secs(limits.seconds), &is_cancelled)
+            .map_err(Rejection::not_started)?;
+        match serde_json::from_slice(&output.stdout) {
+            Ok(Response::Admitted(benchmark)) => Ok(benchmark),
+            Ok(Response::Manifest(reason)) => Err(Rejection::Manifest(reason)),
+            Ok(Response::Model(reason)) => Err(Rejection::Model(reason)),
+            Err(_) if is_cancelled() => Err(Rejection::unavailable("the admission was cancelled")),
+            Err(_) => Err(rejection_without_response(&output, limits)),
         }
-        if cancelled() {
-            return Err(Rejection::Unknown("admission was stopped".to_owned()));
-        }
-        // The child limits itself in other ways; this is the system, which was short of memory, or somebody else.
-        if ended.status.is_some_and(|status| status.signal() == Some(Signal::KILL.as_raw())) {
-            return Err(Rejection::Unknown(
-                "admission was killed, perhaps because the node has too little memory".to_owned(),
-            ));
-        }
-        Err(Rejection::Model(last_words(&ended, limits)))
     }
 }
 
-/// Why a child that gave no answer died.
-fn last_words(ended: &ChildOutput, limits: AdmissionLimits) -> String {
-    let memory_mib = limits.memory_bytes >> 20;
-    if ended.stderr.contains("memory allocation of") {
-        return format!("admission it takes more than {memory_mib} MiB of memory (--admission-memory-mib)");
+fn read_golden(path: &Path) -> Result<Vec<u8>, Rejection> {
+    read_bounded(path, GOLDEN_BYTES_MAX)
+        .map_err(|error| Rejection::Manifest(format!("golden sample {} cannot be read: {error}", path.display())))
+}
+
+/// The SHA-256 of everything the result of an admission depends on. The limits are not included: a model that was
+/// admitted within other limits remains admitted. The JSON is part of the on-disk format, because records are found by
+/// the key.
+fn admission_key(digest: &Digest, request: &Request, processor: &str) -> Digest {
+    let inputs = serde_json::json!({
+        "model": digest,
+        "spec": request.spec,
+        "samples": request.samples,
+        "engine": "tract",
+        "agent": env!("CARGO_PKG_VERSION"),
+        "processor": processor,
+    });
+    Digest::of(inputs.to_string().as_bytes())
+}
+
+/// Why a child ended without a response.
+fn rejection_without_response(output: &ChildOutput, limits: AdmissionLimits) -> Rejection {
+    let signal = output.status.and_then(|status| status.signal());
+    // The child limits itself by other signals: SIGKILL comes from the system, or from an operator.
+    if signal == Some(Signal::KILL.as_raw()) {
+        return Rejection::unavailable("the admission process was killed, possibly because the node is out of memory");
     }
-    let Some(status) = ended.status else {
-        return format!("admission it takes more than {} s (--admission-seconds)", limits.seconds);
+    let AdmissionLimits { memory_bytes, seconds } = limits;
+    // A failed allocation aborts the process, as other faults do; only the message of the standard library
+    // distinguishes them. It selects the wording, not the outcome.
+    if output.stderr.contains("memory allocation of") {
+        let memory_mib = memory_bytes >> 20;
+        return Rejection::Model(format!(
+            "the model needs more than {memory_mib} MiB of memory (--admission-memory-mib)"
+        ));
+    }
+    let Some(status) = output.status else {
+        return Rejection::Model(format!("the model takes more than {seconds} s (--admission-seconds)"));
     };
-    if status.signal() == Some(Signal::XCPU.as_raw()) {
-        return format!("admission it takes more than {} s of processor time (--admission-seconds)", limits.seconds);
+    if signal == Some(Signal::XCPU.as_raw()) {
+        let message = format!("the model takes more than {seconds} s of processor time (--admission-seconds)");
+        return Rejection::Model(message);
     }
-    let words: Vec<&str> = ended.stderr.split_whitespace().collect();
-    let words: String = words.join(" ").chars().take(LAST_WORDS_CHARACTERS).collect();
-    format!("admission it ended with {status}{}{words}", if words.is_empty() { "" } else { ": " })
+    let words: Vec<&str> = output.stderr.split_whitespace().collect();
+    let stderr: String = words.join(" ").chars().take(STDERR_CHARACTERS_MAX).collect();
+    let separator = if stderr.is_empty() { "" } else { ": " };
+    Rejection::Model(format!("the admission process ended with {status}{separator}{stderr}"))
 }
 
-/// What tells processors apart on which a model may run differently.
+/// The fields of `/proc/cpuinfo` that distinguish processors on which a model may run differently.
 fn processor() -> String {
-    const TELLING: [&str; 5] = ["model name", "flags", "Features", "CPU implementer", "CPU part"];
+    const FIELDS: [&str; 5] = ["model name", "flags", "Features", "CPU implementer", "CPU part"];
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let first = text.split("\n\n").next().unwrap_or_default();
-    let telling = |line: &&str| TELLING.iter().any(|key| line.starts_with(key));
-    first.lines().filter(telling).collect::<Vec<_>>().join("\n")
+    let first_core = text.split("\n\n").next().unwrap_or_default();
+    let is_relevant = |line: &&str| FIELDS.iter().any(|field| line.starts_with(field));
+    first_core.lines().filter(is_relevant).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::ExitStatus;
+
+    use lineside_api::spec::ModelSpec;
+
+    use super::*;
+
+    const LIMITS: AdmissionLimits = AdmissionLimits { memory_bytes: 64 << 20, seconds: 7 };
+
+    fn request(expected: &str, limits: AdmissionLimits) -> Request {
+        let sample =
+            GoldenSample { name: "a.jpg".into(), image: String::new(), expected: expected.into(), tolerance: 0.1 };
+        Request { spec: ModelSpec::default(), limits, samples: vec![sample] }
+    }
+
+    fn output(status: Option<i32>, stderr: &str) -> ChildOutput {
+        ChildOutput { status: status.map(ExitStatus::from_raw), stdout: Vec::new(), stderr: stderr.into() }
+    }
+
+    #[test]
+    fn the_key_covers_model_samples_and_processor_but_not_the_limits() {
+        let key = admission_key(&Digest::of(b"a"), &request("{}", LIMITS), "x");
+        let other_limits = AdmissionLimits { memory_bytes: 1, seconds: 1 };
+        assert_eq!(admission_key(&Digest::of(b"a"), &request("{}", other_limits), "x"), key);
+        assert_ne!(admission_key(&Digest::of(b"b"), &request("{}", LIMITS), "x"), key);
+        assert_ne!(admission_key(&Digest::of(b"a"), &request("[]", LIMITS), "x"), key);
+        assert_ne!(admission_key(&Digest::of(b"a"), &request("{}", LIMITS), "y"), key);
+    }
+
+    #[test]
+    fn a_child_without_a_response_is_explained() {
+        let message = |status, stderr| match rejection_without_response(&output(status, stderr), LIMITS) {
+            Rejection::Model(message) => message,
+            other => panic!("{other:?}"),
+        };
+        assert!(message(None, "").contains("more than 7 s (--admission-seconds)"));
+        assert!(message(Some(Signal::XCPU.as_raw()), "").contains("7 s of processor time"));
+        let abort = Some(Signal::ABORT.as_raw());
+        assert!(message(abort, "memory allocation of 9 bytes failed").contains("64 MiB of memory"));
+        assert!(message(abort, "stack\noverflow").ends_with(": stack overflow"));
+        let killed = rejection_without_response(&output(Some(Signal::KILL.as_raw()), ""), LIMITS);
+        assert!(matches!(killed, Rejection::Unavailable { .. }));
+    }
+
+    /// The field names are those of the first build; a change of the type must not change them.
+    #[test]
+    fn records_of_an_earlier_build_are_read() {
+        let digest = Digest::of(b"x");
+        let text = format!(
+            r#"{{"digest": "{digest}", "engine": "tract", "at": "2026-11-24T00:00:00Z",
+                "figures": {{"p50_ms": 1.5, "p99_ms": 2.0, "load_ms": 75.0, "peak_memory_bytes": 9, "runs": 100}}}}"#
+        );
+        let benchmark = Benchmark { p50_ms: 1.5, p99_ms: 2.0, load_ms: 75.0, peak_memory_bytes: 9, runs: 100 };
+        let expected = AdmissionRecord { digest, engine: "tract".into(), benchmark, at: "2026-11-24T00:00:00Z".into() };
+        assert_eq!(serde_json::from_str::<AdmissionRecord>(&text).unwrap(), expected);
+    }
 }

@@ -1,161 +1,190 @@
-//! Bringing a model's file into the store: from a file of this node, from a peer of the site, or from its source.
+//! Fetches model files into the store: from a file of this node, from a peer of the site, or from the source.
 //!
 //! ```text
 //! in the store?  -> done
-//! file:          -> read, compared with the digest that is asked for, copied
-//! anything else  -> the peers, in random order -> the source
+//! file:          -> read, verified against source.digest, copied
+//! otherwise      -> the peers, in random order -> the source
 //! ```
 //!
-//! One digest is fetched by one task at a time; whoever else wants it waits and then finds it. Every byte goes through
-//! [`Partial`](crate::store::Partial), so a cut or a restart costs little, and nothing bears a digest's name that does not
-//! have it. Dropping the future ends a fetch; what came is kept.
+//! One task at a time fetches a digest; other tasks that need it wait and then find it in the store. Every byte goes
+//! through a [`PartialBlob`](crate::store::PartialBlob), so an interruption or a restart costs little, and no file gets
+//! the name of a digest that it does not have. Dropping the future cancels a fetch; the received bytes are kept.
+//!
+//! The tests of this file are in `tests/suite/fetch.rs`, against real and scripted servers.
 
+mod credentials;
+mod error;
 mod object;
 mod oci;
 mod policy;
 mod progress;
-
+mod throttle;
 mod transfer;
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::{self, Read as _};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::{Certificate, Url};
+use parking_lot::Mutex;
+use reqwest::header::HeaderMap;
+use reqwest::{Certificate, Client, Url};
 
-use lineside_common::error_chain;
-use lineside_common::secrets::{Secret, SecretError};
-pub use policy::Policy;
-pub use progress::Progress;
-use transfer::{Failure, Origin, Terms, Throttle, authorization, basic};
-
-use crate::ModelsConfig;
-use crate::store::{Partial, Store};
 use lineside_api::kinds::{ModelManifest, ModelSource};
+use lineside_common::backoff::jitter;
 use lineside_common::digest::Digest;
-use lineside_common::files;
-use lineside_common::metrics::Metrics;
+use lineside_common::secrets::Secret;
+use lineside_common::{error_chain, files};
 
-/// Bytes of the file with further certificates at most.
+use crate::store::{PartialBlob, Store, StoreError, StoreErrorKind};
+use crate::{FetchMetrics, ModelsConfig, StoreMetrics};
+
+use credentials::authorization;
+pub use credentials::{PeerTokenError, read_peer_token};
+use error::TransferError;
+pub use error::{FetchError, FetchErrorKind};
+pub use policy::{AddressPolicy, PolicyError};
+pub use progress::Progress;
+use throttle::Throttle;
+use transfer::{Origin, TransferLimits};
+
+/// Upper bound of the file with additional root certificates.
 const ROOTS_BYTES_MAX: u64 = 4 << 20;
-/// A peer that says nothing for this long is left for the next.
+/// A peer that sends nothing for this long is abandoned for the next one.
 const PEER_STALL: Duration = Duration::from_secs(5);
 
-/// Brings files into the store.
+/// Fetches model files into the store.
 pub struct Fetcher {
     store: Arc<Store>,
-    settings: ModelsConfig,
-    policy: Policy,
+    config: ModelsConfig,
+    policy: AddressPolicy,
     throttle: Throttle,
-    metrics: Metrics,
-    busy: Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
+    metrics: FetchMetrics,
+    store_metrics: StoreMetrics,
+    /// One lock per digest that is being fetched.
+    in_progress: Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
 }
 
-/// A file that is in the store now.
+/// A file that is in the store.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fetched {
     /// Its digest.
     pub digest: Digest,
-    /// Its size.
+    /// Its size in bytes.
     pub bytes: u64,
-    /// Where it came from, without secrets; `None` when it was there already.
+    /// The address it was fetched from, without credentials. `None` when it was in the store already.
     pub from: Option<String>,
 }
 
 impl Fetcher {
-    /// Fetches into `store`.
-    pub fn new(store: Arc<Store>, settings: ModelsConfig, metrics: Metrics) -> Self {
-        // Peers are not slowed down.
-        let throttle = Throttle::new(settings.source_bytes_per_second);
-        let policy = Policy { hosts: settings.source_hosts.clone(), allow_http: settings.source_http };
-        Self { store, settings, policy, throttle, metrics, busy: Mutex::default() }
+    /// A fetcher for `store`.
+    pub fn new(store: Arc<Store>, config: ModelsConfig, metrics: FetchMetrics, store_metrics: StoreMetrics) -> Self {
+        let throttle = Throttle::new(config.source_bytes_per_second);
+        let policy = AddressPolicy { hosts: config.source_hosts.clone(), allow_http: config.source_http };
+        Self { store, config, policy, throttle, metrics, store_metrics, in_progress: Mutex::default() }
     }
 
-    /// Most bytes a model's file may have.
+    /// Upper bound of the size of a model file, in bytes.
     pub fn bytes_max(&self) -> u64 {
-        self.settings.model_bytes_max
+        self.config.model_bytes_max
     }
 
-    /// Sees to it that a model's file is in the store. `protected` are the digests that must not give way to it.
+    /// Fetches the file of a model version, unless it is in the store. Blobs in `protected` are not evicted for it.
     ///
     /// # Errors
-    /// What went wrong, for people: which source, why, and what to do.
+    /// When the file cannot be fetched. The message names the source, the cause, and what to do.
     pub async fn fetch(
         &self,
         manifest: &ModelManifest,
         protected: &BTreeSet<Digest>,
         progress: &Progress,
-    ) -> Result<Fetched, String> {
+    ) -> Result<Fetched, FetchError> {
         if let Some(digest) = manifest.digest
-            && let Some(bytes) = self.there(&digest)
+            && let Some(bytes) = self.stored_bytes(&digest)
         {
             return Ok(Fetched { digest, bytes, from: None });
         }
         let fetched = match (&manifest.source, manifest.digest) {
             (ModelSource::File(path), _) => {
-                let work = || self.copy(path, manifest, protected, progress);
-                tokio::task::block_in_place(work).map_err(|why| format!("{}: {why}", path.display()))
+                let copied = tokio::task::block_in_place(|| self.copy(path, manifest, protected, progress));
+                copied.map_err(|error| FetchError::new(path.display().to_string(), error))
             }
-            (_, Some(digest)) => self.download(manifest, &digest, protected, progress).await,
-            (source, None) => Err(format!("{source}: a digest is needed")),
+            (source, Some(digest)) => self
+                .download(manifest, &digest, protected, progress)
+                .await
+                .map_err(|error| FetchError::new(source.to_string(), error)),
+            (source, None) => {
+                let error = TransferError::permanent(FetchErrorKind::Configuration, "set source.digest");
+                Err(FetchError::new(source.to_string(), error))
+            }
         };
         if fetched.is_err() {
-            self.metrics.fetch_failures.inc();
+            self.metrics.failures.inc();
         }
         fetched
     }
 
-    fn there(&self, digest: &Digest) -> Option<u64> {
-        self.store.blob(digest)?.metadata().ok().map(|facts| facts.len())
+    /// The size of a blob that is in the store.
+    fn stored_bytes(&self, digest: &Digest) -> Option<u64> {
+        self.store.open_blob(digest)?.metadata().ok().map(|metadata| metadata.len())
     }
 
-    /// Takes in a file of this node. It is read once to know its digest, and once more to copy it where that is new.
+    /// Copies a file of this node. Reads it once for its digest, and a second time to copy it when the store does not
+    /// have it.
     fn copy(
         &self,
         path: &Path,
         manifest: &ModelManifest,
         protected: &BTreeSet<Digest>,
         progress: &Progress,
-    ) -> Result<Fetched, String> {
-        let shown = manifest.source.to_string();
-        let file = files::open_regular(path).map_err(|error| error.to_string())?;
-        let facts = file.metadata().map_err(|error| error.to_string())?;
-        self.check_size(facts.len(), manifest.size)?;
+    ) -> Result<Fetched, TransferError> {
+        let unreadable = |error| TransferError::io("the file cannot be read", error);
+        let from = manifest.source.to_string();
+        let file = files::open_regular(path).map_err(unreadable)?;
+        let metadata = file.metadata().map_err(unreadable)?;
+        self.check_size(metadata.len(), manifest.size)?;
         let (digest, bytes) =
-            Digest::of_reader(file.take(self.settings.model_bytes_max + 1)).map_err(|error| error.to_string())?;
+            Digest::of_reader(file.take(self.config.model_bytes_max.saturating_add(1))).map_err(unreadable)?;
         self.check_size(bytes, manifest.size)?;
-        if let Some(wanted) = manifest.digest.filter(|wanted| *wanted != digest) {
-            return Err(format!("it has the digest {digest}, but spec.source.digest asks for {wanted}"));
+        if let Some(expected) = manifest.digest.filter(|expected| *expected != digest) {
+            let message = format!("the file has the digest {digest}, but spec.source.digest is {expected}");
+            return Err(TransferError::permanent(FetchErrorKind::DigestMismatch, message));
         }
-        if self.there(&digest).is_some() {
+        if self.stored_bytes(&digest).is_some() {
             return Ok(Fetched { digest, bytes, from: None });
         }
-        let busy = self.busy(&digest);
-        let _turn = busy.blocking_lock();
-        if self.there(&digest).is_none() {
-            self.make_room(bytes, protected).map_err(|failure| failure.reason)?;
-            let mut partial = self.store.partial(&digest).map_err(|error| error.to_string())?;
-            partial.restart().map_err(|error| error.to_string())?;
-            progress.begin(&shown, 0, Some(bytes));
-            let file = files::open_regular(path).map_err(|error| error.to_string())?;
+        let lock = self.lock_of(&digest);
+        let _guard = lock.blocking_lock();
+        if self.stored_bytes(&digest).is_none() {
+            self.free_space(bytes, protected)?;
+            let mut partial = self.store.open_partial(&digest)?;
+            partial.reset()?;
+            progress.start(&from, 0, Some(bytes));
+            let file = files::open_regular(path).map_err(unreadable)?;
             let copied = Digest::of_pieces(file, |piece| {
                 progress.add(piece.len() as u64);
                 partial.append(piece).map_err(io::Error::other)
             });
-            copied.map_err(|error| error.to_string())?;
-            partial.finish().map_err(|error| format!("it changed while it was read: {error}"))?;
+            copied.map_err(|error| TransferError::io("the file cannot be copied", error))?;
+            partial.commit().map_err(|error| {
+                let error = TransferError::from(error);
+                TransferError::permanent(error.kind, "the file was changed while it was copied").caused_by(error)
+            })?;
         }
-        Ok(Fetched { digest, bytes, from: Some(shown) })
+        Ok(Fetched { digest, bytes, from: Some(from) })
     }
 
-    fn check_size(&self, bytes: u64, wanted: Option<u64>) -> Result<(), String> {
-        match wanted {
-            Some(wanted) if wanted != bytes => Err(format!("it has {bytes} bytes, but source.size asks for {wanted}")),
-            _ if bytes > self.settings.model_bytes_max => Err(format!(
-                "it has {bytes} bytes, and at most {} are taken; raise --model-mib-max",
-                self.settings.model_bytes_max
+    fn check_size(&self, bytes: u64, expected: Option<u64>) -> Result<(), TransferError> {
+        let limit = self.config.model_bytes_max;
+        match expected {
+            Some(expected) if expected != bytes => Err(TransferError::permanent(
+                FetchErrorKind::DigestMismatch,
+                format!("the file has {bytes} bytes, but source.size is {expected}"),
+            )),
+            _ if bytes > limit => Err(TransferError::permanent(
+                FetchErrorKind::TooLarge,
+                format!("the file has {bytes} bytes, the limit is {limit}; raise --model-mib-max"),
             )),
             _ => Ok(()),
         }
@@ -167,162 +196,168 @@ impl Fetcher {
         digest: &Digest,
         protected: &BTreeSet<Digest>,
         progress: &Progress,
-    ) -> Result<Fetched, String> {
-        let busy = self.busy(digest);
-        let _turn = busy.lock().await;
-        if let Some(bytes) = self.there(digest) {
+    ) -> Result<Fetched, TransferError> {
+        let lock = self.lock_of(digest);
+        let _guard = lock.lock().await;
+        if let Some(bytes) = self.stored_bytes(digest) {
             return Ok(Fetched { digest: *digest, bytes, from: None });
         }
-        let make_room = |bytes: u64| self.make_room(bytes, protected);
-        let mut terms = Terms {
-            bytes_max: self.settings.model_bytes_max,
-            size: manifest.size,
-            throttle: &Throttle::new(None),
-            make_room: &make_room,
+        let free_space = |bytes: u64| self.free_space(bytes, protected);
+        // Transfers from peers are not throttled: they stay in the network of the site.
+        let unthrottled = Throttle::new(None);
+        let mut limits = TransferLimits {
+            bytes_max: self.config.model_bytes_max,
+            expected_size: manifest.size,
+            throttle: &unthrottled,
+            free_space: &free_space,
             progress,
         };
-        let mut peers = self.settings.peers.clone();
+        if let Some((peer, bytes)) = self.download_from_peers(digest, &limits).await {
+            self.metrics.peer_bytes.inc_by(bytes);
+            return Ok(Fetched { digest: *digest, bytes, from: Some(peer) });
+        }
+        tokio::time::sleep(jitter(self.config.source_jitter)).await;
+        limits.throttle = &self.throttle;
+        let bytes = self.download_from_source(manifest, digest, &mut limits).await?;
+        self.metrics.source_bytes.inc_by(bytes);
+        Ok(Fetched { digest: *digest, bytes, from: Some(manifest.source.to_string()) })
+    }
+
+    /// Queries the peers in random order. Returns the first one that has the file, and the size of the file.
+    async fn download_from_peers(&self, digest: &Digest, limits: &TransferLimits<'_>) -> Option<(String, u64)> {
+        let mut peers = self.config.peers.clone();
         fastrand::shuffle(&mut peers);
         for peer in peers {
-            match self.peer_gives(&peer, digest, &terms).await {
-                Ok(bytes) => {
-                    self.metrics.fetch_bytes.with_label_values(&["peer"]).inc_by(bytes);
-                    return Ok(Fetched { digest: *digest, bytes, from: Some(peer) });
-                }
-                Err(failure) => {
-                    tracing::info!(peer, %digest, reason = failure.reason, "a peer could not give the file");
+            match self.download_from_peer(&peer, digest, limits).await {
+                Ok(bytes) => return Some((peer, bytes)),
+                Err(error) => {
+                    let reason = error_chain(&error);
+                    tracing::info!(
+                        event = "peer_fetch_failed",
+                        peer,
+                        %digest,
+                        reason,
+                        "Cannot fetch the file from a peer"
+                    );
                 }
             }
         }
-        let shown = manifest.source.to_string();
-        tokio::time::sleep(self.settings.source_jitter.mul_f64(fastrand::f64())).await;
-        terms.throttle = &self.throttle;
-        match self.source_gives(manifest, digest, &shown, &mut terms).await {
-            Ok(bytes) => {
-                self.metrics.fetch_bytes.with_label_values(&["source"]).inc_by(bytes);
-                Ok(Fetched { digest: *digest, bytes, from: Some(shown) })
-            }
-            Err(failure) => Err(format!("{shown}: {}", failure.reason)),
-        }
+        None
     }
 
-    async fn peer_gives(&self, peer: &str, digest: &Digest, terms: &Terms<'_>) -> Result<u64, Failure> {
-        let url = Url::parse(&format!("http://{peer}/v1/blobs/sha256/{}", digest.hex()))
-            .map_err(|error| Failure::lasting(error.to_string()))?;
-        let headers = match &self.settings.peer_token {
+    async fn download_from_peer(
+        &self,
+        peer: &str,
+        digest: &Digest,
+        limits: &TransferLimits<'_>,
+    ) -> Result<u64, TransferError> {
+        let url = Url::parse(&format!("http://{peer}/v1/blobs/sha256/{}", digest.hex())).map_err(|error| {
+            TransferError::permanent(FetchErrorKind::Configuration, "the address of the peer is not valid")
+                .caused_by(error)
+        })?;
+        let headers = match &self.config.peer_token {
             Some(path) => {
-                let token = read_token(path).map_err(Failure::lasting)?;
-                authorization(&format!("Bearer {token}")).map_err(Failure::lasting)?
+                let token = read_peer_token(path).map_err(|error| {
+                    TransferError::permanent(FetchErrorKind::Configuration, "the peer token cannot be used")
+                        .caused_by(error)
+                })?;
+                authorization(&format!("Bearer {token}"))?
             }
-            None => reqwest::header::HeaderMap::new(),
+            None => HeaderMap::new(),
         };
-        // Peers are named by the operator, not by a manifest.
-        let policy = Policy { hosts: BTreeSet::from([peer.to_owned()]), allow_http: true };
-        let client = policy.client(&[], PEER_STALL).map_err(Failure::lasting)?;
-        self.take_in(&Origin::Http { client, url, headers }, peer, digest, terms).await
+        // The operator names the peers, not a manifest.
+        let policy = AddressPolicy { hosts: BTreeSet::from([peer.to_owned()]), allow_http: true };
+        let client = client(&policy, &[], PEER_STALL)?;
+        self.transfer(&Origin::Http { client, url, headers }, peer, digest, limits).await
     }
 
-    async fn source_gives(
+    async fn download_from_source(
         &self,
         manifest: &ModelManifest,
         digest: &Digest,
-        shown: &str,
-        terms: &mut Terms<'_>,
-    ) -> Result<u64, Failure> {
+        limits: &mut TransferLimits<'_>,
+    ) -> Result<u64, TransferError> {
         let policy = &self.policy;
-        let ModelsConfig { secrets_dir, source_stall, .. } = &self.settings;
-        let secret = Secret::open(secrets_dir, manifest.secret.as_deref())
-            .map_err(|error| Failure::lasting(error_chain(&error)))?;
-        let client =
-            policy.client(&self.roots().map_err(Failure::lasting)?, *source_stall).map_err(Failure::lasting)?;
+        let ModelsConfig { secrets_dir, source_stall, .. } = &self.config;
+        let secret = Secret::open(secrets_dir, manifest.secret.as_deref()).map_err(TransferError::secret)?;
+        let client = client(policy, &self.roots()?, *source_stall)?;
         let origin = match &manifest.source {
             ModelSource::Http(url) => {
-                policy.check(url).map_err(Failure::lasting)?;
-                let headers = web_login(&secret).map_err(Failure::lasting)?;
-                Origin::Http { client, url: url.clone(), headers }
+                policy.check(url)?;
+                Origin::Http { client, url: url.clone(), headers: credentials::web_server(&secret)? }
             }
-            ModelSource::Object(address) => {
-                object::origin(&client, policy, address, &secret).map_err(Failure::lasting)?
-            }
+            ModelSource::Object(address) => object::origin(&client, policy, address, &secret)?,
             ModelSource::Oci(address) => {
                 let (origin, size) = oci::origin(&client, policy, address, &secret, digest).await?;
-                terms.size = terms.size.or(Some(size));
+                limits.expected_size = limits.expected_size.or(Some(size));
                 origin
             }
-            ModelSource::File(_) => return Err(Failure::lasting("a file is copied, not downloaded")),
+            ModelSource::File(_) => {
+                let message = "a local file is copied, not downloaded";
+                return Err(TransferError::permanent(FetchErrorKind::Configuration, message));
+            }
         };
-        self.take_in(&origin, shown, digest, terms).await
+        self.transfer(&origin, &manifest.source.to_string(), digest, limits).await
     }
 
-    /// Transfers and compares. A wrong digest may come from the part that an earlier, cut attempt left: then the whole is
-    /// fetched once more.
-    async fn take_in(&self, origin: &Origin, from: &str, digest: &Digest, terms: &Terms<'_>) -> Result<u64, Failure> {
-        let partial = || tokio::task::block_in_place(|| self.store.partial(digest));
-        let mut file = partial()?;
-        let went_on = file.bytes() > 0;
-        transfer::run(origin, from, &mut file, terms).await?;
-        match finish(file) {
-            Err(crate::store::StoreError::WrongDigest(_)) if went_on => {
-                file = partial()?;
-                transfer::run(origin, from, &mut file, terms).await?;
-                Ok(finish(file)?)
+    /// Transfers the file and commits it. When the digest does not match and the transfer had resumed, the bytes of the
+    /// earlier attempt may be the cause: the complete file is transferred once more.
+    async fn transfer(
+        &self,
+        origin: &Origin,
+        from: &str,
+        digest: &Digest,
+        limits: &TransferLimits<'_>,
+    ) -> Result<u64, TransferError> {
+        let open = || tokio::task::block_in_place(|| self.store.open_partial(digest));
+        let mut partial = open()?;
+        let has_resumed = partial.bytes() > 0;
+        transfer::run(origin, from, &mut partial, limits).await?;
+        match commit(partial) {
+            Err(error) if has_resumed && error.kind() == StoreErrorKind::DigestMismatch => {
+                partial = open()?;
+                transfer::run(origin, from, &mut partial, limits).await?;
+                Ok(commit(partial)?)
             }
-            finished => Ok(finished?),
+            committed => Ok(committed?),
         }
     }
 
-    fn make_room(&self, bytes: u64, protected: &BTreeSet<Digest>) -> Result<(), Failure> {
-        let evicted = tokio::task::block_in_place(|| self.store.make_room(bytes, protected))?;
+    fn free_space(&self, bytes: u64, protected: &BTreeSet<Digest>) -> Result<(), TransferError> {
+        let evicted = tokio::task::block_in_place(|| self.store.free_space(bytes, protected))?;
         for blob in evicted {
-            self.metrics.store_evictions.inc();
-            tracing::info!(digest = %blob.digest, bytes = blob.bytes, "blob evicted");
+            self.store_metrics.evictions.inc();
+            tracing::info!(event = "blob_evicted", digest = %blob.digest, bytes = blob.bytes, "Blob evicted");
         }
         Ok(())
     }
 
-    fn roots(&self) -> Result<Vec<Certificate>, String> {
-        let Some(path) = &self.settings.source_ca else { return Ok(Vec::new()) };
-        let wrong = |why: String| format!("--source-ca {}: {why}", path.display());
-        let pem = files::read_bounded(path, ROOTS_BYTES_MAX).map_err(|error| wrong(error.to_string()))?;
-        match Certificate::from_pem_bundle(&pem) {
-            Ok(roots) if !roots.is_empty() => Ok(roots),
-            _ => Err(wrong("it holds no PEM certificate".to_owned())),
-        }
+    /// The additional root certificates of `--source-ca`. The file is read for each fetch.
+    fn roots(&self) -> Result<Vec<Certificate>, TransferError> {
+        let Some(path) = &self.config.source_ca else { return Ok(Vec::new()) };
+        let invalid = |what: &str| {
+            TransferError::permanent(FetchErrorKind::Configuration, format!("--source-ca {} {what}", path.display()))
+        };
+        let pem =
+            files::read_bounded(path, ROOTS_BYTES_MAX).map_err(|error| invalid("cannot be read").caused_by(error))?;
+        let roots = Certificate::from_pem_bundle(&pem).unwrap_or_default();
+        if roots.is_empty() { Err(invalid("does not contain a PEM certificate")) } else { Ok(roots) }
     }
 
-    fn busy(&self, digest: &Digest) -> Arc<tokio::sync::Mutex<()>> {
-        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        busy.retain(|_, turn| Arc::strong_count(turn) > 1);
-        busy.entry(*digest).or_default().clone()
+    /// The lock of a digest. Locks that no task uses are removed.
+    fn lock_of(&self, digest: &Digest) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self.in_progress.lock();
+        locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+        locks.entry(*digest).or_default().clone()
     }
 }
 
-fn finish(partial: Partial) -> Result<u64, crate::store::StoreError> {
-    tokio::task::block_in_place(|| partial.finish())
+fn client(policy: &AddressPolicy, roots: &[Certificate], stall: Duration) -> Result<Client, TransferError> {
+    policy.client(roots, stall).map_err(|error| {
+        TransferError::permanent(FetchErrorKind::Configuration, "the HTTPS client cannot be created").caused_by(error)
+    })
 }
 
-fn web_login(secret: &Secret) -> Result<reqwest::header::HeaderMap, String> {
-    let text = |error: SecretError| error_chain(&error);
-    if let Some(token) = secret.get("token").map_err(text)? {
-        return authorization(&format!("Bearer {token}"));
-    }
-    match secret.login(None).map_err(text)? {
-        Some(login) => authorization(&basic(&login)),
-        None if secret.is_named() => Err(text(secret.missing("token"))),
-        None => Ok(reqwest::header::HeaderMap::new()),
-    }
-}
-
-/// The secret that a site's agents share, read whenever it is needed.
-///
-/// # Errors
-/// When there is none.
-pub fn read_token(path: &Path) -> Result<String, String> {
-    let wrong = |why: &str| format!("--peer-token-file {}: {why}", path.display());
-    let bytes = files::read_bounded(path, 4096).map_err(|error| wrong(&error.to_string()))?;
-    let text = String::from_utf8(bytes).map_err(|_| wrong("it is no text"))?;
-    match text.trim() {
-        "" => Err(wrong("it is empty")),
-        token => Ok(token.to_owned()),
-    }
+fn commit(partial: PartialBlob) -> Result<u64, StoreError> {
+    tokio::task::block_in_place(|| partial.commit())
 }

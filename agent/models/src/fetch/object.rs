@@ -1,4 +1,4 @@
-//! Object stores: S3 and what is compatible with it, Google Cloud Storage, Azure Blob Storage; the door to their clients.
+//! Object stores: S3 and compatible stores, Google Cloud Storage, and Azure Blob Storage.
 
 use std::sync::Arc;
 
@@ -10,105 +10,151 @@ use object_store::path::Path as ObjectPath;
 use object_store::{ClientOptions, ObjectStore, RetryConfig};
 use reqwest::Client;
 
-use super::policy::{Policy, describe};
-use super::transfer::Origin;
 use lineside_api::kinds::{ObjectAddress, Provider};
-use lineside_common::error_chain;
-use lineside_common::secrets::{Secret, SecretError};
+use lineside_common::secrets::Secret;
 
-/// Hands out our own client, so that the policy on addresses holds here too.
+use super::error::{FetchErrorKind, TransferError};
+use super::policy::AddressPolicy;
+use super::transfer::Origin;
+
+/// Gives the object stores the client of the address policy, so that the policy also holds for them.
 #[derive(Debug, Clone)]
-struct Ours(Client);
+struct PolicyConnector(Client);
 
-impl HttpConnector for Ours {
+impl HttpConnector for PolicyConnector {
     fn connect(&self, _: &ClientOptions) -> object_store::Result<HttpClient> {
         Ok(HttpClient::new(self.0.clone()))
     }
 }
 
-/// Where an object can be had.
+/// What the clients of all providers have in common.
+struct ClientSettings {
+    endpoint: Option<String>,
+    allow_http: bool,
+    connector: PolicyConnector,
+    retry: RetryConfig,
+}
+
+/// The origin of an object.
 pub(super) fn origin(
     client: &Client,
-    policy: &Policy,
+    policy: &AddressPolicy,
     address: &ObjectAddress,
     secret: &Secret,
-) -> Result<Origin, String> {
+) -> Result<Origin, TransferError> {
     if let Some(endpoint) = &address.endpoint {
         policy.check(endpoint)?;
     }
-    let endpoint = address.endpoint.as_ref().map(|url| url.as_str().trim_end_matches('/').to_owned());
-    let connector = Ours(client.clone());
-    // Attempts are counted and spaced in one place, which is not this crate.
-    let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
-    let store: object_store::Result<Arc<dyn ObjectStore>> = match address.provider {
-        Provider::S3 => {
-            let mut builder = AmazonS3Builder::new()
-                .with_bucket_name(&address.bucket)
-                .with_region(address.region.as_deref().unwrap_or("us-east-1"))
-                .with_allow_http(policy.allow_http)
-                .with_retry(retry)
-                .with_http_connector(connector);
-            if let Some(endpoint) = endpoint {
-                builder = builder.with_endpoint(endpoint);
-            }
-            builder = match secret.is_named() {
-                true => builder
-                    .with_access_key_id(secret.require("accessKeyId").map_err(text)?)
-                    .with_secret_access_key(secret.require("secretAccessKey").map_err(text)?),
-                false => builder.with_skip_signature(true),
-            };
-            if let Some(token) = secret.get("sessionToken").map_err(text)? {
-                builder = builder.with_token(token);
-            }
-            builder.build().map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
-        }
-        Provider::Gcs => {
-            let mut builder = GoogleCloudStorageBuilder::new()
-                .with_bucket_name(&address.bucket)
-                .with_client_options(ClientOptions::new().with_allow_http(policy.allow_http))
-                .with_retry(retry)
-                .with_http_connector(connector);
-            if let Some(endpoint) = endpoint {
-                builder = builder.with_base_url(&endpoint);
-            }
-            builder = match secret.is_named() {
-                true => builder.with_service_account_key(secret.require("serviceAccount.json").map_err(text)?),
-                false => builder.with_skip_signature(true),
-            };
-            builder.build().map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
-        }
-        Provider::Azure => {
-            let mut builder = MicrosoftAzureBuilder::new()
-                .with_account(address.account.clone().unwrap_or_default())
-                .with_container_name(&address.bucket)
-                .with_allow_http(policy.allow_http)
-                .with_retry(retry)
-                .with_http_connector(connector);
-            if let Some(endpoint) = endpoint {
-                builder = builder.with_endpoint(endpoint);
-            }
-            builder = match (secret.get("accessKey").map_err(text)?, secret.get("sasToken").map_err(text)?) {
-                (Some(key), _) => builder.with_access_key(key),
-                (None, Some(token)) => builder.with_sas_authorization(sas_pairs(&token)),
-                (None, None) if secret.is_named() => {
-                    return Err(text(secret.missing("accessKey")));
-                }
-                (None, None) => builder.with_skip_signature(true),
-            };
-            builder.build().map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
-        }
+    let settings = ClientSettings {
+        endpoint: address.endpoint.as_ref().map(|url| url.as_str().trim_end_matches('/').to_owned()),
+        allow_http: policy.allow_http,
+        connector: PolicyConnector(client.clone()),
+        // The transfer retries, so that attempts are counted and spaced in one place.
+        retry: RetryConfig { max_retries: 0, ..RetryConfig::default() },
     };
-    let store = store.map_err(|error| describe(&error))?;
-    let key = ObjectPath::parse(&address.key).map_err(|error| error.to_string())?;
+    let store = match address.provider {
+        Provider::S3 => s3(address, secret, settings)?,
+        Provider::Gcs => gcs(address, secret, settings)?,
+        Provider::Azure => azure(address, secret, settings)?,
+    };
+    let key = ObjectPath::parse(&address.key).map_err(configuration)?;
     Ok(Origin::Object { store, key })
 }
 
-fn text(error: SecretError) -> String {
-    error_chain(&error)
+fn s3(
+    address: &ObjectAddress,
+    secret: &Secret,
+    settings: ClientSettings,
+) -> Result<Arc<dyn ObjectStore>, TransferError> {
+    let mut builder = AmazonS3Builder::new()
+        .with_bucket_name(&address.bucket)
+        .with_region(address.region.as_deref().unwrap_or("us-east-1"))
+        .with_allow_http(settings.allow_http)
+        .with_retry(settings.retry)
+        .with_http_connector(settings.connector);
+    if let Some(endpoint) = settings.endpoint {
+        builder = builder.with_endpoint(endpoint);
+    }
+    builder = if secret.is_named() {
+        builder
+            .with_access_key_id(secret.require("accessKeyId").map_err(TransferError::secret)?)
+            .with_secret_access_key(secret.require("secretAccessKey").map_err(TransferError::secret)?)
+    } else {
+        builder.with_skip_signature(true)
+    };
+    if let Some(token) = secret.get("sessionToken").map_err(TransferError::secret)? {
+        builder = builder.with_token(token);
+    }
+    Ok(Arc::new(builder.build().map_err(configuration)?))
 }
 
-/// `?sv=...&sig=...` as pairs; escapes are resolved, since they are written anew.
+fn gcs(
+    address: &ObjectAddress,
+    secret: &Secret,
+    settings: ClientSettings,
+) -> Result<Arc<dyn ObjectStore>, TransferError> {
+    let mut builder = GoogleCloudStorageBuilder::new()
+        .with_bucket_name(&address.bucket)
+        .with_client_options(ClientOptions::new().with_allow_http(settings.allow_http))
+        .with_retry(settings.retry)
+        .with_http_connector(settings.connector);
+    if let Some(endpoint) = settings.endpoint {
+        builder = builder.with_base_url(&endpoint);
+    }
+    builder = if secret.is_named() {
+        let key = secret.require("serviceAccount.json").map_err(TransferError::secret)?;
+        builder.with_service_account_key(key)
+    } else {
+        builder.with_skip_signature(true)
+    };
+    Ok(Arc::new(builder.build().map_err(configuration)?))
+}
+
+fn azure(
+    address: &ObjectAddress,
+    secret: &Secret,
+    settings: ClientSettings,
+) -> Result<Arc<dyn ObjectStore>, TransferError> {
+    let mut builder = MicrosoftAzureBuilder::new()
+        .with_account(address.account.clone().unwrap_or_default())
+        .with_container_name(&address.bucket)
+        .with_allow_http(settings.allow_http)
+        .with_retry(settings.retry)
+        .with_http_connector(settings.connector);
+    if let Some(endpoint) = settings.endpoint {
+        builder = builder.with_endpoint(endpoint);
+    }
+    let sas_token = secret.get("sasToken").map_err(TransferError::secret)?;
+    builder = match (secret.get("accessKey").map_err(TransferError::secret)?, sas_token) {
+        (Some(key), _) => builder.with_access_key(key),
+        (None, Some(token)) => builder.with_sas_authorization(sas_pairs(&token)),
+        (None, None) if secret.is_named() => {
+            builder.with_access_key(secret.require("accessKey").map_err(TransferError::secret)?)
+        }
+        (None, None) => builder.with_skip_signature(true),
+    };
+    Ok(Arc::new(builder.build().map_err(configuration)?))
+}
+
+fn configuration(error: impl std::error::Error + Send + Sync + 'static) -> TransferError {
+    let message = "the address or the credentials of the object store are not valid";
+    TransferError::permanent(FetchErrorKind::Configuration, message).caused_by(error)
+}
+
+/// Splits `?sv=...&sig=...` into pairs. Escapes are resolved, because the client escapes the pairs again.
 fn sas_pairs(token: &str) -> Vec<(String, String)> {
     let query = format!("https://x/?{}", token.trim_start_matches('?'));
     reqwest::Url::parse(&query).map(|url| url.query_pairs().into_owned().collect()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sas_token_is_split_and_unescaped() {
+        let expected = [("sv", "2024-01-01"), ("sig", "a+b=")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+        assert_eq!(sas_pairs("?sv=2024-01-01&sig=a%2Bb%3D"), expected);
+        assert_eq!(sas_pairs("sv=2024-01-01&sig=a%2Bb%3D"), expected);
+    }
 }

@@ -1,49 +1,63 @@
-//! How far a download is: written by the transfer, read by whoever shows it.
+//! The progress of a download: written by the transfer, read by the status.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use lineside_api::status::Download;
 
-/// Between two lines of the log about one download.
-const TELL_EVERY: Duration = Duration::from_secs(10);
+/// Interval between log messages about one download.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A download that is under way.
+/// The progress of the download of one model version.
 pub struct Progress {
     model: String,
     version: u64,
-    state: Mutex<(Download, Instant)>,
+    state: Mutex<State>,
+}
+
+struct State {
+    download: Download,
+    logged_at: Instant,
 }
 
 impl Progress {
-    /// Of a model version.
+    /// The progress of a model version that has not started to download.
     pub fn new(model: &str, version: u64) -> Self {
-        Self { model: model.to_owned(), version, state: Mutex::new((Download::default(), Instant::now())) }
+        let state = State { download: Download::default(), logged_at: Instant::now() };
+        Self { model: model.to_owned(), version, state: Mutex::new(state) }
     }
 
-    /// How far it is.
+    /// The current progress.
     pub fn snapshot(&self) -> Download {
-        self.state().0.clone()
+        self.state.lock().download.clone()
     }
 
-    fn state(&self) -> MutexGuard<'_, (Download, Instant)> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Starts a transfer from `from`, with `bytes` received before.
+    pub(super) fn start(&self, from: &str, bytes: u64, total: Option<u64>) {
+        let download = Download { bytes, total, percent: percent(bytes, total), from: from.to_owned() };
+        self.state.lock().download = download;
     }
 
-    pub(super) fn begin(&self, from: &str, bytes: u64, total: Option<u64>) {
-        let mut state = self.state();
-        state.0 = Download { bytes, total, percent: percent(bytes, total), from: from.to_owned() };
-    }
-
+    /// Adds received bytes.
     pub(super) fn add(&self, bytes: u64) {
-        let mut state = self.state();
-        state.0.bytes += bytes;
-        state.0.percent = percent(state.0.bytes, state.0.total);
-        if state.1.elapsed() >= TELL_EVERY {
-            state.1 = Instant::now();
-            let Download { bytes, total, percent, from } = state.0.clone();
+        let mut state = self.state.lock();
+        state.download.bytes += bytes;
+        state.download.percent = percent(state.download.bytes, state.download.total);
+        if state.logged_at.elapsed() >= LOG_INTERVAL {
+            state.logged_at = Instant::now();
+            let Download { bytes, total, percent, from } = state.download.clone();
             drop(state);
-            tracing::info!(model = self.model, version = self.version, bytes, total, percent, from, "downloading");
+            tracing::info!(
+                event = "model_downloading",
+                model = self.model,
+                version = self.version,
+                bytes,
+                total,
+                percent,
+                from,
+                "Downloading model"
+            );
         }
     }
 }

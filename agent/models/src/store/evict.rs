@@ -1,107 +1,138 @@
-//! Which blobs go when there is no room. Pure: facts in, decision out.
+//! Decides which blobs to evict. Pure: it takes the state of the store and returns a plan.
 //!
-//! Nothing is evicted until the store would exceed its high mark; then the least recently used blobs go until it would be
-//! at its low mark, so that not every download has to evict something. Above the low mark that is a wish; what has to fit
-//! are the quota and the disk.
+//! Eviction starts when the store would exceed its high watermark, and removes the least recently used blobs down to
+//! the low watermark, so that not every download has to evict. The watermarks are targets; the limits are the quota and
+//! the disk.
 
 use std::collections::BTreeSet;
 use std::time::SystemTime;
 
-use super::VersionRecord;
 use lineside_common::digest::Digest;
 
-const HIGH_PERCENT: u64 = 85;
-const LOW_PERCENT: u64 = 80;
+use super::records::VersionRecord;
 
-/// A blob and who needs it.
+const HIGH_WATERMARK_PERCENT: u64 = 85;
+const LOW_WATERMARK_PERCENT: u64 = 80;
+
+/// A blob and the model versions that use it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Blob {
-    /// What it is called.
+    /// The digest of the content, and the name of the file.
     pub digest: Digest,
-    /// Its size.
+    /// Size in bytes.
     pub bytes: u64,
-    /// When a model was last loaded from it.
+    /// When a model was last loaded from the blob.
     pub last_used: SystemTime,
-    /// The versions it belongs to.
+    /// The versions that use the blob. Empty for a blob without a version record.
     pub versions: Vec<VersionRecord>,
 }
 
 impl Blob {
-    /// Whether a version of it is pinned.
+    /// Whether at least one version that uses the blob is pinned.
     pub fn is_pinned(&self) -> bool {
         self.versions.iter().any(|version| version.pinned)
     }
 }
 
-/// Levels of the store, in bytes.
+/// The space of the store, in bytes.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Marks {
-    quota: u64,
-    high: u64,
-    low: u64,
+pub(super) struct Capacity {
+    /// Bytes the store may use.
+    pub(super) quota: u64,
+    /// Bytes the store uses now.
+    pub(super) used: u64,
+    /// Bytes the disk has free for the store.
+    pub(super) disk_free: u64,
 }
 
-impl Marks {
-    pub(super) fn of(quota: u64) -> Self {
-        Self { quota, high: quota / 100 * HIGH_PERCENT, low: quota / 100 * LOW_PERCENT }
+impl Capacity {
+    fn high_watermark(self) -> u64 {
+        self.quota / 100 * HIGH_WATERMARK_PERCENT
+    }
+
+    fn low_watermark(self) -> u64 {
+        self.quota / 100 * LOW_WATERMARK_PERCENT
     }
 }
 
-/// What goes.
+/// The blobs to evict.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct EvictionPlan {
     /// Least recently used first.
     pub evicted: Vec<Blob>,
 }
 
-/// Decides for `incoming` more bytes on a disk with `free` bytes, `used` of which the store takes already.
+/// Evicting every unprotected blob does not free enough space.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoSpaceError {
+    /// The incoming file does not fit into the quota of the store.
+    #[error(
+        "{} more exceed the store quota of {}: {} are held by {retained_files} files that are active, last-good, desired or \
+         pinned; raise --store-mib-max or unpin a version",
+        format_mib(*.incoming), format_mib(*.quota), format_mib(*.retained_bytes)
+    )]
+    Quota {
+        /// Bytes of the incoming file.
+        incoming: u64,
+        /// Bytes the store may use.
+        quota: u64,
+        /// Bytes of the blobs that must not be evicted.
+        retained_bytes: u64,
+        /// Number of blobs that must not be evicted.
+        retained_files: usize,
+    },
+    /// The incoming file does not fit on the disk.
+    #[error(
+        "{} more do not fit on the disk of the store: {} are free, and evicting all unprotected files does not free enough \
+         space; free space on the disk",
+        format_mib(*.incoming), format_mib(*.disk_free)
+    )]
+    Disk {
+        /// Bytes of the incoming file.
+        incoming: u64,
+        /// Bytes the disk has free for the store.
+        disk_free: u64,
+    },
+}
+
+/// Plans the eviction for `incoming` more bytes. `protected` blobs and pinned blobs stay.
 pub(super) fn plan(
     blobs: Vec<Blob>,
-    used: u64,
+    capacity: Capacity,
     incoming: u64,
-    free: u64,
-    marks: Marks,
     protected: &BTreeSet<Digest>,
-) -> Result<EvictionPlan, String> {
-    let mut after = used.saturating_add(incoming);
-    let mut missing_on_disk = incoming.saturating_sub(free);
-    let (kept, mut idle): (Vec<Blob>, Vec<Blob>) =
+) -> Result<EvictionPlan, NoSpaceError> {
+    let mut used_after = capacity.used.saturating_add(incoming);
+    let mut missing_on_disk = incoming.saturating_sub(capacity.disk_free);
+    let (retained, mut evictable): (Vec<Blob>, Vec<Blob>) =
         blobs.into_iter().partition(|blob| blob.is_pinned() || protected.contains(&blob.digest));
-    idle.sort_by_key(|blob| (blob.last_used, blob.digest));
+    evictable.sort_by_key(|blob| (blob.last_used, blob.digest));
+    let target = if used_after > capacity.high_watermark() { capacity.low_watermark() } else { u64::MAX };
     let mut evicted = Vec::new();
-    let aim = if after > marks.high { marks.low } else { u64::MAX };
-    for blob in idle {
-        if after <= aim && missing_on_disk == 0 {
+    for blob in evictable {
+        if used_after <= target && missing_on_disk == 0 {
             break;
         }
-        after = after.saturating_sub(blob.bytes);
+        used_after = used_after.saturating_sub(blob.bytes);
         missing_on_disk = missing_on_disk.saturating_sub(blob.bytes);
         evicted.push(blob);
     }
-    let kept_bytes: u64 = kept.iter().map(|blob| blob.bytes).sum();
-    if after > marks.quota {
-        return Err(format!(
-            "{} more do not fit into the store's quota of {}: {} are held by {} files that are active, last good, wanted or \
-             pinned; raise --store-mib-max, or unpin a version",
-            mib(incoming),
-            mib(marks.quota),
-            mib(kept_bytes),
-            kept.len()
-        ));
+    if used_after > capacity.quota {
+        return Err(NoSpaceError::Quota {
+            incoming,
+            quota: capacity.quota,
+            retained_bytes: retained.iter().map(|blob| blob.bytes).sum(),
+            retained_files: retained.len(),
+        });
     }
     if missing_on_disk > 0 {
-        return Err(format!(
-            "{} more do not fit on the disk of the store: there is space for {}, and evicting all that may go would not \
-             be enough; free some space",
-            mib(incoming),
-            mib(free)
-        ));
+        return Err(NoSpaceError::Disk { incoming, disk_free: capacity.disk_free });
     }
     Ok(EvictionPlan { evicted })
 }
 
-/// A size for people.
-pub fn mib(bytes: u64) -> String {
+/// Formats a number of bytes in MiB with one decimal.
+pub fn format_mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
@@ -132,33 +163,44 @@ mod tests {
         plan.evicted.iter().map(|blob| blob.versions[0].name.as_str()).collect()
     }
 
-    fn decide(blobs: &[Blob], incoming: u64, free: u64, protected: &[&str]) -> Result<EvictionPlan, String> {
+    fn plan_mib(
+        blobs: &[Blob],
+        incoming: u64,
+        disk_free: u64,
+        protected: &[&str],
+    ) -> Result<EvictionPlan, NoSpaceError> {
         let used = blobs.iter().map(|blob| blob.bytes).sum();
         let protected = protected.iter().map(|name| Digest::of(name.as_bytes())).collect();
-        plan(blobs.to_vec(), used, incoming * MIB, free * MIB, Marks::of(100 * MIB), &protected)
+        let capacity = Capacity { quota: 100 * MIB, used, disk_free: disk_free * MIB };
+        plan(blobs.to_vec(), capacity, incoming * MIB, &protected)
     }
 
     #[test]
-    fn the_least_recently_used_go_first_down_to_the_low_mark() {
+    fn least_recently_used_blobs_are_evicted_down_to_the_low_watermark() {
         let blobs = [blob("new", 30, 9, false), blob("old", 20, 1, false), blob("older", 10, 0, false)];
-        assert_eq!(names(&decide(&blobs, 25, 999, &[]).unwrap()), [""; 0], "85 is the high mark");
-        assert_eq!(names(&decide(&blobs, 26, 999, &[]).unwrap()), ["older"]);
-        assert_eq!(names(&decide(&blobs, 40, 999, &[]).unwrap()), ["older", "old"]);
+        assert_eq!(names(&plan_mib(&blobs, 25, 999, &[]).unwrap()), [""; 0], "the high watermark is 85 MiB");
+        assert_eq!(names(&plan_mib(&blobs, 26, 999, &[]).unwrap()), ["older"]);
+        assert_eq!(names(&plan_mib(&blobs, 40, 999, &[]).unwrap()), ["older", "old"]);
     }
 
     #[test]
-    fn what_is_protected_or_pinned_stays_whatever_happens() {
+    fn protected_and_pinned_blobs_are_never_evicted() {
         let blobs = [blob("pinned", 40, 0, true), blob("active", 40, 1, false), blob("idle", 10, 9, false)];
-        assert_eq!(names(&decide(&blobs, 10, 999, &["active"]).unwrap()), ["idle"]);
-        let full = decide(&blobs, 30, 999, &["active"]).unwrap_err();
-        assert!(full.contains("80.0 MiB") && full.contains("--store-mib-max"), "{full}");
+        assert_eq!(names(&plan_mib(&blobs, 10, 999, &["active"]).unwrap()), ["idle"]);
+        let error = plan_mib(&blobs, 30, 999, &["active"]).unwrap_err();
+        let expected =
+            NoSpaceError::Quota { incoming: 30 * MIB, quota: 100 * MIB, retained_bytes: 80 * MIB, retained_files: 2 };
+        assert_eq!(error, expected);
+        let message = error.to_string();
+        assert!(message.contains("80.0 MiB") && message.contains("--store-mib-max"), "{message}");
     }
 
     #[test]
-    fn a_full_disk_evicts_too_and_is_named_when_that_is_not_enough() {
+    fn a_full_disk_evicts_below_the_watermarks_and_is_reported_when_eviction_does_not_suffice() {
         let blobs = [blob("idle", 10, 0, false)];
-        assert_eq!(names(&decide(&blobs, 5, 5, &[]).unwrap()), [""; 0]);
-        assert_eq!(names(&decide(&blobs, 12, 5, &[]).unwrap()), ["idle"]);
-        assert!(decide(&blobs, 20, 5, &[]).unwrap_err().contains("disk"));
+        assert_eq!(names(&plan_mib(&blobs, 5, 5, &[]).unwrap()), [""; 0]);
+        assert_eq!(names(&plan_mib(&blobs, 12, 5, &[]).unwrap()), ["idle"]);
+        let error = plan_mib(&blobs, 20, 5, &[]).unwrap_err();
+        assert_eq!(error, NoSpaceError::Disk { incoming: 20 * MIB, disk_free: 5 * MIB });
     }
 }

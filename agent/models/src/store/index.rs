@@ -1,40 +1,45 @@
-//! A copy of the versions' records that is quick to read, in sled; the only place that names it.
+//! The index: a copy of the version records in sled that is fast to read. Only this module uses sled. The tests are in
+//! `tests.rs`, because they need an open store.
 //!
-//! The copy is never believed without a look at the file it was made from: an entry counts only while size and
-//! modification time of the file are the ones it was made with. So it may be lost, stale, or written by an older agent.
+//! An index entry is valid only while size, modification time and inode of the record file are those it was made from.
+//! The index may therefore be lost, stale, or written by an earlier build.
 //!
-//! sled 0.34 can panic on a damaged file, or never return from opening it. Therefore a child process opens it first and
-//! reads everything ([`probe`]); when the child fails or takes too long, the folder is thrown away and the index begins
-//! anew. When even that fails, or another process has it open, the store works without.
+//! sled 0.34 can panic on a damaged file, or never return from opening it. Therefore a child process opens the index
+//! first and reads all of it ([`probe`]). When the child fails or exceeds its deadline, the folder is deleted and the
+//! index is rebuilt. When that fails too, or another process has the index open, the store works without it.
 
-use std::fs;
+use std::error::Error;
+use std::fs::{self, Metadata};
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::VersionRecord;
 use lineside_common::digest::Digest;
 
-/// Bytes sled may cache; the records of a store are far fewer.
-const CACHE_BYTES: u64 = 1 << 20;
-/// How often sled writes to disk. What is lost with it is read again from the files.
-const FLUSH_EVERY_MS: u64 = 30_000;
+use super::records::VersionRecord;
 
-/// How an index is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Bytes sled may cache. The records of a store are far smaller.
+const CACHE_BYTES: u64 = 1 << 20;
+/// How often sled flushes to disk. Entries that are lost are read from the record files again.
+const FLUSH_INTERVAL_MS: u64 = 30_000;
+
+/// The state of an index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum IndexState {
-    /// It was opened as it was.
+    /// The existing index is used.
     Ok,
-    /// It was thrown away and begun anew.
+    /// The index was damaged, and was rebuilt.
     Rebuilt,
-    /// There is none.
+    /// The store works without an index.
     Off,
 }
 
 impl IndexState {
-    /// As it stands in status.
-    pub fn name(self) -> &'static str {
+    /// The value in the node status.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Rebuilt => "rebuilt",
@@ -43,12 +48,32 @@ impl IndexState {
     }
 }
 
+/// Why an index was rebuilt or cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum IndexError {
+    /// The check rejected the existing index. It was deleted and rebuilt.
+    #[error("the index of the store is damaged")]
+    Damaged(#[source] Box<dyn Error + Send + Sync>),
+    /// The check rejected the existing index, and its folder cannot be deleted.
+    #[error("the damaged index of the store in {} cannot be deleted", path.display())]
+    NotDeletable {
+        /// The folder of the index.
+        path: PathBuf,
+        /// Why it cannot be deleted.
+        source: io::Error,
+    },
+    /// sled cannot open or read the index, for example because another process has it open.
+    #[error("the index of the store cannot be opened")]
+    Sled(#[from] sled::Error),
+}
+
 /// An open index, or none.
 pub struct Index {
     db: Option<sled::Db>,
     state: IndexState,
 }
 
+/// The value of an index entry, as JSON.
 #[derive(Serialize, Deserialize)]
 struct Entry {
     size: u64,
@@ -58,29 +83,32 @@ struct Entry {
 }
 
 impl Index {
-    /// No index; every look reads the files.
+    /// No index: every lookup reads the record files.
     pub fn off() -> Self {
         Self { db: None, state: IndexState::Off }
     }
 
-    /// Opens the index in a folder. `check` decides whether what is there may be opened in this process; a rejection throws
-    /// it away. The reason for anything but a plain opening is returned beside.
-    pub fn open(folder: &Path, check: impl Fn(&Path) -> Result<(), String>) -> (Self, Option<String>) {
-        let mut refused = None;
+    /// Opens the index in a folder. `check` decides whether an existing index is safe to open in this process; one that
+    /// it rejects is deleted. Returns the index, and the error when it was rebuilt or cannot be used.
+    pub fn open<E>(folder: &Path, check: impl Fn(&Path) -> Result<(), E>) -> (Self, Option<IndexError>)
+    where
+        E: Into<Box<dyn Error + Send + Sync>>,
+    {
+        let mut damage = None;
         if folder.exists()
-            && let Err(reason) = check(folder)
+            && let Err(error) = check(folder)
         {
-            if let Err(error) = fs::remove_dir_all(folder) {
-                return (Self::off(), Some(format!("{reason}; and it cannot be removed: {error}")));
+            if let Err(source) = fs::remove_dir_all(folder) {
+                return (Self::off(), Some(IndexError::NotDeletable { path: folder.to_owned(), source }));
             }
-            refused = Some(reason);
+            damage = Some(IndexError::Damaged(error.into()));
         }
-        match open(folder) {
+        match open_sled(folder) {
             Ok(db) => {
-                let state = if refused.is_some() { IndexState::Rebuilt } else { IndexState::Ok };
-                (Self { db: Some(db), state }, refused)
+                let state = if damage.is_some() { IndexState::Rebuilt } else { IndexState::Ok };
+                (Self { db: Some(db), state }, damage)
             }
-            Err(reason) => (Self::off(), Some(reason)),
+            Err(error) => (Self::off(), Some(error.into())),
         }
     }
 
@@ -88,37 +116,42 @@ impl Index {
         self.state
     }
 
-    /// The record of a file, if it is the one the entry was made from.
-    pub(super) fn get(&mut self, key: &Digest, facts: &fs::Metadata) -> Option<VersionRecord> {
-        let found = self.asked(|db| db.get(key.hex()))??;
-        let entry: Entry = serde_json::from_slice(&found).ok()?;
+    /// The version record of a file, when the entry was made from this very file.
+    pub(super) fn get(&mut self, key: &Digest, metadata: &Metadata) -> Option<VersionRecord> {
+        let value = self.query(|db| db.get(key.hex()))??;
+        let entry: Entry = serde_json::from_slice(&value).ok()?;
         let is_current = (entry.size, entry.modified, entry.inode)
-            == (facts.size(), (facts.mtime(), facts.mtime_nsec()), facts.ino());
+            == (metadata.size(), (metadata.mtime(), metadata.mtime_nsec()), metadata.ino());
         is_current.then_some(entry.version)
     }
 
-    pub(super) fn put(&mut self, key: &Digest, facts: &fs::Metadata, version: &VersionRecord) {
+    /// Adds the version record that was read from a file.
+    pub(super) fn put(&mut self, key: &Digest, metadata: &Metadata, version: &VersionRecord) {
         let entry = Entry {
-            size: facts.size(),
-            modified: (facts.mtime(), facts.mtime_nsec()),
-            inode: facts.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            inode: metadata.ino(),
             version: version.clone(),
         };
-        if let Ok(bytes) = serde_json::to_vec(&entry) {
-            self.asked(|db| db.insert(key.hex(), bytes.as_slice()));
+        if let Ok(value) = serde_json::to_vec(&entry) {
+            self.query(|db| db.insert(key.hex(), value.as_slice()));
         }
     }
 
     pub(super) fn remove(&mut self, key: &Digest) {
-        self.asked(|db| db.remove(key.hex()));
+        self.query(|db| db.remove(key.hex()));
     }
 
-    /// Asks sled; an index that answers with an error is not asked again.
-    fn asked<T>(&mut self, question: impl FnOnce(&sled::Db) -> sled::Result<T>) -> Option<T> {
-        match question(self.db.as_ref()?) {
-            Ok(answer) => Some(answer),
+    /// Runs an operation on sled. The first error turns the index off.
+    fn query<T>(&mut self, operation: impl FnOnce(&sled::Db) -> sled::Result<T>) -> Option<T> {
+        match operation(self.db.as_ref()?) {
+            Ok(value) => Some(value),
             Err(error) => {
-                tracing::warn!(%error, "the store's index has failed; the store goes on without it until the next start");
+                tracing::warn!(
+                    event = "store_index_failed",
+                    %error,
+                    "The store index failed; the store works without it until the next start"
+                );
                 *self = Self::off();
                 None
             }
@@ -126,24 +159,24 @@ impl Index {
     }
 }
 
-fn open(folder: &Path) -> Result<sled::Db, String> {
+fn open_sled(folder: &Path) -> sled::Result<sled::Db> {
     sled::Config::new()
         .path(folder)
         .cache_capacity(CACHE_BYTES)
-        .flush_every_ms(Some(FLUSH_EVERY_MS))
+        .flush_every_ms(Some(FLUSH_INTERVAL_MS))
         .mode(sled::Mode::LowSpace)
         .open()
-        .map_err(|error| error.to_string())
 }
 
-/// Opens the index and reads all of it. For a child process: on a damaged index this may panic, or never return.
+/// Opens the index and reads all of it. Runs in a child process, because on a damaged index it may panic or never
+/// return.
 ///
 /// # Errors
-/// What sled says.
-pub fn probe(folder: &Path) -> Result<(), String> {
-    let db = open(folder)?;
+/// [`IndexError::Sled`] when sled reports an error.
+pub fn probe(folder: &Path) -> Result<(), IndexError> {
+    let db = open_sled(folder)?;
     for entry in db.iter() {
-        entry.map_err(|error| error.to_string())?;
+        entry?;
     }
     Ok(())
 }

@@ -302,7 +302,7 @@ impl Shared {
                     desired,
                     reread: self.relist.clone(),
                     status: self.status.clone(),
-                    watch_failures: metrics.watch_failures.clone(),
+                    watch_failures: metrics.cluster_watch_failures.clone(),
                     state: ClusterStatePublisher::new(metrics, Instant::now()),
                 };
                 let state = sync.state.subscribe();

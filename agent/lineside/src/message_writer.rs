@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use lineside_api::message::{Event, EventBody, MetricsBody, ResultBody, Series, Topics, numbered};
+use lineside_api::message::{EventMessage, MetricsMessage, NodeEvent, ResultMessage, Series, Topics, with_id};
 use lineside_common::clock;
 use lineside_spool::{AppendOutcome, NewRecord, RecordKind, Spool, WhenFull};
 use serde::Serialize;
@@ -41,15 +41,15 @@ impl MessageWriter {
     }
 
     /// Writes the result of an inspection.
-    pub fn result(&self, body: &ResultBody<'_>) -> AppendOutcome {
+    pub fn result(&self, body: &ResultMessage<'_>) -> AppendOutcome {
         self.append(RecordKind::Result, self.topics.result(body.stream), 0, body)
     }
 
     /// Writes an event. One that is dropped for room is counted by the spool.
-    pub fn event(&self, event: Event) {
+    pub fn event(&self, event: NodeEvent) {
         let now = SystemTime::now();
         let topic = self.topics.event(event.stream());
-        let body = EventBody {
+        let body = EventMessage {
             ts: clock::rfc3339(now),
             site: &self.site,
             node: &self.node,
@@ -63,7 +63,7 @@ impl MessageWriter {
     /// Writes the metrics of a period of so many seconds.
     pub fn metrics(&self, seconds: f64, series: Vec<Series>) {
         let now = SystemTime::now();
-        let body = MetricsBody {
+        let body = MetricsMessage {
             ts: clock::rfc3339(now),
             site: &self.site,
             node: &self.node,
@@ -88,7 +88,7 @@ impl MessageWriter {
             topic: topic.into(),
             ttl_seconds,
             when_full: self.when_full,
-            build_payload: |seq| numbered(&format!("{}:{}:{letter}{seq}", self.node, self.epoch), seq, &body),
+            build_payload: |seq| with_id(&format!("{}:{}:{letter}{seq}", self.node, self.epoch), seq, &body),
         })
     }
 }

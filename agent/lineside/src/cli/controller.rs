@@ -100,7 +100,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
             .set(1);
         let supervisor = Supervisor::new(restarts);
         let heartbeat = Arc::new(Heartbeat::new(Instant::now()));
-        let server = Server::bind(arguments.http).await?;
+        let server = Arc::new(Server::bind(arguments.http).await?);
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
             identity,
@@ -108,7 +108,11 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
             http = %server.address(),
             "the controller starts"
         );
-        let mut serve = tokio::spawn(server.run(router(heartbeat.clone(), registrar), refused, stop.clone()));
+        let serving = (server.clone(), router(heartbeat.clone(), registrar), stop.clone());
+        let mut serve = tokio::spawn(async move {
+            let (server, router, stop) = serving;
+            server.run(router, refused, stop).await;
+        });
         let controller =
             Controller::new(cluster, &identity, timeouts, heartbeat, metrics).run(&supervisor, stop.clone());
         tokio::pin!(controller);

@@ -237,9 +237,12 @@ pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failu
         let stop = CancellationToken::new();
         shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
         let app = App::start(config, set_level).await?;
-        stop.cancelled().await;
-        app.end().await;
-        Ok(())
+        let outcome = tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            failure = app.failed() => Err(failure.into()),
+        };
+        app.stop().await;
+        outcome
     });
     // Everything has ended in order; a model that is still being loaded, or a folder that hangs, is not waited for.
     runtime.shutdown_background();

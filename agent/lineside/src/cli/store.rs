@@ -111,7 +111,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Pin { version } => pin(&open()?, &version, true),
         Command::Unpin { version } => pin(&open()?, &version, false),
         Command::Release { digest } => {
-            let digest = Digest::parse(&digest).map_err(|why| Failure::Usage(vec![why]))?;
+            let digest = Digest::parse(&digest).map_err(|error| Failure::Usage(vec![error.to_string()]))?;
             let was_there =
                 open()?.delete_digest_record(DigestRecordKind::Failure, &digest).map_err(anyhow::Error::from)?;
             match was_there {

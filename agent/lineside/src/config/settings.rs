@@ -101,14 +101,14 @@ pub enum DesiredSource {
     /// In a folder of manifests.
     Folder(PathBuf),
     /// In a cluster.
-    ClusterClient(ClusterConfig),
+    Cluster(ClusterConfig),
 }
 
 impl std::fmt::Display for DesiredSource {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Folder(folder) => write!(formatter, "the folder {}", folder.display()),
-            Self::ClusterClient(access) => write!(formatter, "{access}"),
+            Self::Cluster(access) => write!(formatter, "{access}"),
         }
     }
 }
@@ -299,13 +299,13 @@ impl ConfigLayers {
                     }
                 }
             }
-            (None, true, None) => Some(DesiredSource::ClusterClient(access)),
+            (None, true, None) => Some(DesiredSource::Cluster(access)),
             (None, false, Some(file)) => {
                 let place = self.get("kubeconfig").1;
                 let found =
                     std::fs::metadata(file).map_err(|error| format!("{} cannot be read: {error}", file.display()));
                 errors.take(&place, found)?;
-                Some(DesiredSource::ClusterClient(access))
+                Some(DesiredSource::Cluster(access))
             }
             (None, false, None) => {
                 errors.add(

@@ -197,8 +197,8 @@ mod tests {
     fn only_what_concerns_the_node_is_asked_of_it_and_remembered() {
         let mut asked = ObjectSet::default();
         asked.put(stream("a", "u1", 1, good(5)));
-        assert_eq!(asked.memory(&node("edge-1")).len(), 1);
-        assert!(asked.memory(&node("edge-2")).is_empty());
+        assert_eq!(asked.cacheable(&node("edge-1")).len(), 1);
+        assert!(asked.cacheable(&node("edge-2")).is_empty());
         assert!(asked.desired_state(&node("edge-2"), &BTreeMap::new(), true).objects.is_empty());
     }
 }

@@ -169,7 +169,7 @@ impl Core {
             if !self.observed.models.contains_key(name) {
                 let good = self.last_good.get(name).filter(|good| (self.has_blob)(&good.digest));
                 let last_good = good.map(|good| good.manifest.clone());
-                let highest = self.last_good.highest(name);
+                let highest = self.last_good.highest_version(name);
                 let model = ObservedModel { highest, last_good, ..ObservedModel::default() };
                 self.observed.models.insert(name.clone(), model);
             }
@@ -197,8 +197,9 @@ impl Core {
     }
 
     fn forget_last_good(&mut self, name: &str) {
-        if let Err(error) = self.last_good.forget(name) {
-            tracing::error!(event = "last_good_not_written", model = name, %error, "The last-good file cannot be written");
+        if let Err(error) = self.last_good.remove(name) {
+            let reason = error_chain(&error);
+            tracing::error!(event = "last_good_not_written", model = name, reason, "The last-good file cannot be written");
         }
     }
 
@@ -348,16 +349,16 @@ impl Core {
         }
         // The command line reads this file to know what must not be evicted, so it is written before anything else can
         // happen to the version before.
-        if let Err(error) = self.last_good.served(&manifest, loaded.digest) {
+        if let Err(error) = self.last_good.record(&manifest, loaded.digest) {
             tracing::error!(
                 event = "last_good_not_written",
-                %error,
+                reason = error_chain(&error),
                 "The last-good file cannot be written; a start without a network may serve an older version"
             );
         }
         self.serving.insert(manifest.name.clone(), loaded);
         let model = self.observed.models.entry(manifest.name.clone()).or_default();
-        model.highest = self.last_good.highest(&manifest.name);
+        model.highest = self.last_good.highest_version(&manifest.name);
         model.last_good = Some(manifest.clone());
         model.restore_at = None;
         model.refused = None;

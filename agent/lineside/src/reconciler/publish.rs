@@ -79,7 +79,7 @@ pub struct StatePublisher {
 #[derive(Default)]
 pub struct Published {
     states: BTreeMap<String, (u64, ModelState)>,
-    events: BTreeMap<String, Event>,
+    events: BTreeMap<String, NodeEvent>,
     /// Models whose expired signature was logged.
     expired: BTreeSet<String>,
 }
@@ -107,7 +107,7 @@ impl StatePublisher {
             (model.name.clone(), health)
         });
         let health: BTreeMap<String, ModelHealth> = health.collect();
-        let events: Vec<Event> = assigned.iter().map(|model| model_event(model)).collect();
+        let events: Vec<NodeEvent> = assigned.iter().map(|model| model_event(model)).collect();
         let states =
             assigned.iter().map(|model| (model.name.clone(), (model.version, model.state))).collect();
         self.publish_states(states);
@@ -130,10 +130,10 @@ impl StatePublisher {
         self.published.states = states;
     }
 
-    fn publish_events(&mut self, events: Vec<Event>) {
+    fn publish_events(&mut self, events: Vec<NodeEvent>) {
         let mut current = BTreeMap::new();
         for event in events {
-            let Event::ModelState { model, .. } = &event else { continue };
+            let NodeEvent::ModelState { model, .. } = &event else { continue };
             let model = model.clone();
             if self.published.events.get(&model) != Some(&event) {
                 self.events.event(event.clone());
@@ -170,8 +170,8 @@ impl StatePublisher {
     }
 }
 
-fn model_event(model: &ModelStatus) -> Event {
-    Event::ModelState {
+fn model_event(model: &ModelStatus) -> NodeEvent {
+    NodeEvent::ModelState {
         model: model.name.clone(),
         version: model.version,
         state: model.state.name().into(),

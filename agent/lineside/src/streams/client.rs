@@ -190,9 +190,9 @@ mod tests {
     #[test]
     fn values_leave_in_the_order_of_their_numbers() {
         let mut buffer = ReorderBuffer::default();
-        assert_eq!(buffer.complete(1, 'b'), []);
+        assert_eq!(buffer.complete(1, 'b'), Vec::<char>::new());
         assert_eq!(buffer.complete(0, 'a'), ['a', 'b']);
-        assert_eq!(buffer.complete(3, 'd'), []);
+        assert_eq!(buffer.complete(3, 'd'), Vec::<char>::new());
         assert_eq!(buffer.complete(2, 'c'), ['c', 'd']);
     }
 }

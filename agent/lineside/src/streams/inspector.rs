@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use lineside_api::kinds::StreamManifest;
-use lineside_api::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultBody};
+use lineside_api::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultMessage};
 use lineside_api::prediction::{Inspection, Prediction};
 use lineside_api::spec::Task;
 use lineside_api::verdict::Verdict;
@@ -104,7 +104,7 @@ impl Inspector {
         }
         let now = SystemTime::now();
         let Inspection { prediction, width, height, timings } = inspection;
-        let body = ResultBody {
+        let body = ResultMessage {
             ts: clock::rfc3339(now),
             site: self.messages.site(),
             node: self.messages.node(),
@@ -153,17 +153,17 @@ impl Inspector {
     fn judge(&self, state: &mut State, task: Task, inspection: &Inspection, name: Option<&str>) -> Verdict {
         let Some(rule) = &self.rule else { return Verdict::None };
         let facts = FrameFacts { width: inspection.width, height: inspection.height, name };
-        match rule.judge(task.name(), &inspection.prediction, facts) {
+        match rule.evaluate(task.name(), &inspection.prediction, facts) {
             Ok(verdict) => {
                 state.rule_fails = false;
                 verdict
             }
-            Err(reason) => {
+            Err(error) => {
                 if !std::mem::replace(&mut state.rule_fails, true) {
                     tracing::warn!(
                         event = "rule_failed",
                         stream = self.stream,
-                        %reason,
+                        reason = %error,
                         "The verdict rule failed; the verdict is none"
                     );
                 }

@@ -82,7 +82,7 @@ impl StreamReporter for StreamHandle {
     fn up(&self) -> bool {
         let has_changed = self.set(true, None);
         if has_changed {
-            self.registry.events.event(Event::StreamUp { stream: self.stream.clone() });
+            self.registry.events.event(NodeEvent::StreamUp { stream: self.stream.clone() });
         }
         has_changed
     }
@@ -90,7 +90,7 @@ impl StreamReporter for StreamHandle {
     fn down(&self, reason: Option<&str>) {
         if self.set(false, reason) {
             let (stream, reason) = (self.stream.clone(), reason.map(str::to_owned));
-            self.registry.events.event(Event::StreamDown { stream, reason });
+            self.registry.events.event(NodeEvent::StreamDown { stream, reason });
         }
     }
 }

@@ -27,7 +27,7 @@ use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use lineside_api::kinds::ModelManifest;
-use lineside_common::child_process::{self, ChildOutput, ProcessLimits};
+use lineside_common::child_process::{self, ChildOutput, ChildPriority, ProcessLimits};
 use lineside_common::digest::Digest;
 use lineside_common::files::read_bounded;
 

@@ -84,12 +84,13 @@ async fn show(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> 
     eprintln!("  metrics   http://{}/metrics   (also /readyz and /livez)", app.http());
     eprintln!("  manifests {}   (edit them while it runs)", folder.path().join("manifests").display());
     eprintln!();
-    let told = tokio::select! {
-        told = tell(arguments, &broker, &topics) => told,
+    let outcome = tokio::select! {
+        outcome = tell(arguments, &broker, &topics) => outcome,
         () = stop.cancelled() => Ok(()),
+        failure = app.failed() => Err(failure.into()),
     };
-    app.end().await;
-    told
+    app.stop().await;
+    outcome
 }
 
 /// Writes model, frames and manifests as a plant would have them.

@@ -150,9 +150,49 @@ impl From<StoreError> for TransferError {
 
 #[cfg(test)]
 mod tests {
-    use lineside_common::error_chain;
+    use std::collections::BTreeSet;
+    use std::time::Duration;
 
+    use lineside_common::error_chain;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::super::policy::AddressPolicy;
     use super::*;
+
+    /// The error of a request with a secret in its query.
+    async fn request_error(hosts: &[&str], address: &str) -> TransferError {
+        let hosts = hosts.iter().map(|host| (*host).to_owned()).collect::<BTreeSet<_>>();
+        let client = AddressPolicy { hosts, allow_http: true }.client(&[], Duration::from_secs(5)).unwrap();
+        let response = client.get(format!("http://{address}/m.onnx?sig=hidden")).send().await;
+        TransferError::http(response.unwrap_err())
+    }
+
+    #[tokio::test]
+    async fn http_errors_are_classified_and_do_not_show_the_query() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move {
+            let (mut connection, _) = listener.accept().await.unwrap();
+            connection.read_buf(&mut Vec::with_capacity(4096)).await.unwrap();
+            let response = "HTTP/1.1 302 Found\r\nLocation: http://elsewhere.plant/m\r\nContent-Length: 0\r\n\r\n";
+            connection.write_all(response.as_bytes()).await.unwrap();
+        });
+        let redirected = request_error(&[&server], &server).await;
+        assert_eq!((redirected.kind, redirected.retry), (FetchErrorKind::PolicyViolation, Retry::Never));
+        assert!(error_chain(&redirected).contains("elsewhere.plant:80"), "{}", error_chain(&redirected));
+
+        // Without a list, the resolved loopback address is rejected on connecting.
+        let resolved = request_error(&[], "localhost:9").await;
+        assert_eq!(resolved.kind, FetchErrorKind::PolicyViolation);
+
+        let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
+        let refused = request_error(&[&closed], &closed).await;
+        assert_eq!((refused.kind, refused.retry), (FetchErrorKind::Unreachable, Retry::Resume));
+        for error in [redirected, resolved, refused] {
+            assert!(!error_chain(&error).contains("hidden"), "{}", error_chain(&error));
+        }
+    }
 
     #[test]
     fn an_error_names_the_address_and_every_cause() {

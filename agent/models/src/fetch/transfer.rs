@@ -281,15 +281,15 @@ async fn open_object(
 ) -> Result<Opened, TransferError> {
     let range = (offset > 0).then_some(GetRange::Offset(offset));
     let options = GetOptions { range, if_match: validator.filter(|_| offset > 0), ..GetOptions::default() };
-    let found = match store.get_opts(key, options).await {
-        Ok(found) => found,
+    let object = match store.get_opts(key, options).await {
+        Ok(object) => object,
         Err(error) if offset > 0 && ends_before(store, key, offset).await => {
             return Err(TransferError::stale("the object ends before the requested offset").caused_by(error));
         }
         Err(error) => return Err(object_error(error)),
     };
-    let (total, offset, validator) = (found.meta.size, found.range.start, found.meta.e_tag.clone());
-    let body = found.into_stream().map(|piece| piece.map_err(object_error)).boxed();
+    let (total, offset, validator) = (object.meta.size, object.range.start, object.meta.e_tag.clone());
+    let body = object.into_stream().map(|piece| piece.map_err(object_error)).boxed();
     Ok(Opened { total: Some(total), validator: validator.filter(|etag| !etag.starts_with("W/")), offset, body })
 }
 

@@ -1,7 +1,8 @@
 //! Ed25519 key files: reading, generating, and the id of a key.
 //!
 //! Public keys are encoded by rustls. The PKCS#8 and PEM encodings of a new private key are written by hand, because no
-//! dependency writes them: `ring` only generates PKCS#8 version 2, which `openssl` 1.1 does not read.
+//! dependency of this crate writes them: `ring` generates only PKCS#8 version 2, and these files are version 1, as
+//! `openssl genpkey` writes them.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;

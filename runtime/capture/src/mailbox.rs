@@ -93,16 +93,20 @@ impl MailboxReceiver {
     pub async fn take(&self) -> TakenFrame {
         loop {
             let filled = self.0.filled.notified();
-            let mut state = self.0.state.lock();
-            if let Some(frame) = state.frame.take() {
-                state.in_progress += 1;
-                drop(state);
-                self.0.emptied.notify_one();
-                return TakenFrame { frame, shared: self.0.clone() };
+            if let Some(taken) = self.try_take() {
+                return taken;
             }
-            drop(state);
             filled.await;
         }
+    }
+
+    fn try_take(&self) -> Option<TakenFrame> {
+        let mut state = self.0.state.lock();
+        let frame = state.frame.take()?;
+        state.in_progress += 1;
+        drop(state);
+        self.0.emptied.notify_one();
+        Some(TakenFrame { frame, shared: self.0.clone() })
     }
 
     /// Counts a taken frame as skipped.

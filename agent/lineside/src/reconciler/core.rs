@@ -27,6 +27,7 @@ use lineside_api::kinds::{ModelManifest, StreamManifest};
 use lineside_api::state::ModelState;
 use lineside_common::backoff::Backoff;
 use lineside_common::digest::Digest;
+use lineside_common::error_chain;
 use lineside_models::last_good::LastGoodVersions;
 use lineside_scheduler::VersionId;
 use tokio_util::sync::CancellationToken;
@@ -220,7 +221,8 @@ impl Core {
                         highest,
                         "{LOWER_VERSION}"
                     );
-                    self.observed.models.entry(manifest.name.clone()).or_default().refused = Some(manifest);
+                    let name = manifest.name.clone();
+                    self.observed.models.entry(name).or_default().refused = Some(manifest);
                 }
                 Step::Unload(name) => {
                     self.observed.models.remove(&name);

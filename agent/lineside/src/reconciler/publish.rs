@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use lineside_api::message::Event;
+use lineside_api::message::NodeEvent;
 use lineside_api::state::{ModelState, StreamStates};
 use lineside_api::status::ModelStatus;
 use lineside_common::clock;

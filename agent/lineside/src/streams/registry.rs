@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use lineside_api::message::Event;
+use lineside_api::message::NodeEvent;
 use lineside_api::state::{StreamState, StreamStates};
 use lineside_capture::StreamReporter;
 use prometheus::{IntGauge, IntGaugeVec};

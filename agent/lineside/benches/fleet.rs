@@ -21,19 +21,22 @@ use kube::{Api, Client, Config};
 use lineside::desired::cluster::ClusterSync;
 use lineside::desired::{DesiredState, Node};
 use lineside::http::status_store::{NodeState, StatusStore};
-use lineside_api::kinds::manifest::Object;
 use lineside_api::condition::{Condition, ConditionType, Reason};
+use lineside_api::kinds::manifest::Object;
 use lineside_api::state::ModelState;
 use lineside_api::status::{ModelStatus, Serving};
-use lineside_common::metrics::Metrics;
-use lineside_kube::ClusterClient;
-use lineside_kube::ClusterConfig;
+use lineside_common::metrics::Registrar;
+use lineside_common::supervisor::Supervisor;
+use lineside_kube::{ClusterClient, ClusterConfig, ClusterStatePublisher, KubeMetrics};
 use lineside_models::store::{Index, Store};
 use tokio::sync::{Notify, watch};
-use tokio_util::sync::CancellationToken;
 
 const NAMESPACE: &str = "lineside";
 const LABEL: &str = "lineside.dev/sim";
+
+fn supervisor() -> Supervisor {
+    Supervisor::new(Registrar::default().counters("task_restarts_total", "Tasks that failed.", &["task"]).unwrap())
+}
 
 /// What the API server has counted so far.
 #[derive(Clone, Copy)]
@@ -159,9 +162,9 @@ async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
     let folder = tempfile::tempdir().unwrap();
     let (index, _) = Index::open(&Store::index_folder(folder.path()), |_| Ok::<(), String>(()));
     let store = Arc::new(Store::open(&folder.path().join("store"), 1 << 30, index).unwrap());
-    let stop = CancellationToken::new();
     let begun = Instant::now();
-    let mut tasks = Vec::new();
+    let supervisor = supervisor();
+    let (mut tasks, mut supervised) = (Vec::new(), Vec::new());
     for number in 0..agents {
         let name = format!("sim-{number}");
         let labels = Some(BTreeMap::from([(LABEL.to_owned(), "true".to_owned())]));
@@ -182,18 +185,20 @@ async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
             ..ClusterConfig::default()
         };
         let (say, desired_state) = watch::channel(None);
+        let metrics = KubeMetrics::register(&Registrar::default()).unwrap();
         let board = Arc::new(StatusStore::new(&name, "sim", 1, store.clone()));
         tasks.push(tokio::spawn(serve_at_once(desired_state, board.clone())));
         let sync = ClusterSync {
             cluster: Arc::new(ClusterClient::new(access, "lineside-agent", &name).await.unwrap()),
             node: Node { name, labels: BTreeMap::new() },
             data_dir: own,
-            desired_state: say,
-            again: Arc::new(Notify::new()),
-            board,
-            metrics: Metrics::new().unwrap(),
+            desired: say,
+            reread: Arc::new(Notify::new()),
+            status: board,
+            watch_failures: metrics.cluster_watch_failures.clone(),
+            state: ClusterStatePublisher::new(metrics, std::time::Instant::now()),
         };
-        tasks.push(tokio::spawn(sync.run(stop.clone())));
+        supervised.extend(sync.start(&supervisor));
     }
     println!(
         "{agents} agents started within {:.0} s; this process holds {} MiB",
@@ -206,7 +211,9 @@ async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
     tell("at rest", before, benchmark(&client).await, agents);
     roll_out(&client, 2, agents).await;
     println!("this process holds {} MiB", own_rss_mib());
-    stop.cancel();
+    for task in supervised {
+        task.stop().await;
+    }
     models(&client).delete("sim", &DeleteParams::default()).await.unwrap();
     nodes.delete_collection(&DeleteParams::default(), &ListParams::default().labels(LABEL)).await.unwrap();
     let kind = GroupVersionKind::gvk("lineside.dev", "v1alpha1", "EdgeNode");
@@ -245,17 +252,18 @@ async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32)
         ..ClusterConfig::default()
     };
     let (say, mut desired_state) = watch::channel(None);
-    let stop = CancellationToken::new();
+    let metrics = KubeMetrics::register(&Registrar::default()).unwrap();
     let sync = ClusterSync {
         cluster: Arc::new(ClusterClient::new(access, "lineside-agent", "sim-0").await.unwrap()),
         node: Node { name: "sim-0".to_owned(), labels: BTreeMap::new() },
         data_dir: folder.path().to_owned(),
-        desired_state: say,
-        again: Arc::new(Notify::new()),
-        board: Arc::new(StatusStore::new("sim-0", "sim", 1, store)),
-        metrics: Metrics::new().unwrap(),
+        desired: say,
+        reread: Arc::new(Notify::new()),
+        status: Arc::new(StatusStore::new("sim-0", "sim", 1, store)),
+        watch_failures: metrics.cluster_watch_failures.clone(),
+        state: ClusterStatePublisher::new(metrics, std::time::Instant::now()),
     };
-    let task = tokio::spawn(sync.run(stop.clone()));
+    let tasks = sync.start(&supervisor());
     desired_state
         .wait_for(|desired_state: &Option<Arc<DesiredState>>| {
             desired_state.as_ref().is_some_and(|desired_state| desired_state.is_complete)
@@ -289,8 +297,9 @@ async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32)
         last.elapsed().as_secs_f64(),
         own_rss_mib() - before
     );
-    stop.cancel();
-    task.await.unwrap();
+    for task in tasks {
+        task.stop().await;
+    }
     for number in 0..objects {
         drop(streams.delete(&format!("sim-{number}"), &DeleteParams::default()).await);
     }

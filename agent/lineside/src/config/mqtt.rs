@@ -1,9 +1,11 @@
 //! The settings of MQTT and of the spool.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use percent_encoding::percent_decode_str;
 use url::Url;
 
 use super::settings::ConfigLayers;
@@ -17,21 +19,21 @@ const BROKERS_MAX: usize = 8;
 const SPOOL_MIB_MAX: u64 = 1 << 20;
 const HOURS_MAX: u64 = 24 * 3660;
 
-/// The settings of MQTT; `None` when there are no brokers.
+/// The settings of MQTT; `None` when there is no broker.
 pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Option<MqttConfig> {
     let place = |setting: &'static str| layers.get(setting).1;
     let (_, mqtt) = (errors.require(&place("mqtt"), layers.text("mqtt")), place("mqtt"));
     let brokers: Vec<Broker> = layers.list("mqtt").filter_map(|url| errors.take(&mqtt, broker(&url))).collect();
     if brokers.len() > BROKERS_MAX {
-        errors.add(&mqtt, format!("names {} brokers; {BROKERS_MAX} are possible", brokers.len()));
+        errors.add(&mqtt, format!("has {} brokers; at most {BROKERS_MAX} are allowed", brokers.len()));
     }
     let secret = layers.text("mqtt-secret").map(PathBuf::from);
     if let Some(folder) = secret.as_ref().filter(|folder| !folder.is_dir()) {
-        errors.add(place("mqtt-secret"), format!("{} is no folder; mount the secret there", folder.display()));
+        errors.add(place("mqtt-secret"), format!("{} is not a folder; mount the Secret there", folder.display()));
     }
     let commands: BTreeSet<String> = layers.list("mqtt-commands").collect();
     for unknown in commands.iter().filter(|name| !COMMANDS.contains(&name.as_str())) {
-        errors.add(place("mqtt-commands"), format!("`{unknown}` is no command; there are {}", COMMANDS.join(", ")));
+        errors.add(place("mqtt-commands"), format!("`{unknown}` is not a command; the commands are {}", COMMANDS.join(", ")));
     }
     let mut segment = |setting: &'static str| {
         let text = layers.text(setting)?.to_owned();
@@ -40,10 +42,10 @@ pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Optio
     let (group, host) = (segment("sparkplug-group"), segment("sparkplug-host"));
     let home_assistant = segment("home-assistant");
     if host.is_some() && group.is_none() {
-        errors.add(place("sparkplug-host"), "--sparkplug-group is needed too: it turns SparkplugConfig B on");
+        errors.add(place("sparkplug-host"), "--sparkplug-group is required, because it enables Sparkplug B");
     }
     if home_assistant.is_some() && group.is_some() {
-        errors.add(place("home-assistant"), "does not go with --sparkplug-group: discovery describes the JSON topics");
+        errors.add(place("home-assistant"), "cannot be combined with --sparkplug-group, because discovery describes the JSON topics");
     }
     let drain_per_second = match layers.number("mqtt-drain", DRAIN_DEFAULT, 0..=1_000_000, errors) {
         0 => None,
@@ -67,14 +69,14 @@ pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Optio
     (!mqtt.brokers.is_empty()).then_some(mqtt)
 }
 
-/// The settings of the spool. What is wrong is noted and stands at its default.
+/// The settings of the spool. Invalid ones are added to the errors and have their default.
 pub(super) fn spooling(layers: &ConfigLayers, errors: &mut ConfigErrors) -> SpoolConfig {
     let hours = layers.number("spool-max-hours", 0, 0..=HOURS_MAX, errors);
     let when_full = match layers.text("spool-when-full") {
         None | Some("drop-oldest") => WhenFull::DropOldest,
         Some("drop-newest") => WhenFull::DropNewest,
         Some(other) => {
-            errors.add(layers.get("spool-when-full").1, format!("`{other}` is neither drop-oldest nor drop-newest"));
+            errors.add(layers.get("spool-when-full").1, format!("`{other}` is not drop-oldest or drop-newest"));
             WhenFull::DropOldest
         }
     };
@@ -87,17 +89,20 @@ pub(super) fn spooling(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Spoo
 }
 
 fn broker(text: &str) -> Result<Broker, String> {
-    let url = Url::parse(text).map_err(|error| format!("this is no address like mqtt://broker:1883: {error}"))?;
+    let url = Url::parse(text).map_err(|error| format!("is not a URL such as mqtt://broker:1883: {error}"))?;
     let (tls, port) = match url.scheme() {
         "mqtt" => (false, MQTT_PORT),
         "mqtts" => (true, MQTTS_PORT),
-        other => return Err(format!("{other}: is not known; use mqtt://broker:1883 or mqtts://broker:8883")),
+        other => return Err(format!("{other}: is not supported; use mqtt://broker:1883 or mqtts://broker:8883")),
     };
     if !matches!(url.path(), "" | "/") || url.query().is_some() {
-        return Err("holds more than a host and a port".to_owned());
+        return Err("must contain only a host and a port".to_owned());
     }
     let host = url.host_str().filter(|host| !host.is_empty()).ok_or("has no host")?;
-    let decoded = |text: &str| percent_decoded(text).ok_or("has a user or password that is no UTF-8");
+    let decoded = |text: &str| {
+        let text = percent_decode_str(text).decode_utf8();
+        text.map(Cow::into_owned).map_err(|_| "has a user or password that is not UTF-8")
+    };
     let credentials = match (url.username(), url.password()) {
         ("", None) => None,
         (user, password) => Some((decoded(user)?, decoded(password.unwrap_or_default())?)),
@@ -110,35 +115,20 @@ fn broker(text: &str) -> Result<Broker, String> {
     })
 }
 
-/// RFC 3986 percent-decoding; what is no escape stays as it is.
-fn percent_decoded(text: &str) -> Option<String> {
-    let bytes = text.as_bytes();
-    let mut decoded = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let escape = (bytes[at] == b'%')
-            .then(|| bytes.get(at + 1..at + 3))
-            .flatten()
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
-        decoded.push(escape.unwrap_or(bytes[at]));
-        at += if escape.is_some() { 3 } else { 1 };
-    }
-    String::from_utf8(decoded).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::flags::Flags;
 
     fn read(flags: &[(&str, &str)]) -> (Option<MqttConfig>, SpoolConfig, Vec<String>) {
-        let mut layers = ConfigLayers::new();
-        flags.iter().for_each(|(setting, value)| layers.flag(setting, Some((*value).to_owned())));
+        let flags = flags.iter().map(|(setting, value)| ((*setting).to_owned(), (*value).to_owned()));
+        let layers = ConfigLayers::new(Flags(flags.collect()));
         let mut errors = ConfigErrors::default();
         (resolve(&layers, &mut errors), spooling(&layers, &mut errors), errors.into_list())
     }
 
     #[test]
-    fn brokers_come_in_order_each_with_its_port() {
+    fn brokers_are_in_the_given_order() {
         let (mqtt, spooling, errors) = read(&[("mqtt", "mqtts://a, mqtt://b:1884,mqtt://[::1]")]);
         assert!(errors.is_empty(), "{errors:?}");
         let shown: Vec<String> = mqtt.unwrap().brokers.iter().map(ToString::to_string).collect();
@@ -147,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_brokers_password_is_read_and_never_shown() {
+    fn the_password_of_a_broker_is_decoded_and_never_printed() {
         let broker = broker("mqtt://line:s%40crt@[::1]:1884").unwrap();
         assert_eq!(broker.credentials, Some(("line".to_owned(), "s@crt".to_owned())));
         assert_eq!(format!("{broker} {broker:?}"), "mqtt://[::1]:1884 mqtt://[::1]:1884");
@@ -157,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_said_with_its_name() {
+    fn every_error_has_the_name_of_its_setting() {
         let (mqtt, _, errors) = read(&[
             ("mqtt", "mqtt://a,ftp://b"),
             ("mqtt-secret", "/no/such/folder"),
@@ -170,11 +160,11 @@ mod tests {
         ]);
         assert!(mqtt.is_some());
         for expected in [
-            "--mqtt: ftp: is not known",
-            "--mqtt-secret: /no/such/folder is no folder",
-            "--mqtt-commands: `explode` is no command",
+            "--mqtt: ftp: is not supported",
+            "--mqtt-secret: /no/such/folder is not a folder",
+            "--mqtt-commands: `explode` is not a command",
             "--mqtt-drain: `-1`",
-            "--sparkplug-host: --sparkplug-group is needed",
+            "--sparkplug-host: --sparkplug-group is required",
             "--home-assistant: `a/b`",
             "--spool-mib: `0`",
             "--spool-when-full: `block`",

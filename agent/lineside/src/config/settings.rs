@@ -1,12 +1,11 @@
-//! The agent's own configuration: flags override the environment, which overrides the file.
+//! The configuration of the agent: flags override environment variables, which override the configuration file.
 //!
-//! Every setting is looked up in the three layers by one table, so that its flag (`--data-dir`), its variable
-//! (`LINESIDE_DATA_DIR`) and its key in the file (`dataDir`) cannot drift apart, and a error is reported with the name
-//! under which the value was given.
+//! A setting has the same name in each of them: the flag `--data-dir` is the variable `LINESIDE_DATA_DIR` and the key
+//! `dataDir`. An error states the name under which the value was given.
 //!
-//! Unknown keys of the file are errors. Unknown `LINESIDE_` variables are not: Kubernetes puts such variables into
-//! every pod beside a Service called `lineside` (`LINESIDE_SERVICE_HOST`, `LINESIDE_PORT_8080_TCP` and more). For the same
-//! reason no setting of ours is called `port` or begins with `service`.
+//! Unknown keys in the file are errors. Unknown `LINESIDE_` variables are not: for a Service with the name `lineside`,
+//! Kubernetes sets such variables in every pod of the namespace (`LINESIDE_SERVICE_HOST`, `LINESIDE_PORT_8080_TCP`). For the same
+//! reason no setting is called `port` or begins with `service`.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -17,6 +16,7 @@ use std::time::Duration;
 use serde_json::Value;
 use url::Url;
 
+use super::flags::{Flags, setting_names};
 use super::mqtt;
 use lineside_api::kinds::yaml;
 use lineside_api::names::{ConfigErrors, NameError, is_name, topic_segment};
@@ -25,82 +25,39 @@ use lineside_models::ModelsConfig;
 use lineside_mqtt::config::MqttConfig;
 use lineside_spool::SpoolConfig;
 
-/// The settings: name as a flag without its dashes. Variable and file key follow from it.
-const SETTINGS: [&str; 40] = [
-    "node",
-    "site",
-    "prefix",
-    "manifests",
-    "in-cluster",
-    "kubeconfig",
-    "kube-contexts",
-    "kube-namespace",
-    "data-dir",
-    "mqtt",
-    "http",
-    "insecure-bind",
-    "labels",
-    "mqtt-secret",
-    "mqtt-commands",
-    "mqtt-drain",
-    "mqtt-keep-alive-seconds",
-    "mqtt-metrics-seconds",
-    "sparkplug-group",
-    "sparkplug-host",
-    "home-assistant",
-    "spool-mib",
-    "spool-max-hours",
-    "spool-sync-ms",
-    "spool-when-full",
-    "source-hosts",
-    "source-http",
-    "source-ca",
-    "source-kib-per-second",
-    "source-stall-seconds",
-    "source-jitter-seconds",
-    "secrets-dir",
-    "model-mib-max",
-    "store-mib-max",
-    "trusted-keys",
-    "signature-threshold",
-    "peers",
-    "peer-token-file",
-    "admission-memory-mib",
-    "admission-seconds",
-];
-
 const HTTP_DEFAULT: &str = "127.0.0.1:8080";
-/// The agent's configuration, complete and validated.
+
+/// The validated configuration of the agent.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The node's name, in topics and ids.
+    /// Name of the node, in topics and ids.
     pub node: String,
-    /// The site's name, in topics.
+    /// Name of the site, in topics.
     pub site: String,
-    /// What every topic begins with.
+    /// First part of every topic.
     pub prefix: String,
-    /// Where it stands what is to run.
+    /// Source of the desired state.
     pub desired_state: DesiredSource,
-    /// The folder the agent keeps its own state in.
+    /// Folder of the agent's state.
     pub data_dir: PathBuf,
-    /// Brokers, and what is said to them.
+    /// Brokers and the format of messages.
     pub mqtt: MqttConfig,
-    /// Where health and metrics are served.
+    /// Address of the HTTP server.
     pub http: SocketAddr,
-    /// Labels of the node, which manifests select by.
+    /// Labels of the node for node selectors.
     pub labels: BTreeMap<String, String>,
-    /// How results wait for a broker.
+    /// The spool.
     pub spool: SpoolConfig,
-    /// How models come to this node, and what they have to show.
+    /// Sources, store, signatures and admission of models.
     pub models: ModelsConfig,
 }
 
-/// Where it stands what a node is to run.
+/// Source of the desired state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DesiredSource {
-    /// In a folder of manifests.
+    /// A folder of manifests.
     Folder(PathBuf),
-    /// In a cluster.
+    /// The API server of a cluster.
     Cluster(ClusterConfig),
 }
 
@@ -113,39 +70,34 @@ impl std::fmt::Display for DesiredSource {
     }
 }
 
-/// The three layers, each from setting to value as text.
+/// The three sources of settings, each from setting to value as text.
 #[derive(Debug, Default)]
 pub struct ConfigLayers {
-    flags: BTreeMap<&'static str, String>,
-    environment: BTreeMap<&'static str, String>,
-    file: BTreeMap<&'static str, String>,
+    /// The names of all settings.
+    names: Vec<String>,
+    flags: BTreeMap<String, String>,
+    environment: BTreeMap<String, String>,
+    file: BTreeMap<String, String>,
     file_name: String,
 }
 
 impl ConfigLayers {
-    /// ConfigLayers with nothing in them.
-    pub fn new() -> Self {
-        Self::default()
+    /// The layer of the flags; the others are empty.
+    pub fn new(flags: Flags) -> Self {
+        Self { names: setting_names(), flags: flags.0, ..Self::default() }
     }
 
-    /// Sets a flag; a setting that is not in the table is a error of this program and is left out.
-    pub fn flag(&mut self, setting: &str, value: Option<String>) {
-        if let (Some(setting), Some(value)) = (SETTINGS.iter().find(|known| **known == setting), value) {
-            self.flags.insert(setting, value);
-        }
-    }
-
-    /// Takes our variables out of an environment. An empty variable counts as none.
+    /// Reads the variables of the settings. An empty variable is ignored.
     pub fn environment(&mut self, variables: impl IntoIterator<Item = (String, String)>) {
         let variables: BTreeMap<String, String> = variables.into_iter().collect();
-        for setting in SETTINGS {
+        for setting in &self.names {
             if let Some(value) = variables.get(&variable(setting)).filter(|value| !value.is_empty()) {
-                self.environment.insert(setting, value.clone());
+                self.environment.insert(setting.clone(), value.clone());
             }
         }
     }
 
-    /// Takes the settings out of a configuration file's text.
+    /// Reads the text of a configuration file.
     pub fn file(&mut self, name: &str, text: &str, errors: &mut ConfigErrors) {
         name.clone_into(&mut self.file_name);
         let documents = match yaml::documents(text) {
@@ -154,24 +106,24 @@ impl ConfigLayers {
         };
         for document in documents {
             let Value::Object(entries) = document else {
-                errors.add(name, "must be settings, one `key: value` to a line");
+                errors.add(name, "must be a mapping of settings, one `key: value` per line");
                 continue;
             };
             for (key, value) in entries {
-                let Some(setting) = SETTINGS.iter().find(|setting| file_key(setting) == key) else {
-                    let known = SETTINGS.map(file_key).join(", ");
-                    errors.add(format!("{name} {key}"), format!("is not a known key; there are {known}"));
+                let Some(setting) = self.names.iter().find(|setting| file_key(setting) == key) else {
+                    let known: Vec<String> = self.names.iter().map(|setting| file_key(setting)).collect();
+                    errors.add(format!("{name} {key}"), format!("is not a known key; the keys are {}", known.join(", ")));
                     continue;
                 };
                 match plain(&value) {
-                    Some(text) => drop(self.file.insert(setting, text)),
+                    Some(text) => drop(self.file.insert(setting.clone(), text)),
                     None => errors.add(format!("{name} {key}"), "must be a single value"),
                 }
             }
         }
     }
 
-    /// The value in force and the name it was given under.
+    /// The value that applies, and the name under which it was given.
     pub(super) fn get(&self, setting: &'static str) -> (Option<&str>, String) {
         if let Some(value) = self.flags.get(setting) {
             return (Some(value), format!("--{setting}"));
@@ -185,7 +137,7 @@ impl ConfigLayers {
         }
     }
 
-    /// Validates everything.
+    /// Validates all settings.
     ///
     /// # Errors
     /// Every error, in the order of the settings.
@@ -206,7 +158,7 @@ impl ConfigLayers {
         let labels = text("labels", Some(""), any);
 
         let insecure = insecure.and_then(|text| {
-            let flag = text.parse::<bool>().map_err(|_| format!("`{text}` is neither true nor false"));
+            let flag = text.parse::<bool>().map_err(|_| format!("`{text}` is not true or false"));
             errors.take(&self.get("insecure-bind").1, flag)
         });
         let http = http.and_then(|text| {
@@ -214,7 +166,7 @@ impl ConfigLayers {
             errors.take(&self.get("http").1, address)
         });
         let labels = labels.and_then(|text| errors.take(&self.get("labels").1, labels_of(&text)));
-        let desired_state = self.wish_source(&mut errors);
+        let desired_state = self.desired_source(&mut errors);
         let mqtt = mqtt::resolve(self, &mut errors);
         let spool = mqtt::spooling(self, &mut errors);
         let models = self.models(&mut errors);
@@ -240,7 +192,7 @@ impl ConfigLayers {
 }
 
 impl ConfigLayers {
-    /// A setting that is there and not empty.
+    /// The value of a setting that is not empty.
     pub(super) fn text(&self, setting: &'static str) -> Option<&str> {
         self.get(setting).0.filter(|value| !value.is_empty())
     }
@@ -250,7 +202,7 @@ impl ConfigLayers {
         self.text(setting).into_iter().flat_map(|value| value.split(',')).map(|item| item.trim().to_owned())
     }
 
-    /// A number; what is wrong is noted and stands at its default.
+    /// A number. An invalid one is added to the errors, and the default is returned.
     pub(super) fn number(
         &self,
         setting: &'static str,
@@ -260,17 +212,17 @@ impl ConfigLayers {
     ) -> u64 {
         let Some(value) = self.text(setting) else { return otherwise };
         let read = value.parse::<u64>().ok().filter(|number| range.contains(number));
-        let read = read.ok_or_else(|| format!("`{value}` is no number within {} and {}", range.start(), range.end()));
+        let read = read.ok_or_else(|| format!("`{value}` is not a number between {} and {}", range.start(), range.end()));
         errors.take(&self.get(setting).1, read).unwrap_or(otherwise)
     }
 
-    /// Where it stands what is to run: in exactly one place.
-    fn wish_source(&self, errors: &mut ConfigErrors) -> Option<DesiredSource> {
+    /// The source of the desired state, of which there must be exactly one.
+    fn desired_source(&self, errors: &mut ConfigErrors) -> Option<DesiredSource> {
         let in_cluster = match self.text("in-cluster") {
             None | Some("false") => false,
             Some("true") => true,
             Some(other) => {
-                errors.add(self.get("in-cluster").1, format!("`{other}` is neither true nor false"));
+                errors.add(self.get("in-cluster").1, format!("`{other}` is not true or false"));
                 return None;
             }
         };
@@ -280,10 +232,10 @@ impl ConfigLayers {
             namespace: self.text("kube-namespace").map(str::to_owned),
         };
         if let Some(namespace) = access.namespace.as_ref().filter(|name| !is_name(name)) {
-            errors.add(self.get("kube-namespace").1, format!("`{namespace}` is no name of a namespace"));
+            errors.add(self.get("kube-namespace").1, format!("`{namespace}` is not a valid namespace name"));
         }
         if !access.contexts.is_empty() && access.kubeconfig.is_none() {
-            errors.add(self.get("kube-contexts").1, "--kubeconfig is needed too: contexts stand in it");
+            errors.add(self.get("kube-contexts").1, "--kubeconfig is required, because it contains the contexts");
         }
         match (self.text("manifests"), in_cluster, &access.kubeconfig) {
             (Some(folder), false, None) => {
@@ -294,7 +246,7 @@ impl ConfigLayers {
                 match errors.take(&place, found)? {
                     found if found.is_dir() => Some(DesiredSource::Folder(folder)),
                     _ => {
-                        errors.add(place, format!("{} is no folder", folder.display()));
+                        errors.add(place, format!("{} is not a folder", folder.display()));
                         None
                     }
                 }
@@ -310,21 +262,21 @@ impl ConfigLayers {
             (None, false, None) => {
                 errors.add(
                     self.get("manifests").1,
-                    "is missing: name a folder of manifests, or say --in-cluster or --kubeconfig FILE to follow a cluster",
+                    "is missing: set it to a folder of manifests, or set --in-cluster or --kubeconfig FILE to use a cluster",
                 );
                 None
             }
             _ => {
                 errors.add(
                     self.get("manifests").1,
-                    "--manifests, --in-cluster and --kubeconfig exclude each other: what is to run stands in one place",
+                    "--manifests, --in-cluster and --kubeconfig are mutually exclusive",
                 );
                 None
             }
         }
     }
 
-    /// The settings of models. What is wrong is noted and stands at its default.
+    /// The settings of models. Invalid ones are added to the errors and have their default.
     fn models(&self, errors: &mut ConfigErrors) -> ModelsConfig {
         let defaults = ModelsConfig::default();
         let path = |setting: &'static str| self.text(setting).map(PathBuf::from);
@@ -338,7 +290,7 @@ impl ConfigLayers {
                 0 => None,
                 kib => Some(kib << 10),
             },
-            // ONNX itself ends at 2 GiB.
+            // The protobuf encoding of ONNX is limited to 2 GiB.
             model_bytes_max: number("model-mib-max", 2048, 1, 2048) << 20,
             store_bytes_max: number("store-mib-max", 4096, 1, MIB_MAX) << 20,
             signature_threshold: usize::try_from(number("signature-threshold", 1, 1, 100)).unwrap_or(1),
@@ -353,26 +305,26 @@ impl ConfigLayers {
             ..defaults
         };
         if let Some(flag) = self.text("source-http") {
-            let read = flag.parse::<bool>().map_err(|_| format!("`{flag}` is neither true nor false"));
+            let read = flag.parse::<bool>().map_err(|_| format!("`{flag}` is not true or false"));
             models.source_http = errors.take(&self.get("source-http").1, read).unwrap_or(false);
         }
         for (setting, hosts) in
             [("source-hosts", models.source_hosts.iter().collect()), ("peers", models.peers.iter().collect::<Vec<_>>())]
         {
             for host in hosts {
-                // A peer needs a port; a source's host may leave it to its scheme.
+                // A peer requires a port; for the host of a source the scheme implies it.
                 let is_one = !host.contains(['/', '@', '?', '#', ' '])
                     && Url::parse(&format!("http://{host}/"))
                         .is_ok_and(|url| setting != "peers" || url.port().is_some() || host.ends_with(":80"));
                 if !is_one {
-                    errors.add(self.get(setting).1, format!("`{host}` is no host:port"));
+                    errors.add(self.get(setting).1, format!("`{host}` is not host:port"));
                 }
             }
         }
         if !models.peers.is_empty() && models.peer_token.is_none() {
             errors.add(
                 self.get("peers").1,
-                "--peer-token-file is needed too: peers answer only those who share its secret",
+                "--peer-token-file is required, because peers answer only requests with its token",
             );
         }
         models
@@ -384,7 +336,7 @@ fn variable(setting: &str) -> String {
     format!("LINESIDE_{}", setting.to_uppercase().replace('-', "_"))
 }
 
-/// `data-dir` as `dataDir`; units keep their own spelling.
+/// `data-dir` as `dataDir`; the unit MiB keeps its spelling.
 fn file_key(setting: &str) -> String {
     let mut words = setting.split('-');
     let first = words.next().unwrap_or_default().to_owned();
@@ -394,7 +346,7 @@ fn file_key(setting: &str) -> String {
     })
 }
 
-/// A YAML value as the text a flag would have; a mapping becomes `key=value,key=value`, a list `item,item`.
+/// A YAML value as the text of a flag; a mapping becomes `key=value,key=value`, a list `item,item`.
 fn plain(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
@@ -410,10 +362,10 @@ fn plain(value: &Value) -> Option<String> {
     }
 }
 
-/// `host:port`, where the host is an address; only the machine itself can reach it unless told otherwise.
+/// Parses `address:port`. Addresses that other machines can reach are rejected unless `insecure`.
 fn bind_address(text: &str, insecure: bool) -> Result<SocketAddr, String> {
     let address: SocketAddr =
-        text.parse().map_err(|_| format!("`{text}` is no address and port, such as {HTTP_DEFAULT} or [::1]:8080"))?;
+        text.parse().map_err(|_| format!("`{text}` is not an address and port, such as {HTTP_DEFAULT} or [::1]:8080"))?;
     let is_loopback = match address.ip() {
         IpAddr::V4(ip) => ip.is_loopback(),
         IpAddr::V6(ip) => ip.is_loopback(),
@@ -432,7 +384,7 @@ fn labels_of(text: &str) -> Result<BTreeMap<String, String>, String> {
         .filter(|pair| !pair.trim().is_empty())
         .map(|pair| match pair.trim().split_once('=') {
             Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-            _ => Err(format!("`{pair}` is no label; expected key=value")),
+            _ => Err(format!("`{pair}` is not a label; expected key=value")),
         })
         .collect()
 }
@@ -442,9 +394,9 @@ mod tests {
     use super::*;
 
     fn resolved(flags: &[(&str, &str)], environment: &[(&str, &str)], file: &str) -> Result<Config, Vec<String>> {
-        let mut layers = ConfigLayers::new();
+        let flags = flags.iter().map(|(setting, value)| ((*setting).to_owned(), (*value).to_owned()));
+        let mut layers = ConfigLayers::new(Flags(flags.collect()));
         let mut errors = ConfigErrors::default();
-        flags.iter().for_each(|(setting, value)| layers.flag(setting, Some((*value).to_owned())));
         layers.environment(environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         layers.file("lineside.yaml", file, &mut errors);
         layers.resolve(errors, "Edge-3")
@@ -470,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn one_start_reports_every_mistake_with_the_name_it_was_given_under() {
+    fn every_error_is_reported_with_the_name_of_the_setting_as_given() {
         let errors = resolved(
             &[("node", "a/b"), ("http", "nowhere")],
             &[("LINESIDE_SPOOL_MIB", "0"), ("LINESIDE_MANIFESTS", "/no/such/folder")],
@@ -482,7 +434,7 @@ mod tests {
             "--http: `nowhere`",
             "LINESIDE_SPOOL_MIB: `0`",
             "LINESIDE_MANIFESTS: /no/such/folder cannot be read",
-            "lineside.yaml mqtt: http: is not known",
+            "lineside.yaml mqtt: http: is not supported",
             "lineside.yaml speed: is not a known key",
             "lineside.yaml site: must be a single value",
             "lineside.yaml labels: `novalue`",
@@ -493,14 +445,14 @@ mod tests {
         assert_eq!(
             missing,
             [
-                "--manifests: is missing: name a folder of manifests, or say --in-cluster or --kubeconfig FILE to follow a cluster",
+                "--manifests: is missing: set it to a folder of manifests, or set --in-cluster or --kubeconfig FILE to use a cluster",
                 "--mqtt: is missing"
             ]
         );
     }
 
     #[test]
-    fn an_open_address_has_to_be_wanted() {
+    fn an_address_that_others_can_reach_requires_insecure_bind() {
         let with = |address: &str, insecure: &str| {
             resolved(
                 &[("manifests", "/"), ("mqtt", "mqtt://b"), ("http", address), ("insecure-bind", insecure)],
@@ -515,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_has_one_name_in_three_spellings() {
+    fn a_setting_has_one_name_as_flag_variable_and_key() {
         assert_eq!(
             (variable("spool-mib"), file_key("spool-mib")),
             ("LINESIDE_SPOOL_MIB".to_owned(), "spoolMiB".to_owned())

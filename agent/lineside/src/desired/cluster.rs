@@ -74,8 +74,8 @@ struct Shared {
     sync: ClusterSync,
     uids: Uids,
     node_uid: Arc<Mutex<Option<String>>>,
-    /// Makes the reflectors list again.
-    relist: Arc<Notify>,
+    /// Makes the reflectors open their watches again.
+    rewatch: Arc<Notify>,
 }
 
 impl ClusterSync {
@@ -88,15 +88,15 @@ impl ClusterSync {
             sync: self,
             uids: Uids::default(),
             node_uid: Arc::new(Mutex::new(node_uid)),
-            relist: Arc::new(Notify::new()),
+            rewatch: Arc::new(Notify::new()),
         });
         let mut tasks: Vec<SupervisedTask> = KINDS
             .into_iter()
             .map(|kind| {
                 let (shared, sender) = (shared.clone(), sender.clone());
                 supervisor.spawn(&format!("reflector/{}", kind.name()), OnFailure::Restart, move |stop| {
-                    let (cluster, relist) = (shared.sync.cluster.clone(), shared.relist.clone());
-                    until_stopped(reflect(cluster, kind, sender.clone(), relist), stop)
+                    let (cluster, rewatch) = (shared.sync.cluster.clone(), shared.rewatch.clone());
+                    until_stopped(reflect(cluster, kind, sender.clone(), rewatch), stop)
                 })
             })
             .collect();
@@ -111,16 +111,12 @@ impl ClusterSync {
             };
             write_status(writer, stop)
         }));
-        let receiver = Arc::new(AsyncMutex::new(receiver));
+        // The follower outlives its task: after a failure the next one continues with the objects that are known. A change that
+        // was lost with the failure is seen by the next periodic list.
+        let follower = Arc::new(AsyncMutex::new(ClusterFollower::new(shared, receiver, cached)));
         tasks.push(supervisor.spawn("cluster-follower", OnFailure::Restart, move |stop| {
-            let (shared, receiver) = (shared.clone(), receiver.clone());
-            // A follower that is started again knows nothing: everything is listed again for it.
-            shared.relist.notify_waiters();
-            let work = async move {
-                let mut events = receiver.lock().await;
-                ClusterFollower::new(shared).run(&mut events).await;
-            };
-            until_stopped(work, stop)
+            let follower = follower.clone();
+            until_stopped(async move { follower.lock().await.run().await }, stop)
         }));
         tasks
     }
@@ -137,6 +133,7 @@ async fn until_stopped(work: impl Future<Output = ()>, stop: CancellationToken) 
 /// Owns what is known of the cluster's objects.
 struct ClusterFollower {
     shared: Arc<Shared>,
+    events: mpsc::Receiver<WatchEvent>,
     cache: DesiredCache,
     objects: ObjectSet,
     labels: BTreeMap<String, String>,
@@ -152,10 +149,11 @@ struct ClusterFollower {
 }
 
 impl ClusterFollower {
-    fn new(shared: Arc<Shared>) -> Self {
-        Self {
-            cache: DesiredCache::open(&shared.sync.data_dir),
+    fn new(shared: Arc<Shared>, events: mpsc::Receiver<WatchEvent>, cache: DesiredCache) -> Self {
+        let mut follower = Self {
+            cache,
             shared,
+            events,
             objects: ObjectSet::default(),
             labels: BTreeMap::new(),
             are_labels_known: false,
@@ -163,11 +161,12 @@ impl ClusterFollower {
             context_generation: 0,
             watch_errors: BTreeMap::new(),
             node_error: LogOnChange::default(),
-        }
+        };
+        follower.restore();
+        follower
     }
 
-    async fn run(mut self, events: &mut mpsc::Receiver<WatchEvent>) {
-        self.restore();
+    async fn run(&mut self) {
         let shared = self.shared.clone();
         let cluster = &shared.sync.cluster;
         let mut state = tokio::time::interval(STATE_INTERVAL);
@@ -178,7 +177,7 @@ impl ClusterFollower {
         loop {
             let due = apply_at.unwrap_or_else(Instant::now);
             tokio::select! {
-                Some(event) = events.recv() => {
+                Some(event) = self.events.recv() => {
                     if self.on_watch_event(event) && apply_at.is_none() {
                         apply_at = Some(Instant::now() + DEBOUNCE);
                     }
@@ -198,12 +197,12 @@ impl ClusterFollower {
                 }
                 () = shared.sync.reread.notified() => {
                     cluster.try_preferred_context().await;
-                    shared.relist.notify_waiters();
+                    shared.rewatch.notify_waiters();
                 }
                 _ = preferred.tick() => {
                     cluster.try_preferred_context().await;
                     if cluster.context_generation() != self.context_generation {
-                        shared.relist.notify_waiters();
+                        shared.rewatch.notify_waiters();
                     }
                 }
                 _ = state.tick() => {
@@ -302,7 +301,7 @@ impl ClusterFollower {
             Err(error) if error.kind() == ClusterErrorKind::Unreachable => {
                 tracing::debug!(error = error_chain(&error), "The node's labels cannot be read");
                 self.shared.sync.cluster.reconnect().await;
-                self.shared.relist.notify_waiters();
+                self.shared.rewatch.notify_waiters();
                 false
             }
             Err(error) => {

@@ -162,7 +162,7 @@ impl Supervisor {
         self.0.injections.lock().keys().cloned().collect()
     }
 
-    /// Makes a task panic, for tests of what follows. `false` when there is no such task.
+    /// Makes a task panic, for tests of the consequences. `false` when no task has this name.
     pub fn inject_panic(&self, name: &str) -> bool {
         let injection = self.0.injections.lock().get(name).cloned();
         injection.as_ref().inspect(|injection| injection.notify_one()).is_some()

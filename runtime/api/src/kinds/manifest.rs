@@ -207,7 +207,7 @@ impl<S> RawObject<S> {
 }
 
 /// The schema of a field that is planned and not supported yet: the schema accepts any object, and a validation rule
-/// rejects it with a message that says so.
+/// rejects it with an explanation.
 fn unsupported_object(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }
@@ -373,7 +373,7 @@ pub struct RawStreamSpec {
     /// Name of the EdgeModel that inspects the frames.
     #[schemars(length(max = 63), regex(pattern = "^[a-z0-9]([a-z0-9-]{0,62})$"))]
     pub model: Option<String>,
-    /// Largest number of frames per second, 0 to 1000; 0 is no limit. Default: 0.
+    /// Largest number of frames per second, 0 to 1000; 0 means no limit. Default: 0.
     #[schemars(range(min = 0.0, max = 1000.0), extend("default" = 0))]
     pub fps: Option<f64>,
     /// Largest age of a frame in milliseconds when its inference starts. Older frames are dropped and counted as stale.

@@ -24,7 +24,7 @@ pub struct StreamManifest {
     pub source: StreamSource,
     /// Name of the model that inspects the frames.
     pub model: String,
-    /// Shortest time between two frames; `None` is no limit.
+    /// Shortest time between two frames; `None` means no limit.
     pub frame_interval: Option<Duration>,
     /// Largest age of a frame; older frames are dropped.
     pub age_max: Option<Duration>,

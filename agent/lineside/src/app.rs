@@ -75,7 +75,6 @@ struct Shared {
     health: Arc<Health>,
     relist: Arc<Notify>,
     topics: Topics,
-    epoch: u64,
 }
 
 impl App {
@@ -97,8 +96,7 @@ impl App {
         let store = Arc::new(open_store(&config, &store_metrics)?);
         let spool = open_spool(&config, &registrar, &supervisor)?;
         let topics = Topics::new(&config.prefix, &config.site, &config.node);
-        let messages =
-            Arc::new(MessageWriter::new(&config, epoch, topics.clone(), spool.clone()));
+        let messages = Arc::new(MessageWriter::new(&config, epoch, topics.clone(), spool.clone()));
         let stream_metrics = StreamMetrics::register(&registrar)?;
         let shared = Shared {
             registry: StreamRegistry::new(messages.clone(), stream_metrics.up.clone()),
@@ -111,7 +109,6 @@ impl App {
             store,
             messages,
             topics,
-            epoch,
         };
         tracing::info!(
             event = "agent_started",
@@ -240,7 +237,12 @@ impl App {
 
 impl Shared {
     /// Starts the HTTP server.
-    fn serve(&self, config: &Config, server: Arc<Server>, store_metrics: StoreMetrics) -> anyhow::Result<SupervisedTask> {
+    fn serve(
+        &self,
+        config: &Config,
+        server: Arc<Server>,
+        store_metrics: StoreMetrics,
+    ) -> anyhow::Result<SupervisedTask> {
         let state = HttpState {
             health: self.health.clone(),
             registrar: self.registrar.clone(),
@@ -337,8 +339,7 @@ fn open_store(config: &Config, metrics: &StoreMetrics) -> anyhow::Result<Store> 
         let program = std::env::current_exe().map_err(|error| error.to_string())?;
         let mut command = std::process::Command::new(program);
         command.arg(INDEX_SUBCOMMAND).arg(folder);
-        let output =
-            child_process::run(command, &[], INDEX_DEADLINE, || false).map_err(|error| error.to_string())?;
+        let output = child_process::run(command, &[], INDEX_DEADLINE, || false).map_err(|error| error.to_string())?;
         match output.status {
             Some(status) if status.success() => Ok(()),
             Some(status) => Err(format!("it cannot be opened ({status})")),

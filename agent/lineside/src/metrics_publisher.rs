@@ -137,7 +137,8 @@ mod tests {
         let counter = SeriesValue::Counter { total: 7.0, increase: 2.0 };
         assert_eq!(find(&series, "lineside_results_total"), Some(counter));
         assert_eq!(find(&series, "lineside_connected"), Some(SeriesValue::Gauge { value: 1.0 }));
-        let Some(SeriesValue::Distribution { count, mean, p50, p99 }) = find(&series, "lineside_duration_seconds") else {
+        let Some(SeriesValue::Distribution { count, mean, p50, p99 }) = find(&series, "lineside_duration_seconds")
+        else {
             panic!("no distribution")
         };
         assert!(count == 100 && (mean - 0.003).abs() < 1e-9);

@@ -13,19 +13,13 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, retry};
-use lineside_common::files::read_bounded;
 use crate::mailbox::Mailbox;
+use lineside_common::files::read_bounded;
 
 /// File name suffixes of pictures, in lower case.
 const SUFFIXES: [&str; 3] = ["jpg", "jpeg", "png"];
 
-pub(super) async fn play(
-    folder: &Path,
-    repeat: bool,
-    interval: Option<Duration>,
-    mailbox: &Mailbox,
-    health: Health,
-) {
+pub(super) async fn play(folder: &Path, repeat: bool, interval: Option<Duration>, mailbox: &Mailbox, health: Health) {
     let source = FolderSource { folder, repeat, interval, health: &health, unreadable: Mutex::default() };
     retry(&health, || source.run(mailbox)).await;
     // A model may still be processing the last frame; the stream ends when it has finished.

@@ -8,8 +8,8 @@ use lineside_ipc::jpeg;
 use lineside_ipc::jpeg::Extent;
 
 use super::{CameraError, Health, Pace, captured, retry};
-use lineside_common::files::read_bounded;
 use crate::mailbox::Mailbox;
+use lineside_common::files::read_bounded;
 
 /// Largest recording in bytes; it is kept in memory while it is played.
 const RECORDING_BYTES_MAX: u64 = 1 << 30;

@@ -15,8 +15,8 @@ use reqwest::{Client, Response, Url};
 
 use super::multipart::Multipart;
 use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, retry};
-use lineside_api::kinds::StreamSource;
 use crate::mailbox::Mailbox;
+use lineside_api::kinds::StreamSource;
 
 /// Longest time to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -78,7 +78,9 @@ async fn receive(
                 pace.tick().await;
                 response = request(client, url).await?;
                 if !matches!(response_kind(&response)?, ResponseKind::Picture) {
-                    return Err(CameraError::Unreachable("the camera changed from single pictures to MJPEG".to_owned()));
+                    return Err(CameraError::Unreachable(
+                        "the camera changed from single pictures to MJPEG".to_owned(),
+                    ));
                 }
             }
         }

@@ -13,12 +13,7 @@ use tokio::sync::{Notify, oneshot};
 
 /// Creates the two ends. `skipped` counts frames that were overwritten.
 pub fn mailbox(skipped: IntCounter) -> (Mailbox, MailboxReceiver) {
-    let shared = Arc::new(Shared {
-        state: Mutex::default(),
-        filled: Notify::new(),
-        emptied: Notify::new(),
-        skipped,
-    });
+    let shared = Arc::new(Shared { state: Mutex::default(), filled: Notify::new(), emptied: Notify::new(), skipped });
     (Mailbox(shared.clone()), MailboxReceiver(shared))
 }
 

@@ -104,7 +104,12 @@ impl Drop for FailureReporter {
 impl Supervisor {
     /// A supervisor that counts in `restarts`, a counter with the label `task`.
     pub fn new(restarts: IntCounterVec) -> Self {
-        Self(Arc::new(Inner { restarts, failed: watch::Sender::new(None), failures: Mutex::default(), injections: Mutex::default() }))
+        Self(Arc::new(Inner {
+            restarts,
+            failed: watch::Sender::new(None),
+            failures: Mutex::default(),
+            injections: Mutex::default(),
+        }))
     }
 
     /// Starts a task. `start` is called for every start and given the token that stops the task.

@@ -10,9 +10,9 @@
 //!
 //! [`pipeline::Pipeline`] is the door most callers want.
 
+mod batch;
 pub mod decode;
 pub mod engine;
-mod batch;
 mod error;
 pub mod graph;
 pub mod picture;

@@ -119,12 +119,13 @@ impl InferStage {
         let started = Instant::now();
         let outputs = self.session.run(vec![prepared.input])?;
         let infer = started.elapsed();
-        finish(&self.output, outputs, &prepared.placement, [prepared.width, prepared.height], Timings {
-            decode: prepared.decode,
-            preprocess: prepared.preprocess,
-            infer,
-            postprocess: Duration::ZERO,
-        })
+        finish(
+            &self.output,
+            outputs,
+            &prepared.placement,
+            [prepared.width, prepared.height],
+            Timings { decode: prepared.decode, preprocess: prepared.preprocess, infer, postprocess: Duration::ZERO },
+        )
     }
 
     fn fork(&self) -> Result<Self> {
@@ -276,12 +277,7 @@ impl Pipeline {
 }
 
 /// Loads the model for a batch.
-fn batched_session(
-    engine: &dyn Engine,
-    model: &[u8],
-    input: &InputSettings,
-    size: usize,
-) -> Result<Box<dyn Session>> {
+fn batched_session(engine: &dyn Engine, model: &[u8], input: &InputSettings, size: usize) -> Result<Box<dyn Session>> {
     let mut shape = input.shape();
     shape[0] = size;
     engine.load(model, &[shape]).map_err(|error| bad_batch(size, &error))
@@ -290,7 +286,9 @@ fn batched_session(
 fn bad_batch(size: usize, error: &Error) -> Error {
     Error::new(
         ErrorKind::BadSpec,
-        format!("spec.runtime.maxBatchSize: the model cannot take batches of {size}: {error}; export it with a dynamic batch"),
+        format!(
+            "spec.runtime.maxBatchSize: the model cannot take batches of {size}: {error}; export it with a dynamic batch"
+        ),
     )
 }
 
@@ -466,9 +464,9 @@ mod tests {
     }
 
     #[test]
-    fn a_model_with_a_fixed_batch_is_refused_for_batches() {
+    fn a_model_that_merges_the_pictures_of_a_batch_is_refused_for_batches() {
         let shape = [Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)];
-        let model = on_picture(FLOAT, &shape, "Relu", &[]);
+        let model = on_picture(FLOAT, &shape, "Flatten", &[Attribute::Int("axis", 0)]);
         let runtime = lineside_api::spec::RuntimeSpec { max_batch_size: Some(2), ..Default::default() };
         let spec = ModelSpec { runtime, ..of_task(Task::Tensor) };
         assert!(rejection(&model, &spec).contains("spec.runtime.maxBatchSize"));

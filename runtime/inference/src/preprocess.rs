@@ -8,11 +8,11 @@ use fast_image_resize::images::{CroppedImage, Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use half::f16;
 
+use crate::picture::Picture;
 use crate::settings::{InputSettings, Layout};
 use crate::{Error, ErrorKind, Result};
 use lineside_api::spec::{Color, Resize};
 use lineside_api::tensor::{Data, DataType, Tensor};
-use crate::picture::Picture;
 
 /// Grey level of the letterbox's margins, as detectors are trained with.
 const MARGIN: u8 = 114;

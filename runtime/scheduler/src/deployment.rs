@@ -221,8 +221,7 @@ impl Drop for Deployment {
         let mut state = self.shared.state.lock();
         state.is_stopped = true;
         let versions = state.dispatcher.versions();
-        let ended: Vec<(Job, JobOutcome)> =
-            versions.into_iter().flat_map(|id| state.dispatcher.remove(id)).collect();
+        let ended: Vec<(Job, JobOutcome)> = versions.into_iter().flat_map(|id| state.dispatcher.remove(id)).collect();
         let workers = std::mem::take(&mut state.workers);
         self.shared.publish(&state);
         drop(state);
@@ -362,9 +361,9 @@ mod tests {
 
     impl Worker for ManualWorker {
         fn submit(&self, batch: BatchId, items: Vec<WorkItem>) -> Result<(), WorkError> {
-            self.0.send((batch, items.len())).map_err(|_| {
-                WorkError::new(lineside_worker::WorkErrorKind::Worker, "the worker has ended")
-            })
+            self.0
+                .send((batch, items.len()))
+                .map_err(|_| WorkError::new(lineside_worker::WorkErrorKind::Worker, "the worker has ended"))
         }
 
         fn capacity(&self) -> usize {
@@ -460,7 +459,10 @@ mod tests {
         assert_eq!(outcomes.recv().unwrap(), "answered by 1");
         replaced.join().unwrap();
         let text = registrar.encode().unwrap();
-        assert!(text.contains("lineside_inference_requests_total{model=\"m\",outcome=\"ok\",version=\"2\"} 1"), "{text}");
+        assert!(
+            text.contains("lineside_inference_requests_total{model=\"m\",outcome=\"ok\",version=\"2\"} 1"),
+            "{text}"
+        );
     }
 
     #[test]

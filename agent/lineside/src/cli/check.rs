@@ -11,8 +11,8 @@ use lineside_inference::ErrorKind;
 use lineside_inference::engine;
 use lineside_inference::engine::Engine;
 use lineside_inference::graph::{GraphInfo, TensorInfo};
-use lineside_inference::pipeline::Pipeline;
 use lineside_inference::picture::Picture;
+use lineside_inference::pipeline::Pipeline;
 use serde::Serialize;
 
 use super::Failure;

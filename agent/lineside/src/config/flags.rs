@@ -53,7 +53,6 @@ impl FromArgMatches for Flags {
 }
 
 #[derive(Args)]
-#[expect(dead_code, reason = "the fields define the flags; their values are read by name")]
 struct Definitions {
     /// Folder of EdgeModel and CameraStream manifests. The agent watches it for changes.
     #[arg(long, value_name = "DIR")]
@@ -106,7 +105,6 @@ struct Definitions {
 }
 
 #[derive(Args)]
-#[expect(dead_code, reason = "the fields define the flags; their values are read by name")]
 struct MqttArguments {
     /// Folder of a mounted Secret with any of username, password, ca.crt, tls.crt and tls.key. The agent reads it at
     /// every connection, and reconnects when a file changes.
@@ -137,7 +135,6 @@ struct MqttArguments {
 }
 
 #[derive(Args)]
-#[expect(dead_code, reason = "the fields define the flags; their values are read by name")]
 struct SpoolArguments {
     /// Maximum size of the spool on disk [default: 512].
     #[arg(long, value_name = "MIB")]
@@ -155,7 +152,6 @@ struct SpoolArguments {
 }
 
 #[derive(Args)]
-#[expect(dead_code, reason = "the fields define the flags; their values are read by name")]
 struct ModelArguments {
     /// Hosts that models may be downloaded from, also after redirects: host or host:port, separated by commas. By default
     /// every host except this node is allowed, and redirects to other hosts are not.

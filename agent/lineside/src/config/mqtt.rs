@@ -33,7 +33,10 @@ pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Optio
     }
     let commands: BTreeSet<String> = layers.list("mqtt-commands").collect();
     for unknown in commands.iter().filter(|name| !COMMANDS.contains(&name.as_str())) {
-        errors.add(place("mqtt-commands"), format!("`{unknown}` is not a command; the commands are {}", COMMANDS.join(", ")));
+        errors.add(
+            place("mqtt-commands"),
+            format!("`{unknown}` is not a command; the commands are {}", COMMANDS.join(", ")),
+        );
     }
     let mut segment = |setting: &'static str| {
         let text = layers.text(setting)?.to_owned();
@@ -45,7 +48,10 @@ pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Optio
         errors.add(place("sparkplug-host"), "--sparkplug-group is required, because it enables Sparkplug B");
     }
     if home_assistant.is_some() && group.is_some() {
-        errors.add(place("home-assistant"), "cannot be combined with --sparkplug-group, because discovery describes the JSON topics");
+        errors.add(
+            place("home-assistant"),
+            "cannot be combined with --sparkplug-group, because discovery describes the JSON topics",
+        );
     }
     let drain_per_second = match layers.number("mqtt-drain", DRAIN_DEFAULT, 0..=1_000_000, errors) {
         0 => None,

@@ -112,7 +112,8 @@ impl ConfigLayers {
             for (key, value) in entries {
                 let Some(setting) = self.names.iter().find(|setting| file_key(setting) == key) else {
                     let known: Vec<String> = self.names.iter().map(|setting| file_key(setting)).collect();
-                    errors.add(format!("{name} {key}"), format!("is not a known key; the keys are {}", known.join(", ")));
+                    errors
+                        .add(format!("{name} {key}"), format!("is not a known key; the keys are {}", known.join(", ")));
                     continue;
                 };
                 match plain(&value) {
@@ -212,7 +213,8 @@ impl ConfigLayers {
     ) -> u64 {
         let Some(value) = self.text(setting) else { return otherwise };
         let read = value.parse::<u64>().ok().filter(|number| range.contains(number));
-        let read = read.ok_or_else(|| format!("`{value}` is not a number between {} and {}", range.start(), range.end()));
+        let read =
+            read.ok_or_else(|| format!("`{value}` is not a number between {} and {}", range.start(), range.end()));
         errors.take(&self.get(setting).1, read).unwrap_or(otherwise)
     }
 
@@ -267,10 +269,8 @@ impl ConfigLayers {
                 None
             }
             _ => {
-                errors.add(
-                    self.get("manifests").1,
-                    "--manifests, --in-cluster and --kubeconfig are mutually exclusive",
-                );
+                errors
+                    .add(self.get("manifests").1, "--manifests, --in-cluster and --kubeconfig are mutually exclusive");
                 None
             }
         }
@@ -364,8 +364,9 @@ fn plain(value: &Value) -> Option<String> {
 
 /// Parses `address:port`. Addresses that other machines can reach are rejected unless `insecure`.
 fn bind_address(text: &str, insecure: bool) -> Result<SocketAddr, String> {
-    let address: SocketAddr =
-        text.parse().map_err(|_| format!("`{text}` is not an address and port, such as {HTTP_DEFAULT} or [::1]:8080"))?;
+    let address: SocketAddr = text
+        .parse()
+        .map_err(|_| format!("`{text}` is not an address and port, such as {HTTP_DEFAULT} or [::1]:8080"))?;
     let is_loopback = match address.ip() {
         IpAddr::V4(ip) => ip.is_loopback(),
         IpAddr::V6(ip) => ip.is_loopback(),

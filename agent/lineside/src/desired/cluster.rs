@@ -351,10 +351,8 @@ impl ClusterFollower {
         let desired = self.objects.desired_state(&self.node(), &self.labels, is_complete);
         let mut uids = BTreeMap::new();
         let accepted = desired.objects.iter().map(|object| object.object.key());
-        let refused = desired
-            .refused
-            .iter()
-            .filter_map(|refused| Some((kind_name(&refused.kind)?, refused.name.as_str())));
+        let refused =
+            desired.refused.iter().filter_map(|refused| Some((kind_name(&refused.kind)?, refused.name.as_str())));
         for (kind, name) in accepted.chain(refused) {
             if let Some(uid) = self.objects.uid(kind, name) {
                 uids.insert((kind, name.to_owned()), uid.to_owned());

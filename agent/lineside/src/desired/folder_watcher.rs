@@ -74,7 +74,9 @@ impl FolderWatcher {
             (folder, findings) = match scanned {
                 Ok(scanned) => scanned,
                 // The supervisor logs it and starts the watcher again.
-                Err(error) => return tracing::error!(event = "manifest_scan_failed", %error, "Reading the manifests panicked"),
+                Err(error) => {
+                    return tracing::error!(event = "manifest_scan_failed", %error, "Reading the manifests panicked");
+                }
             };
             findings.iter().for_each(|finding| self.report(finding));
             if !findings.is_empty() || is_first {

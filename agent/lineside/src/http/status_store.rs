@@ -91,7 +91,9 @@ impl lineside_kube::status_writer::StatusSource for StatusStore {
                     index: self.store.index_state().as_str().to_owned(),
                 };
             }
-            Err(error) => add_degraded(&mut status.conditions, Reason::StoreUnreadable, &lineside_common::error_chain(&error)),
+            Err(error) => {
+                add_degraded(&mut status.conditions, Reason::StoreUnreadable, &lineside_common::error_chain(&error))
+            }
         }
         status
     }

@@ -200,7 +200,12 @@ impl Core {
     fn forget_last_good(&mut self, name: &str) {
         if let Err(error) = self.last_good.remove(name) {
             let reason = error_chain(&error);
-            tracing::error!(event = "last_good_not_written", model = name, reason, "The last-good file cannot be written");
+            tracing::error!(
+                event = "last_good_not_written",
+                model = name,
+                reason,
+                "The last-good file cannot be written"
+            );
         }
     }
 
@@ -280,8 +285,7 @@ impl Core {
 
     /// Models and streams of the observed state: their deployments are needed.
     pub(super) fn needs_deployment(&self, model: &str) -> bool {
-        self.observed.models.contains_key(model)
-            || self.observed.streams.values().any(|stream| stream.model == model)
+        self.observed.models.contains_key(model) || self.observed.streams.values().any(|stream| stream.model == model)
     }
 
     /// Takes the outcome of a load. `still_serves` tells whether a version of the model serves now: one that was stopped

@@ -113,7 +113,12 @@ impl Bench {
         self.poll()
     }
 
-    fn finish(&mut self, manifest: &ModelManifest, is_restored: bool, result: Result<Option<LoadedVersion>, LoadFailure>) {
+    fn finish(
+        &mut self,
+        manifest: &ModelManifest,
+        is_restored: bool,
+        result: Result<Option<LoadedVersion>, LoadFailure>,
+    ) {
         if let Ok(Some(loaded)) = &result {
             self.serving.insert(manifest.name.clone(), loaded.info.version);
         }
@@ -656,7 +661,7 @@ fn files_that_serve_or_are_wanted_are_protected_from_eviction() {
     bench.serve(&model("m", 1, ""));
     let wanted = digest(7).to_string();
     let text = format!(
-        "apiVersion: lineside.dev/v1alpha1\nkind: EdgeModel\nmetadata: {{name: n}}\n\
+        "apiVersion: lineside.dev/v1alpha1\nkind: EdgeModel\nmetadata: {{name: other}}\n\
          spec: {{version: 1, source: {{uri: 'https://models/n.onnx', digest: '{wanted}'}}}}\n"
     );
     bench.apply(&(model("m", 1, "") + &text));

@@ -20,12 +20,12 @@ use lineside_api::kinds::ModelManifest;
 use lineside_api::message::ModelInfo;
 use lineside_api::state::ModelState;
 use lineside_api::status::Download;
-use lineside_common::{clock, error_chain};
 use lineside_common::digest::Digest;
+use lineside_common::{clock, error_chain};
 use lineside_inference::pipeline::{Pipeline, engine_for};
+use lineside_models::AdmissionMetrics;
 use lineside_models::admission::{Admission, AdmissionLimits, AdmissionRecord, Benchmark, Rejection};
 use lineside_models::fetch::{FetchError, Fetcher, Progress};
-use lineside_models::AdmissionMetrics;
 use lineside_models::signing::{Keyring, Statement, has_expired};
 use lineside_models::store::{DigestRecordKind, FailureRecord, Store, StoreError, VersionRecord};
 use lineside_scheduler::{BatchPolicy, Deployment, VersionId, VersionSpec, WorkerFactory};
@@ -84,7 +84,7 @@ pub struct LoadRequest {
 }
 
 /// How far a load has come.
-pub struct LoadProgress {
+pub(super) struct LoadProgress {
     state: Mutex<ModelState>,
     download: Progress,
 }
@@ -194,11 +194,7 @@ async fn load(
 }
 
 /// Brings the file into the store. `None` when the manifest changed meanwhile.
-async fn fetch(
-    context: &LoadContext,
-    request: &LoadRequest,
-    started: Instant,
-) -> Result<Option<Digest>, LoadFailure> {
+async fn fetch(context: &LoadContext, request: &LoadRequest, started: Instant) -> Result<Option<Digest>, LoadFailure> {
     let manifest = &request.manifest;
     let fetched = tokio::select! {
         fetched = context.fetcher.fetch(manifest, &request.protected, &request.progress.download) => fetched?,
@@ -242,16 +238,10 @@ fn statement(context: &LoadContext, request: &LoadRequest) -> Result<Option<Stat
         .verify_statement(envelope, &manifest.name, manifest.version)
         .map_err(|error| format!("its signature is refused: {}", error_chain(&error)))?;
     if let Some(digest) = manifest.digest.filter(|digest| *digest != statement.digest) {
-        return Err(format!(
-            "its signature is refused: it is for {}, but source.digest is {digest}",
-            statement.digest
-        ));
+        return Err(format!("its signature is refused: it is for {}, but source.digest is {digest}", statement.digest));
     }
     if let Some(size) = manifest.size.filter(|size| *size != statement.size) {
-        return Err(format!(
-            "its signature is refused: it is for {} bytes, but source.size is {size}",
-            statement.size
-        ));
+        return Err(format!("its signature is refused: it is for {} bytes, but source.size is {size}", statement.size));
     }
     let expiry = statement.expiry().map_err(|error| error_chain(&error))?;
     let has_expired = expiry.is_some_and(|expiry| has_expired(expiry, SystemTime::now()));
@@ -318,8 +308,7 @@ fn admit_and_serve(
     if is_superseded() {
         return Ok(None);
     }
-    let loading =
-        FailureRecord { unfinished_loads: record.unfinished_loads + 1, ..record.clone() };
+    let loading = FailureRecord { unfinished_loads: record.unfinished_loads + 1, ..record.clone() };
     context.store.write_digest_record(digest, &loading)?;
     if manifest.stop_first && deployment.serving().is_some() {
         tracing::info!(
@@ -342,9 +331,7 @@ fn admit_and_serve(
     // A success clears the failures of this manifest; those of another manifest are kept.
     match record.key.is_none() || record.key.as_ref() == Some(admission.key()) {
         true => context.store.delete_digest_record(DigestRecordKind::Failure, digest).map(drop)?,
-        false => context.store.write_digest_record(digest,
-            &FailureRecord { unfinished_loads: 0, ..record },
-        )?,
+        false => context.store.write_digest_record(digest, &FailureRecord { unfinished_loads: 0, ..record })?,
     }
     if is_superseded() {
         return Ok(None);
@@ -418,7 +405,13 @@ fn refused(
     record_failure(context, digest, key, reason, failures)
 }
 
-fn record_failure(context: &LoadContext, digest: &Digest, key: Option<&Digest>, reason: String, failures: u32) -> LoadFailure {
+fn record_failure(
+    context: &LoadContext,
+    digest: &Digest,
+    key: Option<&Digest>,
+    reason: String,
+    failures: u32,
+) -> LoadFailure {
     let record = FailureRecord {
         failures,
         reason: reason.clone(),

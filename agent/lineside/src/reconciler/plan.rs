@@ -13,7 +13,7 @@ use lineside_api::kinds::{ModelManifest, StreamManifest};
 
 /// What the deploy task knows of a model.
 #[derive(Debug, Clone, Default)]
-pub struct ObservedModel {
+pub(super) struct ObservedModel {
     /// The manifest that serves.
     pub serving: Option<ModelManifest>,
     /// The manifest being loaded.
@@ -32,14 +32,14 @@ pub struct ObservedModel {
 
 impl ObservedModel {
     /// Whether nothing of it runs, is being loaded, or has failed.
-    pub fn is_idle(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         self.serving.is_none() && self.loading.is_none() && self.failed.is_none()
     }
 }
 
 /// What is.
 #[derive(Debug, Default)]
-pub struct ObservedState {
+pub(super) struct ObservedState {
     /// Models that are loaded, being loaded, or have failed.
     pub models: BTreeMap<String, ObservedModel>,
     /// StreamStates that run.
@@ -48,7 +48,7 @@ pub struct ObservedState {
 
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Step {
+pub(super) enum Step {
     /// Load a model beside whatever serves under its name.
     Load(ModelManifest),
     /// Load what served last from the store, because nothing serves.
@@ -69,7 +69,7 @@ pub enum Step {
 }
 
 /// The steps from `observed` to `desired`. StreamStates stop before anything else, and start last.
-pub fn plan(desired: &Assignment, observed: &ObservedState, now: Instant) -> Vec<Step> {
+pub(super) fn plan(desired: &Assignment, observed: &ObservedState, now: Instant) -> Vec<Step> {
     let mut steps = Vec::new();
     for (name, running) in &observed.streams {
         if desired.streams.get(name) != Some(running) {

@@ -108,8 +108,7 @@ impl StatePublisher {
         });
         let health: BTreeMap<String, ModelHealth> = health.collect();
         let events: Vec<NodeEvent> = assigned.iter().map(|model| model_event(model)).collect();
-        let states =
-            assigned.iter().map(|model| (model.name.clone(), (model.version, model.state))).collect();
+        let states = assigned.iter().map(|model| (model.name.clone(), (model.version, model.state))).collect();
         self.publish_states(states);
         self.publish_events(events);
         self.publish_signatures(snapshot, now);

@@ -11,7 +11,7 @@ use crate::desired::{Identity, Refused};
 
 /// The state of the reconciler at one moment.
 #[derive(Debug, Clone, Default)]
-pub struct Snapshot {
+pub(super) struct Snapshot {
     /// Whether a desired state is known; without one no agent is ready.
     pub is_configured: bool,
     /// The labels that selectors are matched with.
@@ -28,7 +28,7 @@ pub struct Snapshot {
 
 /// A model that is assigned to this node.
 #[derive(Debug, Clone)]
-pub struct ModelSnapshot {
+pub(super) struct ModelSnapshot {
     /// The model's name.
     pub name: String,
     /// The wanted version.
@@ -49,7 +49,7 @@ pub struct ModelSnapshot {
 
 /// A stream that is assigned to this node.
 #[derive(Debug, Clone)]
-pub struct StreamSnapshot {
+pub(super) struct StreamSnapshot {
     /// The stream's name.
     pub name: String,
     /// Its model; not known of a paused stream.

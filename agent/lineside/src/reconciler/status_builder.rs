@@ -109,8 +109,7 @@ fn refusal(refused: &Refused) -> String {
 }
 
 fn stream_statuses(snapshot: &Snapshot, states: &StreamStates) -> Vec<StreamStatus> {
-    let mut streams: Vec<StreamStatus> =
-        snapshot.streams.iter().map(|stream| stream_status(stream, states)).collect();
+    let mut streams: Vec<StreamStatus> = snapshot.streams.iter().map(|stream| stream_status(stream, states)).collect();
     for refused in snapshot.refused.iter().filter(|refused| refused.kind == "CameraStream") {
         let index = streams.iter().position(|stream| stream.name == refused.name).unwrap_or_else(|| {
             streams.push(StreamStatus { name: refused.name.clone(), ..StreamStatus::default() });
@@ -357,12 +356,17 @@ mod tests {
 
     #[test]
     fn spool_problems_are_degraded() {
-        let failure = lineside_spool::DiskFailure { kind: std::io::ErrorKind::StorageFull, message: "disk full".into() };
+        let failure =
+            lineside_spool::DiskFailure { kind: std::io::ErrorKind::StorageFull, message: "disk full".into() };
         let spool = Stats { degraded: Some(failure), is_overflowing: true, bytes_max: 7, ..Stats::default() };
         let state = built(&Snapshot::default(), &StreamStates::new(), &disconnected(Some("refused")), &spool);
         let degraded = condition(&state, ConditionType::Degraded);
         assert_eq!(degraded.reason, Reason::SpoolDegraded);
-        assert!(degraded.message.contains("disk full") && degraded.message.contains("SpoolFull"), "{}", degraded.message);
+        assert!(
+            degraded.message.contains("disk full") && degraded.message.contains("SpoolFull"),
+            "{}",
+            degraded.message
+        );
         assert!(condition(&state, ConditionType::BrokerConnected).message.starts_with("refused"));
     }
 }

@@ -94,9 +94,10 @@ impl Inspector {
         let task = task_of(&inspection.prediction);
         let verdict = self.judge(&mut state, task, &inspection, frame.name.as_deref());
         self.metrics.count(verdict);
-        let is_reported = state.filter.as_mut().is_none_or(|filter| {
-            filter.should_report(&inspection.prediction, verdict, model.version, Instant::now())
-        });
+        let is_reported = state
+            .filter
+            .as_mut()
+            .is_none_or(|filter| filter.should_report(&inspection.prediction, verdict, model.version, Instant::now()));
         drop(state);
         if !is_reported {
             self.metrics.suppressed.inc();

@@ -28,7 +28,11 @@ impl StreamMetrics {
                 &["stream", "outcome"],
             )?,
             verdicts: registrar.counters("verdicts_total", "Verdicts by kind.", &["stream", "verdict"])?,
-            reconnects: registrar.counters("stream_reconnects_total", "Attempts to reconnect to a camera.", &["stream"])?,
+            reconnects: registrar.counters(
+                "stream_reconnects_total",
+                "Attempts to reconnect to a camera.",
+                &["stream"],
+            )?,
             suppressed: registrar.counters(
                 "results_suppressed_total",
                 "Results that report by exception did not publish.",

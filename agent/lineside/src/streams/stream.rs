@@ -36,7 +36,7 @@ pub struct StreamContext {
 }
 
 /// A stream that runs. It is stopped by [`RunningStream::stop`].
-pub struct RunningStream {
+pub(super) struct RunningStream {
     name: String,
     mailbox: Mailbox,
     source: SupervisedTask,
@@ -45,7 +45,7 @@ pub struct RunningStream {
 
 impl RunningStream {
     /// Starts a stream whose frames go to a deployment.
-    pub fn start(manifest: StreamManifest, deployment: Arc<Deployment>, context: &StreamContext) -> Self {
+    pub(super) fn start(manifest: StreamManifest, deployment: Arc<Deployment>, context: &StreamContext) -> Self {
         let name = manifest.name.clone();
         tracing::info!(
             event = "stream_started",
@@ -79,7 +79,7 @@ impl RunningStream {
     }
 
     /// Stops the stream. A frame that still waits is dropped; frames in flight are finished.
-    pub async fn stop(self) {
+    pub(super) async fn stop(self) {
         self.source.stop().await;
         self.client.stop().await;
         tracing::info!(event = "stream_stopped", stream = self.name, "Stream stopped");

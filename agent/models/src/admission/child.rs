@@ -8,9 +8,9 @@ use lineside_api::message::PredictionInfo;
 use lineside_api::prediction::Prediction;
 use lineside_common::child_process::limit_myself;
 use lineside_common::process_stats::{memory_bytes, p50_p99};
+use lineside_inference::picture::Picture;
 use lineside_inference::pipeline::{Pipeline, engine_for};
 use lineside_inference::{Error, ErrorKind};
-use lineside_inference::picture::Picture;
 
 use super::Benchmark;
 use super::golden;

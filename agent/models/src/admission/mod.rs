@@ -169,8 +169,9 @@ impl Admission {
         command.arg(SUBCOMMAND).env_clear();
         let request = self.request.to_line().map_err(|error| Rejection::not_started(error.into()))?;
         let limits = self.request.limits;
-        let output = child_process::run(command, &[&request, model], Duration::from_secs(limits.seconds), &is_cancelled)
-            .map_err(Rejection::not_started)?;
+        let output =
+            child_process::run(command, &[&request, model], Duration::from_secs(limits.seconds), &is_cancelled)
+                .map_err(Rejection::not_started)?;
         match serde_json::from_slice(&output.stdout) {
             Ok(Response::Admitted(benchmark)) => Ok(benchmark),
             Ok(Response::Manifest(reason)) => Err(Rejection::Manifest(reason)),

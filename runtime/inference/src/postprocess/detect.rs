@@ -217,11 +217,11 @@ fn corners([x, y, width, height]: [f32; 4]) -> [f32; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::picture::Picture;
     use crate::preprocess::Preprocessor;
     use crate::settings::{InputSettings, Layout};
     use lineside_api::spec::{Color, Resize};
     use lineside_api::tensor::{Data, DataType};
-    use crate::picture::Picture;
 
     const SIDE: u32 = 64;
 

@@ -22,3 +22,4 @@ mod spool;
 mod store;
 mod structure;
 mod swaps;
+mod task_failures;

@@ -473,7 +473,7 @@ mod tests {
         let delay = Duration::from_secs(5);
         let policy = BatchPolicy { max_batch_size: 3, max_queue_delay: delay, ..BatchPolicy::default() };
         dispatcher.add(id, info(1), 1, policy, 10);
-        let mut submit = |dispatcher: &mut Dispatcher, name: &str| {
+        let submit = |dispatcher: &mut Dispatcher, name: &str| {
             assert!(dispatcher.submit(job(name, Priority::Stream, None, &log)).is_ok());
         };
         submit(&mut dispatcher, "1");

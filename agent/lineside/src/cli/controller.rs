@@ -65,8 +65,8 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     if !arguments.http.ip().is_loopback() && !arguments.insecure_bind {
         let error = format!(
-            "--http {} can be reached from other machines; use a loopback address, or --insecure-bind where the network \
-             is trusted",
+            "--http {} can be reached from other machines; use a loopback address, or --insecure-bind if the network is \
+             trusted",
             arguments.http
         );
         return Err(Failure::Usage(vec![error]));
@@ -94,10 +94,9 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         let cluster = Arc::new(ClusterClient::new(cluster_config, "lineside-controller", &identity).await?);
         let registrar = Registrar::default();
         let metrics = ControllerMetrics::register(&registrar)?;
-        let rejected_connections =
-            registrar.counter("http_connections_refused_total", "Connections closed because there were too many.")?;
-        let restarts =
-            registrar.counters("task_restarts_total", "Tasks that ended when they should not have.", &["task"])?;
+        let rejected_connections = registrar
+            .counter("http_connections_refused_total", "Connections that were closed because there were too many.")?;
+        let restarts = registrar.counters("task_restarts_total", "Tasks that failed, by name.", &["task"])?;
         registrar
             .gauges("build_info", "Always 1; the labels identify the build.", &["version"])?
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
@@ -123,8 +122,8 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         tokio::pin!(controller);
         tokio::select! {
             () = &mut controller => serve.await.context("the HTTP server panicked")?,
-            ended = &mut serve => {
-                ended.context("the HTTP server panicked")?;
+            joined = &mut serve => {
+                joined.context("the HTTP server panicked")?;
                 anyhow::ensure!(stop.is_cancelled(), "the HTTP server ended unexpectedly");
                 controller.await;
             }

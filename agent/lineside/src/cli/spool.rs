@@ -187,7 +187,7 @@ fn export(view: &SpoolView, output: &PathBuf, json: bool) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// The payload as JSON; null when it is not JSON, as with Sparkplug B.
+/// The payload as JSON; null if it is not valid JSON.
 fn payload(record: &Record) -> Value {
     serde_json::from_slice(&record.payload).unwrap_or_default()
 }

@@ -1,4 +1,5 @@
-//! The logs on stderr: plain text if stderr is a terminal, JSON lines otherwise. An operator command changes the filter at run time.
+//! The logs on stderr: plain text if stderr is a terminal, JSON lines otherwise. An operator command changes the filter at run
+//! time.
 
 use std::io::IsTerminal as _;
 use std::sync::Arc;

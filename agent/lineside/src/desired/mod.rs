@@ -1,8 +1,7 @@
 //! The desired state: the models and streams that this node should run, from a folder of manifests or from a cluster.
 //!
-//! A source ([`folder_watcher`], [`cluster`]) publishes a [`DesiredState`] after each change. An [`Assignment`] contains the objects
-//! of it that select this node, by name. The unit tests are in
-//! [`object_set`] and [`manifest_folder`].
+//! A source ([`folder_watcher`], [`cluster`]) publishes a [`DesiredState`] after each change. An [`Assignment`] contains the
+//! objects of it that select this node, by name. The unit tests are in [`object_set`] and [`manifest_folder`].
 
 pub mod cluster;
 mod desired_cache;

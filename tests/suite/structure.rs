@@ -285,7 +285,8 @@ fn public_functions_have_typed_errors() {
 
 #[test]
 fn no_state_is_read_back_from_a_metric() {
-    for (path, code) in product() {
+    let is_test = |path: &Path| path.file_stem().is_some_and(|name| name.to_string_lossy().ends_with("tests"));
+    for (path, code) in product().into_iter().filter(|(path, _)| !is_test(path)) {
         // `Metrics` structs hold gauges and counters; `.get()` on one of their fields reads it back.
         for (number, line) in without_tests(&code).lines().enumerate() {
             let reads = line.contains("metrics.") && line.contains(".get()") && !line.contains("get_");

@@ -56,7 +56,8 @@ fn a_panic_of_any_task_is_survived_or_ends_the_process_and_no_result_is_lost() {
     let published_before = site.results().len();
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let app = runtime.block_on(App::start(config(&site), std::sync::Arc::new(|level: &str| Ok(level.to_owned())))).unwrap();
+    let app =
+        runtime.block_on(App::start(config(&site), std::sync::Arc::new(|level: &str| Ok(level.to_owned())))).unwrap();
     let address = app.http().to_string();
     site.wait_for_new_results(3);
     let tasks: BTreeSet<String> = app.supervisor().tasks().into_iter().collect();
@@ -79,7 +80,8 @@ fn a_panic_of_any_task_is_survived_or_ends_the_process_and_no_result_is_lost() {
     }
 
     assert!(app.supervisor().inject_panic("reconciler"));
-    let failure = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), app.failed()).await }).unwrap();
+    let failure =
+        runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), app.failed()).await }).unwrap();
     assert_eq!(failure.task, "reconciler");
     assert!(failure.reason.contains("panicked"), "{failure}");
     runtime.block_on(app.stop());

@@ -1,11 +1,16 @@
-//! Many agents against one real API server, in one process: the very loops that follow a cluster and report to it, each with
-//! its own connections, token, labels and folder, and in the place of the deploy task one that serves whatever is asked for
-//! at once. It prints what the fleet costs the API server at rest and during a change of a model; before that, how one agent
-//! keeps up with a thousand objects that change a hundred times a second.
+//! Benchmarks many agents against one real API server, in one process. Each agent runs the cluster synchronization and the status
+//! writer of the program, with its own connections, token, labels and data folder. A simulated reconciler reports each desired
+//! model as serving immediately. The benchmark prints the load on the API server when idle and during a rollout. Before that, it
+//! measures how one agent follows a thousand objects with a hundred updates per second.
 //!
-//! `make fleet` runs it in the lab (AGENTS=1000). It makes its own Node objects, called sim-N, and removes them.
+//! `make fleet` runs it in the lab (AGENTS=1000). It creates Node objects with the names sim-N, and deletes them.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "in a bench a panic is the message")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a benchmark reports failures as panics"
+)]
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -38,15 +43,17 @@ fn supervisor() -> Supervisor {
     Supervisor::new(Registrar::default().counters("task_restarts_total", "Tasks that failed.", &["task"]).unwrap())
 }
 
-/// What the API server has counted so far.
+/// Counters of the API server at one moment.
 #[derive(Clone, Copy)]
-struct Benchmark {
+struct ServerLoad {
+    /// Writes of EdgeNodes.
     writes: f64,
+    /// CPU time, in seconds.
     cpu: f64,
     at: Instant,
 }
 
-async fn benchmark(client: &Client) -> Benchmark {
+async fn server_load(client: &Client) -> ServerLoad {
     let request = axum::http::Request::get("/metrics").body(Vec::new()).unwrap();
     let text = client.request_text(request).await.unwrap();
     let value = |line: &str| line.rsplit(' ').next().and_then(|number| number.parse::<f64>().ok()).unwrap_or(0.0);
@@ -55,34 +62,37 @@ async fn benchmark(client: &Client) -> Benchmark {
             && line.contains("resource=\"edgenodes\"")
             && line.contains("verb=\"APPLY\"")
     };
-    Benchmark {
+    ServerLoad {
         writes: text.lines().filter(is_write).map(value).sum(),
         cpu: text.lines().filter(|line| line.starts_with("process_cpu_seconds_total")).map(value).sum(),
         at: Instant::now(),
     }
 }
 
-fn tell(what: &str, before: Benchmark, after: Benchmark, agents: usize) {
+fn print_load(phase: &str, before: ServerLoad, after: ServerLoad, agents: usize) {
     let seconds = after.at.duration_since(before.at).as_secs_f64();
     let writes = after.writes - before.writes;
     println!(
-        "{what}: {seconds:.0} s, {:.1} writes/s ({:.2} per node in 10 s), API server {:.2} CPU cores",
+        "{phase}: {seconds:.0} s, {:.1} writes/s ({:.2} per node in 10 s), API server {:.2} CPU cores",
         writes / seconds,
         writes / seconds * 10.0 / agents as f64,
         (after.cpu - before.cpu) / seconds
     );
 }
 
-/// In the place of the deploy task.
-async fn serve_at_once(mut desired_state: watch::Receiver<Option<Arc<DesiredState>>>, board: Arc<StatusStore>) {
+/// Simulates the reconciler: reports each desired model as serving.
+async fn simulate_reconciler(
+    mut desired_state: watch::Receiver<Option<Arc<DesiredState>>>,
+    status_store: Arc<StatusStore>,
+) {
     while desired_state.changed().await.is_ok() {
-        let Some(asked) = desired_state.borrow_and_update().clone() else { continue };
-        let models = asked.objects.iter().filter_map(|wish| match &wish.object {
+        let Some(state) = desired_state.borrow_and_update().clone() else { continue };
+        let models = state.objects.iter().filter_map(|desired| match &desired.object {
             Object::Model(model) => Some(ModelStatus {
                 name: model.name.clone(),
                 version: model.version,
-                uid: wish.identity.uid.clone(),
-                observed_generation: wish.identity.generation,
+                uid: desired.identity.uid.clone(),
+                observed_generation: desired.identity.generation,
                 state: ModelState::Ready,
                 serving: Some(Serving {
                     version: model.version,
@@ -94,8 +104,8 @@ async fn serve_at_once(mut desired_state: watch::Receiver<Option<Arc<DesiredStat
             }),
             Object::Stream(_) => None,
         });
-        board.set(NodeState {
-            labels: asked.labels.clone(),
+        status_store.set(NodeState {
+            labels: state.labels.clone(),
             models: models.collect(),
             conditions: vec![Condition::new(ConditionType::Ready, true, Reason::ModelsReady, "")],
             ..NodeState::default()
@@ -109,7 +119,7 @@ fn models(client: &Client) -> Api<DynamicObject> {
 }
 
 async fn roll_out(client: &Client, version: u64, agents: usize) {
-    let before = benchmark(client).await;
+    let before = server_load(client).await;
     let object = serde_json::json!({
         "apiVersion": "lineside.dev/v1alpha1", "kind": "EdgeModel", "metadata": {"name": "sim"},
         "spec": {"version": version, "source": {"uri": "file:///sim.onnx"}, "nodeSelector": {LABEL: "true"}},
@@ -126,10 +136,10 @@ async fn roll_out(client: &Client, version: u64, agents: usize) {
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
     println!(
-        "version {version} on all {agents}, and added up by the controller, after {:.1} s",
+        "version {version} is ready on all {agents} nodes in the status of the EdgeModel after {:.1} s",
         before.at.elapsed().as_secs_f64()
     );
-    tell("  meanwhile", before, benchmark(client).await, agents);
+    print_load("  during the rollout", before, server_load(client).await, agents);
 }
 
 async fn token(client: &Client, node: &KubeNode) -> String {
@@ -144,8 +154,8 @@ async fn token(client: &Client, node: &KubeNode) -> String {
         spec: TokenRequestSpec { bound_object_ref: Some(bound), ..TokenRequestSpec::default() },
         ..TokenRequest::default()
     };
-    let made = accounts.create_token_request("lineside-agent", &PostParams::default(), &request).await.unwrap();
-    made.status.unwrap().token
+    let response = accounts.create_token_request("lineside-agent", &PostParams::default(), &request).await.unwrap();
+    response.status.unwrap().token
 }
 
 fn own_rss_mib() -> u64 {
@@ -154,7 +164,7 @@ fn own_rss_mib() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() >> 10
 }
 
-async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
+async fn run(kubeconfig: &Path, agents: usize, idle_time: Duration) {
     let loaded = Kubeconfig::read_from(kubeconfig).unwrap();
     let config = Config::from_custom_kubeconfig(loaded.clone(), &KubeConfigOptions::default()).await.unwrap();
     let client = Client::try_from(config).unwrap();
@@ -162,7 +172,7 @@ async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
     let folder = tempfile::tempdir().unwrap();
     let (index, _) = Index::open(&Store::index_folder(folder.path()), |_| Ok::<(), String>(()));
     let store = Arc::new(Store::open(&folder.path().join("store"), 1 << 30, index).unwrap());
-    let begun = Instant::now();
+    let started = Instant::now();
     let supervisor = supervisor();
     let (mut tasks, mut supervised) = (Vec::new(), Vec::new());
     for number in 0..agents {
@@ -174,58 +184,58 @@ async fn run(kubeconfig: &Path, agents: usize, rest: Duration) {
         };
         let node = nodes.create(&PostParams::default(), &node).await.unwrap();
         let token = token(&client, &node).await;
-        let own = folder.path().join(&name);
-        std::fs::create_dir(&own).unwrap();
-        let mut access = serde_json::to_value(&loaded).unwrap();
-        access["users"][0]["user"] = serde_json::json!({"token": token});
-        std::fs::write(own.join("kubeconfig"), access.to_string()).unwrap();
-        let access = ClusterConfig {
-            kubeconfig: Some(own.join("kubeconfig")),
+        let data_dir = folder.path().join(&name);
+        std::fs::create_dir(&data_dir).unwrap();
+        let mut node_kubeconfig = serde_json::to_value(&loaded).unwrap();
+        node_kubeconfig["users"][0]["user"] = serde_json::json!({"token": token});
+        std::fs::write(data_dir.join("kubeconfig"), node_kubeconfig.to_string()).unwrap();
+        let cluster_config = ClusterConfig {
+            kubeconfig: Some(data_dir.join("kubeconfig")),
             namespace: Some(NAMESPACE.to_owned()),
             ..ClusterConfig::default()
         };
-        let (say, desired_state) = watch::channel(None);
+        let (sender, desired_state) = watch::channel(None);
         let metrics = KubeMetrics::register(&Registrar::default()).unwrap();
-        let board = Arc::new(StatusStore::new(&name, "sim", 1, store.clone()));
-        tasks.push(tokio::spawn(serve_at_once(desired_state, board.clone())));
+        let status_store = Arc::new(StatusStore::new(&name, "sim", 1, store.clone()));
+        tasks.push(tokio::spawn(simulate_reconciler(desired_state, status_store.clone())));
         let sync = ClusterSync {
-            cluster: Arc::new(ClusterClient::new(access, "lineside-agent", &name).await.unwrap()),
+            cluster: Arc::new(ClusterClient::new(cluster_config, "lineside-agent", &name).await.unwrap()),
             node: Node { name, labels: BTreeMap::new() },
-            data_dir: own,
-            desired: say,
+            data_dir,
+            desired: sender,
             reread: Arc::new(Notify::new()),
-            status: board,
+            status: status_store,
             watch_failures: metrics.cluster_watch_failures.clone(),
             state: ClusterStatePublisher::new(metrics, std::time::Instant::now()),
         };
         supervised.extend(sync.start(&supervisor));
     }
     println!(
-        "{agents} agents started within {:.0} s; this process holds {} MiB",
-        begun.elapsed().as_secs_f64(),
+        "{agents} agents started within {:.0} s; RSS of this process: {} MiB",
+        started.elapsed().as_secs_f64(),
         own_rss_mib()
     );
     roll_out(&client, 1, agents).await;
-    let before = benchmark(&client).await;
-    tokio::time::sleep(rest).await;
-    tell("at rest", before, benchmark(&client).await, agents);
+    let before = server_load(&client).await;
+    tokio::time::sleep(idle_time).await;
+    print_load("idle", before, server_load(&client).await, agents);
     roll_out(&client, 2, agents).await;
-    println!("this process holds {} MiB", own_rss_mib());
+    println!("RSS of this process: {} MiB", own_rss_mib());
     for task in supervised {
         task.stop().await;
     }
     models(&client).delete("sim", &DeleteParams::default()).await.unwrap();
     nodes.delete_collection(&DeleteParams::default(), &ListParams::default().labels(LABEL)).await.unwrap();
     let kind = GroupVersionKind::gvk("lineside.dev", "v1alpha1", "EdgeNode");
-    let reported: Api<DynamicObject> =
+    let edge_nodes: Api<DynamicObject> =
         Api::namespaced_with(client.clone(), NAMESPACE, &ApiResource::from_gvk_with_plural(&kind, "edgenodes"));
     for number in 0..agents {
-        drop(reported.delete(&format!("sim-{number}"), &DeleteParams::default()).await);
+        drop(edge_nodes.delete(&format!("sim-{number}"), &DeleteParams::default()).await);
     }
 }
 
-/// One agent among many objects that change all the time: how long until it knows the last change, and what it holds.
-async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32) {
+/// Measures one agent that watches many objects with continuous updates: the latency of the last update, and the memory.
+async fn watch_many_objects(kubeconfig: &Path, objects: usize, updates_per_second: u32) {
     let loaded = Kubeconfig::read_from(kubeconfig).unwrap();
     let client =
         Client::try_from(Config::from_custom_kubeconfig(loaded, &KubeConfigOptions::default()).await.unwrap()).unwrap();
@@ -233,7 +243,7 @@ async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32)
     let streams: Api<DynamicObject> =
         Api::namespaced_with(client.clone(), NAMESPACE, &ApiResource::from_gvk_with_plural(&kind, "camerastreams"));
     let apply = async |number: usize, fps: u32| {
-        // One in ten is for our node.
+        // One object in ten selects the node of this agent.
         let object = serde_json::json!({
             "apiVersion": "lineside.dev/v1alpha1", "kind": "CameraStream", "metadata": {"name": format!("sim-{number}")},
             "spec": {"source": {"uri": "http://10.0.0.7/a.jpg"}, "model": "m", "nodeName": format!("sim-{}", number % 10), "fps": fps},
@@ -246,18 +256,18 @@ async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32)
     let folder = tempfile::tempdir().unwrap();
     let (index, _) = Index::open(&Store::index_folder(folder.path()), |_| Ok::<(), String>(()));
     let store = Arc::new(Store::open(&folder.path().join("store"), 1 << 30, index).unwrap());
-    let access = ClusterConfig {
+    let cluster_config = ClusterConfig {
         kubeconfig: Some(kubeconfig.to_owned()),
         namespace: Some(NAMESPACE.to_owned()),
         ..ClusterConfig::default()
     };
-    let (say, mut desired_state) = watch::channel(None);
+    let (sender, mut desired_state) = watch::channel(None);
     let metrics = KubeMetrics::register(&Registrar::default()).unwrap();
     let sync = ClusterSync {
-        cluster: Arc::new(ClusterClient::new(access, "lineside-agent", "sim-0").await.unwrap()),
+        cluster: Arc::new(ClusterClient::new(cluster_config, "lineside-agent", "sim-0").await.unwrap()),
         node: Node { name: "sim-0".to_owned(), labels: BTreeMap::new() },
         data_dir: folder.path().to_owned(),
-        desired: say,
+        desired: sender,
         reread: Arc::new(Notify::new()),
         status: Arc::new(StatusStore::new("sim-0", "sim", 1, store)),
         watch_failures: metrics.cluster_watch_failures.clone(),
@@ -275,25 +285,25 @@ async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32)
         apply(number, 1).await;
     }
     let mut ticks = tokio::time::interval(Duration::from_secs(1) / updates_per_second);
-    let (begun, updates) = (Instant::now(), updates_per_second as usize * 20);
+    let (started, updates) = (Instant::now(), updates_per_second as usize * 20);
     for number in 0..updates {
         ticks.tick().await;
         apply(number % objects, 2 + u32::try_from(number / objects).unwrap()).await;
     }
-    let rate = updates as f64 / begun.elapsed().as_secs_f64();
+    let rate = updates as f64 / started.elapsed().as_secs_f64();
     let last = Instant::now();
     apply(0, 500).await;
-    let knows = |desired_state: &Option<Arc<DesiredState>>| {
+    let has_last_update = |desired_state: &Option<Arc<DesiredState>>| {
         desired_state.as_ref().is_some_and(|desired_state| {
             desired_state.objects.iter().any(
-                |wish| matches!(&wish.object, Object::Stream(stream) if stream.name == "sim-0" && stream.frame_interval == Some(Duration::from_millis(2))),
+                |desired| matches!(&desired.object, Object::Stream(stream) if stream.name == "sim-0" && stream.frame_interval == Some(Duration::from_millis(2))),
             )
         })
     };
-    desired_state.wait_for(knows).await.unwrap();
+    desired_state.wait_for(has_last_update).await.unwrap();
     println!(
-        "{objects} objects at {rate:.0} updates/s: the last change known after {:.2} s; {} MiB more than without objects, of which the \
-         updates' own client has its share",
+        "{objects} objects at {rate:.0} updates/s: latency of the last update {:.2} s; {} MiB more memory than without objects, \
+         including the client that writes the updates",
         last.elapsed().as_secs_f64(),
         own_rss_mib() - before
     );
@@ -308,15 +318,15 @@ async fn follow_many(kubeconfig: &Path, objects: usize, updates_per_second: u32)
 fn main() {
     let argument = |name: &str| std::env::var(name).ok();
     let Some(kubeconfig) = argument("FLEET_KUBECONFIG") else {
-        // `cargo bench` and `cargo test --benches` come by here too.
-        println!("the fleet needs a cluster: run `make fleet`");
+        // `cargo bench` and `cargo test --benches` run without a cluster.
+        println!("the fleet benchmark needs a cluster: run `make fleet`");
         return;
     };
     let agents = argument("AGENTS").and_then(|text| text.parse().ok()).unwrap_or(100);
-    let rest = argument("REST_SECONDS")
+    let idle_time = argument("REST_SECONDS")
         .and_then(|text| text.parse().ok())
         .map_or(Duration::from_secs(120), Duration::from_secs);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    runtime.block_on(follow_many(Path::new(&kubeconfig), 1000, 100));
-    runtime.block_on(run(Path::new(&kubeconfig), agents, rest));
+    runtime.block_on(watch_many_objects(Path::new(&kubeconfig), 1000, 100));
+    runtime.block_on(run(Path::new(&kubeconfig), agents, idle_time));
 }

@@ -1,4 +1,4 @@
-//! The `lineside` program. Everything is in the library; this only hands over.
+//! The `lineside` program. It calls the command line of the library.
 
 fn main() -> std::process::ExitCode {
     lineside::cli::main()

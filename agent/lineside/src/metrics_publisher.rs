@@ -1,5 +1,5 @@
-//! Publishes metrics over MQTT, for sites without a Prometheus server: what `/metrics` shows, and what changed since the last
-//! message.
+//! Publishes metrics over MQTT, for sites without a Prometheus server. Each message contains the series of `/metrics` and their
+//! changes since the previous message.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -13,46 +13,46 @@ use tokio_util::sync::CancellationToken;
 
 use crate::message_writer::MessageWriter;
 
-/// Writes a message for each period until stopped. `refresh` updates the gauges that are only set on demand.
+/// Publishes a message at each interval until `stop`. `refresh` updates the gauges that are only set on demand.
 pub async fn publish_metrics(
     registrar: Registrar,
     messages: Arc<MessageWriter>,
-    every: Duration,
+    interval: Duration,
     refresh: impl Fn(),
     stop: CancellationToken,
 ) {
-    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + interval, interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut rollup = Rollup::default();
-    rollup.take(&registrar.gather());
-    let mut since = Instant::now();
+    let mut deltas = SeriesDeltas::default();
+    deltas.update(&registrar.gather());
+    let mut last_publish = Instant::now();
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
             () = stop.cancelled() => return,
         }
         refresh();
-        let series = rollup.take(&registrar.gather());
+        let series = deltas.update(&registrar.gather());
         let now = Instant::now();
-        messages.metrics(now.duration_since(since).as_secs_f64(), series);
-        since = now;
+        messages.metrics(now.duration_since(last_publish).as_secs_f64(), series);
+        last_publish = now;
     }
 }
 
-/// A metric's name and labels.
+/// Name and labels of a series.
 type Key = (String, BTreeMap<String, String>);
 
-/// What was seen the last time.
+/// The values of the previous message, from which the changes are computed.
 #[derive(Default)]
-struct Rollup {
+struct SeriesDeltas {
     counters: HashMap<Key, f64>,
-    /// Cumulative bucket counts, and the sum of what was observed.
+    /// Cumulative bucket counts, and the sum of the observations.
     distributions: HashMap<Key, (Vec<u64>, f64)>,
 }
 
-impl Rollup {
-    /// All series, with what changed since the last call.
-    fn take(&mut self, families: &[MetricFamily]) -> Vec<Series> {
+impl SeriesDeltas {
+    /// All series with their changes since the last call.
+    fn update(&mut self, families: &[MetricFamily]) -> Vec<Series> {
         let mut series = Vec::new();
         for family in families {
             for metric in family.get_metric() {
@@ -97,8 +97,8 @@ impl Rollup {
     }
 }
 
-/// A quantile of cumulative bucket counts, the last of which is that of all observations: interpolated within its bucket as
-/// Prometheus' `histogram_quantile` does; beyond the last bound it is that bound.
+/// Estimates a quantile from cumulative bucket counts, of which the last one is the count of all observations. Interpolates within
+/// the bucket, as `histogram_quantile` of Prometheus does. Above the last bound the result is that bound.
 fn quantile(bounds: &[f64], cumulative: &[u64], quantile: f64) -> f64 {
     let total = cumulative.last().copied().unwrap_or(0);
     let rank = quantile * total as f64;
@@ -121,19 +121,19 @@ mod tests {
     }
 
     #[test]
-    fn a_period_shows_what_changed_within_it() {
+    fn update_returns_the_changes_of_the_period() {
         let registrar = Registrar::default();
         let results = registrar.counter("results_total", "results").unwrap();
         let connected = registrar.gauge("connected", "connected").unwrap();
         let durations = registrar.histograms("duration_seconds", "duration", &["phase"], &[0.002, 0.004]).unwrap();
-        let mut rollup = Rollup::default();
+        let mut deltas = SeriesDeltas::default();
         results.inc_by(5);
-        rollup.take(&registrar.gather());
+        deltas.update(&registrar.gather());
         results.inc_by(2);
         connected.set(1);
         let phase = durations.with_label_values(&["infer"]);
         (0..100).for_each(|_| phase.observe(0.003));
-        let series = rollup.take(&registrar.gather());
+        let series = deltas.update(&registrar.gather());
         let counter = SeriesValue::Counter { total: 7.0, increase: 2.0 };
         assert_eq!(find(&series, "lineside_results_total"), Some(counter));
         assert_eq!(find(&series, "lineside_connected"), Some(SeriesValue::Gauge { value: 1.0 }));
@@ -143,15 +143,15 @@ mod tests {
         };
         assert!(count == 100 && (mean - 0.003).abs() < 1e-9);
         assert!((0.002..=0.004).contains(&p50) && p99 > p50 && p99 <= 0.004, "{p50} {p99}");
-        let quiet = rollup.take(&registrar.gather());
+        let quiet = deltas.update(&registrar.gather());
         assert_eq!(find(&quiet, "lineside_duration_seconds"), None, "nothing was observed");
     }
 
     #[test]
-    fn quantiles_are_those_of_prometheus() {
+    fn quantiles_are_interpolated_as_in_prometheus() {
         let bounds = [1.0, 2.0, 4.0];
         assert_eq!(quantile(&bounds, &[10, 10, 10, 10], 0.5), 0.5);
         assert_eq!(quantile(&bounds, &[0, 5, 10, 10], 0.5), 2.0);
-        assert_eq!(quantile(&bounds, &[0, 0, 0, 10], 0.99), 4.0, "beyond the last bound");
+        assert_eq!(quantile(&bounds, &[0, 0, 0, 10], 0.99), 4.0, "above the last bound");
     }
 }

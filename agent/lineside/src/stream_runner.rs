@@ -1,4 +1,5 @@
-//! What the reconciler needs of streams: a trait, so that its tests can run without cameras.
+//! The interface through which the reconciler starts and stops streams. It is a trait, so that the tests of the reconciler run
+//! without cameras.
 
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use lineside_ipc::frame::Frame;
 use lineside_scheduler::Deployment;
 use tokio::sync::oneshot;
 
-/// Starts and stops streams. The reconciler's tests have one of their own.
+/// Starts and stops streams.
 pub trait StreamRunner: Send {
     /// Starts a stream whose frames go to a deployment.
     fn start(&mut self, manifest: StreamManifest, deployment: Arc<Deployment>);

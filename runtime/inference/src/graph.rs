@@ -25,7 +25,7 @@ impl Dimension {
 
 /// A declared input or output.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
+pub struct TensorMetadata {
     /// Its name in the graph.
     pub name: String,
     /// Its element type; `None` for a type that no engine here carries, such as strings.
@@ -34,7 +34,7 @@ pub struct TensorInfo {
     pub shape: Option<Vec<Dimension>>,
 }
 
-impl TensorInfo {
+impl TensorMetadata {
     /// The shape for people and for the protocols: fixed sizes, and -1 for what is open.
     pub fn protocol_shape(&self) -> Vec<i64> {
         let size = |dimension: &Dimension| dimension.fixed().and_then(|size| i64::try_from(size).ok()).unwrap_or(-1);
@@ -59,9 +59,9 @@ pub enum Activation {
 #[derive(Debug, Clone, PartialEq)]
 pub struct GraphInfo {
     /// Inputs that a caller has to give (initialisers are left out).
-    pub inputs: Vec<TensorInfo>,
+    pub inputs: Vec<TensorMetadata>,
     /// Outputs, in the graph's order.
-    pub outputs: Vec<TensorInfo>,
+    pub outputs: Vec<TensorMetadata>,
     /// How each output is finished, in the order of `outputs`.
     pub activations: Vec<Activation>,
     /// `metadata_props`, in which exporters leave labels, task and input size.

@@ -238,7 +238,7 @@ impl Lab {
         }
         self.kubectl_ok(&["uncordon", &self.node]);
         // A failed test may have left these settings of the controller.
-        let unset = ["LINESIDE_SILENT_AFTER_SECONDS-", "LINESIDE_GONE_AFTER_SECONDS-"];
+        let unset = ["LINESIDE_UNREACHABLE_AFTER_SECONDS-", "LINESIDE_REMOVE_AFTER_SECONDS-"];
         drop(self.kubectl(&[&["set", "env", "deployment/lineside-controller", "-n", NAMESPACE], &unset[..]].concat()));
     }
 }

@@ -20,7 +20,7 @@ fn create_orphan(lab: &Lab, name: &str, uid: &str) {
 fn a_silent_node_is_marked_unreachable_and_removed_once_its_node_is_gone() {
     let Some(lab) = Lab::exclusive() else { return };
     lab.install();
-    let settings = ["LINESIDE_SILENT_AFTER_SECONDS", "LINESIDE_GONE_AFTER_SECONDS"];
+    let settings = ["LINESIDE_UNREACHABLE_AFTER_SECONDS", "LINESIDE_REMOVE_AFTER_SECONDS"];
     let set = |values: &[&str]| {
         lab.kubectl_ok(&[&["set", "env", "deployment/lineside-controller", "-n", NAMESPACE], values].concat());
         lab.wait_for_rollouts();

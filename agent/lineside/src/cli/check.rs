@@ -1,4 +1,5 @@
-//! `lineside check`: can this model run here, with which engine, how fast, and what does it take and give.
+//! `lineside check`: loads an ONNX model with each engine of this build and reports which engines can run it, the latency and
+//! memory they need, and the inputs and outputs of the model. `tests/suite/command_line.rs` tests it as a whole process.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use lineside_api::spec::{ModelSpec, Task};
 use lineside_inference::ErrorKind;
 use lineside_inference::engine;
 use lineside_inference::engine::Engine;
-use lineside_inference::graph::{GraphInfo, TensorInfo};
+use lineside_inference::graph::{GraphInfo, TensorMetadata};
 use lineside_inference::picture::Picture;
 use lineside_inference::pipeline::Pipeline;
 use serde::Serialize;
@@ -21,7 +22,9 @@ use lineside_common::digest::Digest;
 use lineside_common::files::read_bounded;
 use lineside_common::process_stats::{memory_bytes, p50_p99};
 
+/// Maximum size of the model file, in bytes.
 const MODEL_BYTES_MAX: u64 = 2 << 30;
+/// Maximum size of the image file, in bytes.
 const IMAGE_BYTES_MAX: u64 = 64 << 20;
 
 #[derive(Args)]
@@ -33,27 +36,28 @@ Examples:
   lineside check model.onnx --image part.jpg
   lineside check model.onnx --json | jq .engines")]
 pub(super) struct Arguments {
-    /// The ONNX file.
+    /// ONNX file of the model.
     model: PathBuf,
-    /// Print JSON for scripts.
+    /// Print the report as JSON.
     #[arg(long)]
     json: bool,
-    /// What the answer means, where the model does not say: classify, detect, anomaly or tensor.
-    #[arg(long, value_parser = task)]
+    /// Task of the model: classify, detect, anomaly or tensor [default: the task in the model's metadata].
+    #[arg(long, value_parser = parse_task)]
     task: Option<Task>,
-    /// Also inspect this JPEG or PNG and show what the model says.
+    /// Also run the model on this JPEG or PNG file and print its prediction.
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
-    /// Timed runs.
+    /// Number of timed inference runs.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     runs: u32,
 }
 
-fn task(text: &str) -> Result<Task, String> {
+/// Parses the value of `--task`.
+fn parse_task(text: &str) -> Result<Task, String> {
     serde_json::from_value(text.into()).map_err(|error| error.to_string())
 }
 
-/// Everything that is told, as it stands in `--json`.
+/// The report, with the field names of `--json`.
 #[derive(Serialize)]
 struct Report {
     file: String,
@@ -65,12 +69,12 @@ struct Report {
     inputs: Vec<TensorReport>,
     outputs: Vec<TensorReport>,
     engines: Vec<EngineReport>,
-    /// Absent where no engine can run the model.
+    /// Absent when no engine can run the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pipeline: Option<PipelineReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     image: Option<ImageReport>,
-    /// What a manifest would have to say.
+    /// What a manifest has to specify so that the agent can run the model.
     notes: Vec<String>,
 }
 
@@ -81,9 +85,9 @@ struct TensorReport {
     shape: Vec<i64>,
 }
 
-impl From<&TensorInfo> for TensorReport {
-    fn from(info: &TensorInfo) -> Self {
-        let datatype = info.data_type.map_or("unknown", |kind| kind.name());
+impl From<&TensorMetadata> for TensorReport {
+    fn from(info: &TensorMetadata) -> Self {
+        let datatype = info.data_type.map_or("unknown", |data_type| data_type.name());
         Self { name: info.name.clone(), datatype, shape: info.protocol_shape() }
     }
 }
@@ -95,7 +99,8 @@ struct EngineReport {
     runs: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// The measurements. `figures` is the name in `--json`.
+    #[serde(rename = "figures", skip_serializing_if = "Option::is_none")]
     benchmark: Option<Benchmark>,
 }
 
@@ -104,7 +109,7 @@ struct Benchmark {
     load_ms: f64,
     p50_ms: f64,
     p99_ms: f64,
-    /// What the process grew by when the model was loaded and run once.
+    /// Growth of the resident memory of this process while the model was loaded, in bytes.
     memory_bytes: u64,
     timed_runs: u32,
 }
@@ -150,7 +155,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         },
     ];
     let image = match (&arguments.image, &mut pipeline) {
-        (Some(path), Some(pipeline)) => Some(look_at(path, pipeline)?),
+        (Some(path), Some(pipeline)) => Some(run_image(path, pipeline)?),
         _ => None,
     };
     let report = Report {
@@ -161,24 +166,26 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         nodes: graph.nodes,
         inputs: graph.inputs.iter().map(TensorReport::from).collect(),
         outputs: graph.outputs.iter().map(TensorReport::from).collect(),
-        pipeline: pipeline.as_ref().map(describe),
+        pipeline: pipeline.as_ref().map(pipeline_report),
         file,
         engines,
         image,
         notes,
     };
-    let text = match arguments.json {
-        true => serde_json::to_string_pretty(&report).context("the report cannot be written")?,
-        false => readable(&report, &graph),
+    let text = if arguments.json {
+        serde_json::to_string_pretty(&report).context("cannot serialize the report")?
+    } else {
+        format_report(&report, &graph)
     };
-    writeln!(std::io::stdout(), "{text}").context("stdout")?;
+    writeln!(std::io::stdout(), "{text}").context("cannot write to stdout")?;
     match pipeline {
         Some(_) => Ok(()),
         None => Err(Failure::Failed(anyhow::anyhow!("no engine can run {}", report.file))),
     }
 }
 
-/// Loads and times the model. Where it does not say what its answer means, it is taken for raw tensors, with a note.
+/// Loads the model with `engine` and measures it. A model whose task is unknown is loaded with the task `tensor`, and a note is
+/// added to the report.
 fn try_engine(
     engine: &dyn Engine,
     bytes: &[u8],
@@ -199,16 +206,16 @@ fn try_engine(
         if error.kind() != ErrorKind::BadSpec || arguments.task.is_some() {
             return Err(error);
         }
-        notes.push(format!("{error}; taken as tensor here"));
+        notes.push(format!("{error}; this report uses the task tensor"));
         Pipeline::load(engine, bytes, &ModelSpec { task: Some(Task::Tensor), ..ModelSpec::default() })
     });
     let mut pipeline = match loaded {
         Ok(pipeline) => pipeline,
         Err(error) => return (report(Some(error.to_string()), None), None),
     };
-    let load_ms = milliseconds(started);
+    let load_ms = elapsed_ms(started);
     let memory_bytes = memory_bytes("VmRSS").saturating_sub(memory_before);
-    match time(&mut pipeline, arguments.runs) {
+    match measure_latency(&mut pipeline, arguments.runs) {
         Ok((p50_ms, p99_ms)) => {
             let benchmark = Benchmark { load_ms, p50_ms, p99_ms, memory_bytes, timed_runs: arguments.runs };
             (report(None, Some(benchmark)), Some(pipeline))
@@ -217,8 +224,8 @@ fn try_engine(
     }
 }
 
-/// Median and 99th percentile of inference alone, in milliseconds, on a grey picture.
-fn time(pipeline: &mut Pipeline, runs: u32) -> lineside_inference::Result<(f64, f64)> {
+/// Median and 99th percentile of the inference time in milliseconds, without decoding and preprocessing, on a grey image.
+fn measure_latency(pipeline: &mut Pipeline, runs: u32) -> lineside_inference::Result<(f64, f64)> {
     let (width, height) = (pipeline.input().width, pipeline.input().height);
     let grey = Picture::from_rgb(width, height, vec![128; width as usize * height as usize * 3])?;
     let mut times = Vec::new();
@@ -228,24 +235,25 @@ fn time(pipeline: &mut Pipeline, runs: u32) -> lineside_inference::Result<(f64, 
     Ok(p50_p99(&mut times))
 }
 
-fn look_at(path: &Path, pipeline: &mut Pipeline) -> anyhow::Result<ImageReport> {
+/// Runs the pipeline on one image file.
+fn run_image(path: &Path, pipeline: &mut Pipeline) -> anyhow::Result<ImageReport> {
     let file = path.display().to_string();
     let bytes = read_bounded(path, IMAGE_BYTES_MAX).with_context(|| file.clone())?;
-    let found = pipeline.run(&bytes).with_context(|| file.clone())?;
+    let inspection = pipeline.run(&bytes).with_context(|| file.clone())?;
     let ms = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
     Ok(ImageReport {
         file,
-        width: found.width,
-        height: found.height,
-        decode_ms: ms(found.timings.decode),
-        preprocess_ms: ms(found.timings.preprocess),
-        infer_ms: ms(found.timings.infer),
-        postprocess_ms: ms(found.timings.postprocess),
-        prediction: found.prediction.into(),
+        width: inspection.width,
+        height: inspection.height,
+        decode_ms: ms(inspection.timings.decode),
+        preprocess_ms: ms(inspection.timings.preprocess),
+        infer_ms: ms(inspection.timings.infer),
+        postprocess_ms: ms(inspection.timings.postprocess),
+        prediction: inspection.prediction.into(),
     })
 }
 
-fn describe(pipeline: &Pipeline) -> PipelineReport {
+fn pipeline_report(pipeline: &Pipeline) -> PipelineReport {
     let input = pipeline.input();
     PipelineReport {
         task: pipeline.output().task.task().name(),
@@ -259,19 +267,20 @@ fn describe(pipeline: &Pipeline) -> PipelineReport {
     }
 }
 
-fn readable(report: &Report, graph: &GraphInfo) -> String {
+/// Formats the report for a terminal.
+fn format_report(report: &Report, graph: &GraphInfo) -> String {
     const LABELS_SHOWN: usize = 12;
     let mut lines = vec![format!("{}   {} bytes, {}", report.file, report.bytes, report.digest)];
     let producer = if report.producer.is_empty() { "unknown" } else { &report.producer };
-    lines.push(format!("  made by   {producer}, opset {}, {} operators", report.opset, report.nodes));
-    for (what, tensors) in [("input", &report.inputs), ("output", &report.outputs)] {
+    lines.push(format!("  producer  {producer}, opset {}, {} operators", report.opset, report.nodes));
+    for (direction, tensors) in [("input", &report.inputs), ("output", &report.outputs)] {
         for tensor in tensors {
-            lines.push(format!("  {what:<9} {} {} {:?}", tensor.name, tensor.datatype, tensor.shape));
+            lines.push(format!("  {direction:<9} {} {} {:?}", tensor.name, tensor.datatype, tensor.shape));
         }
     }
     if let Some(pipeline) = &report.pipeline {
         lines.push(format!(
-            "  task      {}, picture {} to {}x{} {}, mean {:?}, std {:?}",
+            "  task      {}, image {} to {}x{} {}, mean {:?}, std {:?}",
             pipeline.task,
             pipeline.resize,
             pipeline.width,
@@ -283,7 +292,7 @@ fn readable(report: &Report, graph: &GraphInfo) -> String {
         let shown = pipeline.labels.iter().take(LABELS_SHOWN).cloned().collect::<Vec<_>>().join(", ");
         let more = pipeline.labels.len().saturating_sub(LABELS_SHOWN);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        let origin = if graph.labels().is_some() { "" } else { "   (the model names none)" };
+        let origin = if graph.labels().is_some() { "" } else { "   (not in the model's metadata)" };
         if !pipeline.labels.is_empty() {
             lines.push(format!("  labels    {shown}{more}{origin}"));
         }
@@ -319,21 +328,22 @@ fn readable(report: &Report, graph: &GraphInfo) -> String {
             image.infer_ms,
             image.postprocess_ms
         ));
-        lines.extend(answer(&image.prediction).into_iter().map(|line| format!("    {line}")));
+        lines.extend(format_prediction(&image.prediction).into_iter().map(|line| format!("    {line}")));
     }
     lines.extend(report.notes.iter().map(|note| format!("\n  note: {note}")));
     lines.join("\n")
 }
 
-fn answer(prediction: &PredictionInfo) -> Vec<String> {
+fn format_prediction(prediction: &PredictionInfo) -> Vec<String> {
     match prediction {
         PredictionInfo::Classify { classes } => {
             classes.iter().map(|class| format!("{:<20} {:.3}", class.label, class.score)).collect()
         }
-        PredictionInfo::Detect { detections } if detections.is_empty() => vec!["nothing found".to_owned()],
-        PredictionInfo::Detect { detections } => {
-            detections.iter().map(|found| format!("{:<20} {:.3}  {:?}", found.label, found.score, found.bbox)).collect()
-        }
+        PredictionInfo::Detect { detections } if detections.is_empty() => vec!["no detections".to_owned()],
+        PredictionInfo::Detect { detections } => detections
+            .iter()
+            .map(|detection| format!("{:<20} {:.3}  {:?}", detection.label, detection.score, detection.bbox))
+            .collect(),
         PredictionInfo::Anomaly { score, .. } => vec![format!("score {score:.4}")],
         PredictionInfo::Tensor { outputs } => outputs
             .iter()
@@ -346,6 +356,6 @@ fn answer(prediction: &PredictionInfo) -> Vec<String> {
     }
 }
 
-fn milliseconds(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1e3
+fn elapsed_ms(started: Instant) -> f64 {
+    started.elapsed().as_secs_f64() * 1e3
 }

@@ -1,4 +1,5 @@
-//! The command line: one file per command.
+//! The command line. Each command has one file; `main` parses the arguments, starts the logs, runs the command and maps its
+//! failure to the exit status: 0 for success, 1 for a failure, 64 for a wrong command line or configuration.
 
 mod check;
 mod controller;
@@ -30,10 +31,11 @@ const USAGE: u8 = 64;
     name = "lineside",
     version,
     about,
-    after_help = "Try `lineside demo` first: it shows the whole thing on this machine alone."
+    after_help = "Run `lineside demo` to see the agent work on this machine, with no setup."
 )]
 struct Cli {
-    /// What is logged on stderr: a level (error, warn, info, debug) or a filter such as lineside=debug.
+    /// Log filter for stderr: a level (error, warn, info, debug, trace) or directives such as lineside=debug
+    /// [default: info for run and controller, otherwise warn].
     #[arg(long, global = true, env = "LINESIDE_LOG", hide_env = true, value_name = "FILTER")]
     log: Option<String>,
 
@@ -45,40 +47,40 @@ struct Cli {
 enum Command {
     /// Run the agent.
     Run(Box<run::Arguments>),
-    /// Show the whole main job on this machine alone: broker, model and frames included.
+    /// Run the agent with a bundled broker, model and frames, and print the results.
     Demo(demo::Arguments),
-    /// Add up how all nodes stand, for the whole cluster.
+    /// Run the cluster controller, which aggregates the status of all nodes.
     Controller(controller::Arguments),
-    /// Print the definitions of our kinds for a cluster.
+    /// Print the CustomResourceDefinitions for a cluster.
     Crd(crd::Arguments),
-    /// Say whether a model can run here, how fast, and what it takes and gives.
+    /// Check whether a model can run on this machine, and measure its latency and memory.
     Check(check::Arguments),
-    /// Look at the models this node keeps, and put them in order.
+    /// List, verify, evict, pin, export and import the models in the store of this node.
     Store(store::Arguments),
-    /// Look at the results that wait for the broker, save them, or throw them away.
+    /// List, export and delete the messages that wait for the broker.
     Spool(spool::Arguments),
-    /// Vouch for a model version with a signature.
+    /// Sign a model version.
     Sign(sign::SignArguments),
-    /// Make a key to sign with.
+    /// Generate a key pair for signing.
     Keygen(sign::KeygenArguments),
-    /// Print the JSON Schema of a message.
+    /// Print the JSON Schema of a message type.
     Schema(schema::Arguments),
-    /// The agent's own child that tries a model.
+    /// Admit a model version. The agent starts this command as its child process.
     #[command(name = admission::SUBCOMMAND, hide = true)]
     AdmissionChild,
-    /// The agent's own child that tries the store's index.
+    /// Open the index of the store. The agent starts this command as its child process.
     #[command(name = app::INDEX_SUBCOMMAND, hide = true)]
     IndexChild {
-        /// The index.
+        /// Folder of the index.
         folder: PathBuf,
     },
 }
 
-/// What went wrong with a command, by exit status.
+/// The failure of a command, by exit status.
 enum Failure {
-    /// 64: the command line or the configuration is wrong. Every error, a line each.
+    /// Exit status 64: the command line or the configuration is wrong. One line per error.
     Usage(Vec<String>),
-    /// 1: it could not be done.
+    /// Exit status 1: the command failed.
     Failed(anyhow::Error),
 }
 
@@ -93,12 +95,12 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no errors and go to stdout. When that is gone there is nobody to tell.
+            // clap reports --help and --version as errors that go to stdout. A failed write cannot be reported anywhere.
             drop(error.print());
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    let ended = logging(&cli).and_then(|set_level| match cli.command {
+    let outcome = start_logs(&cli).and_then(|set_level| match cli.command {
         Command::Run(arguments) => run::run(*arguments, set_level),
         Command::Demo(arguments) => demo::run(arguments, set_level),
         Command::Controller(arguments) => controller::run(arguments),
@@ -112,7 +114,7 @@ pub fn main() -> ExitCode {
         Command::AdmissionChild => admission::child_main().map_err(|error| Failure::Failed(error.into())),
         Command::IndexChild { folder } => probe(&folder).map_err(|error| Failure::Failed(error.into())),
     });
-    match ended {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(errors)) => {
             errors.iter().for_each(|error| eprintln!("lineside: {error}"));
@@ -126,20 +128,21 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Prints a line on stdout. Whoever reads our output may leave at any time, as `head` does.
+/// Prints a line on stdout. Ignores errors: the reader may close the pipe at any time, as `head` does.
 fn write_out(text: &str) {
     use std::io::Write as _;
     drop(writeln!(std::io::stdout(), "{text}"));
 }
 
-fn logging(cli: &Cli) -> Result<SetLevel, Failure> {
-    // The tools talk to people on stdout; their logs only matter when something is wrong.
-    let otherwise = if matches!(cli.command, Command::Run(_) | Command::Controller(_)) { "info" } else { "warn" };
-    telemetry::start(cli.log.as_deref().unwrap_or(otherwise))
+/// Starts the logs with the filter of `--log`, or with the default of the command.
+fn start_logs(cli: &Cli) -> Result<SetLevel, Failure> {
+    // The other commands print to stdout; their logs are only useful when something fails.
+    let default_filter = if matches!(cli.command, Command::Run(_) | Command::Controller(_)) { "info" } else { "warn" };
+    telemetry::start(cli.log.as_deref().unwrap_or(default_filter))
         .map_err(|error| Failure::Usage(vec![format!("--log: {}", lineside_common::error_chain(&error))]))
 }
 
-/// The async runtime. Inference has threads of its own, so two are plenty for cameras, broker and probes.
+/// The async runtime. Inference has its own threads, so two threads are enough for the cameras, the broker and HTTP.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
 }

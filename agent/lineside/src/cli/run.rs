@@ -1,4 +1,4 @@
-//! `lineside run`: the agent.
+//! `lineside run`: resolves the configuration and runs the agent until a signal arrives or a task fails.
 
 use std::path::PathBuf;
 
@@ -15,6 +15,7 @@ use lineside_api::names::ConfigErrors;
 use lineside_common::files::read_bounded;
 use lineside_common::{allocator, shutdown};
 
+/// Maximum size of the configuration file, in bytes.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 #[derive(Args)]
@@ -50,9 +51,9 @@ pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failu
     let host_name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let config = layers.resolve(errors, host_name.trim()).map_err(Failure::Usage)?;
     let runtime = super::runtime()?;
-    let ended = runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let stop = CancellationToken::new();
-        shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
+        shutdown::on_signals(stop.clone()).context("cannot install the signal handlers")?;
         let app = App::start(config, set_level).await?;
         let outcome = tokio::select! {
             () = stop.cancelled() => Ok(()),
@@ -61,7 +62,8 @@ pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failu
         app.stop().await;
         outcome
     });
-    // All tasks have stopped. A model that is still being loaded, or a file system that hangs, is not waited for.
+    // All tasks have stopped. The process does not wait for blocking threads: a model load can take minutes, and a network file
+    // system can hang.
     runtime.shutdown_background();
-    ended.map_err(Failure::Failed)
+    outcome.map_err(Failure::Failed)
 }

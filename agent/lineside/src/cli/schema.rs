@@ -1,4 +1,4 @@
-//! `lineside schema`: the JSON Schemas of the messages, for those who consume them.
+//! `lineside schema`: prints the JSON Schema of a message type, for the consumers of the messages.
 
 use std::io::Write as _;
 
@@ -10,39 +10,39 @@ use lineside_api::message;
 
 #[derive(Args)]
 pub(super) struct Arguments {
-    /// The message.
-    #[arg(value_enum, default_value_t = Name::Result)]
-    message: Name,
+    /// Message type whose schema is printed.
+    #[arg(value_enum, default_value_t = MessageType::Result)]
+    message: MessageType,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Name {
-    /// One inspection's result.
+enum MessageType {
+    /// Result of the inspection of one frame.
     Result,
-    /// Something that happened.
+    /// Event of a model, a stream or the agent.
     Event,
-    /// How things stood.
+    /// Metrics of the agent, with the changes since the previous message.
     Metrics,
-    /// The agent's presence.
+    /// Retained online or offline status of the agent.
     Status,
-    /// What an operator asks for.
+    /// Operator command.
     Command,
-    /// What came of it.
+    /// Outcome of an operator command.
     CommandState,
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     let file = match arguments.message {
-        Name::Result => "result.schema.json",
-        Name::Event => "event.schema.json",
-        Name::Metrics => "metrics.schema.json",
-        Name::Status => "status.schema.json",
-        Name::Command => "command.schema.json",
-        Name::CommandState => "command-state.schema.json",
+        MessageType::Result => "result.schema.json",
+        MessageType::Event => "event.schema.json",
+        MessageType::Metrics => "metrics.schema.json",
+        MessageType::Status => "status.schema.json",
+        MessageType::Command => "command.schema.json",
+        MessageType::CommandState => "command-state.schema.json",
     };
     for (_, schema) in message::schemas().into_iter().filter(|(name, _)| *name == file) {
-        let text = serde_json::to_string_pretty(&schema).context("the schema cannot be written")?;
-        writeln!(std::io::stdout(), "{text}").context("stdout")?;
+        let text = serde_json::to_string_pretty(&schema).context("cannot serialize the schema")?;
+        writeln!(std::io::stdout(), "{text}").context("cannot write to stdout")?;
     }
     Ok(())
 }

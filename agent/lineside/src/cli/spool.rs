@@ -1,4 +1,5 @@
-//! `lineside spool`: the results that wait for the broker, looked at, saved or thrown away by hand.
+//! `lineside spool`: lists, exports and deletes the messages that wait for the broker. All commands but `purge` also work while the
+//! agent runs. `tests/suite/spool.rs` tests it as a whole process.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -8,7 +9,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
-use super::progress::of_messages;
+use super::progress::message_bar;
 use super::{Failure, write_out};
 
 use lineside_spool::{Record, RecordKind, SpoolView, purge};
@@ -17,46 +18,47 @@ use lineside_spool::{Record, RecordKind, SpoolView, purge};
 pub(super) struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// The agent's own folder.
+    /// Data folder of the agent.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/lineside", env = "LINESIDE_DATA_DIR", global = true)]
     data_dir: PathBuf,
-    /// Print JSON for scripts.
+    /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Say how much waits, by kind.
+    /// Print the number and size of the pending messages by kind.
     Stat,
-    /// List the messages that wait, oldest first.
+    /// List the pending messages, oldest first.
     Ls {
-        /// How many at most; 0 is all.
+        /// Maximum number of messages; 0 means no limit.
         #[arg(long, value_name = "N", default_value_t = 20)]
         limit: usize,
     },
-    /// Write the messages that wait as JSON lines. They stay in the spool.
+    /// Write the pending messages as JSON lines. They stay in the spool.
     #[command(
-        after_help = "Each line is {\"topic\": ..., \"payload\": ...}. They can be loaded to a broker by other means:\n  \
+        after_help = "Each line is {\"topic\": ..., \"payload\": ...}. To publish an export with mosquitto_pub:\n  \
         lineside spool export - | jq -rc '[.topic, (.payload|tojson)] | @tsv' |\n    \
         while IFS=$'\\t' read -r topic payload; do mosquitto_pub -q 1 -t \"$topic\" -m \"$payload\"; done"
     )]
     Export {
-        /// A file, or - for stdout.
+        /// Output file, or - for stdout. An existing file is overwritten.
         #[arg(value_name = "FILE")]
         output: PathBuf,
     },
-    /// Throw away what waits. The agent must have ended.
+    /// Delete the pending messages. Stop the agent first.
     Purge {
-        /// Only messages of this kind.
+        /// Delete only the messages of this kind [default: all kinds].
         #[arg(long, value_enum)]
         kind: Option<Partition>,
-        /// Really do it. What is thrown away is lost.
+        /// Confirm the deletion. Deleted messages cannot be restored.
         #[arg(long)]
         yes: bool,
     },
 }
 
+/// The kinds of messages in the spool.
 #[derive(Clone, Copy, ValueEnum)]
 enum Partition {
     Result,
@@ -82,18 +84,19 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Ls { limit } => list(&view, limit, arguments.json)?,
         Command::Export { output } => export(&view, &output, arguments.json)?,
         Command::Purge { yes: false, .. } => {
-            let waiting: u64 = view.partitions().map(|partition| partition.records).sum();
-            let why =
-                format!("{waiting} messages wait; --yes throws them away for good, `spool export` saves them first");
-            return Err(Failure::Usage(vec![why]));
+            let pending: u64 = view.partitions().map(|partition| partition.records).sum();
+            let message =
+                format!("{pending} messages are pending; --yes deletes them, `lineside spool export` saves them first");
+            return Err(Failure::Usage(vec![message]));
         }
         Command::Purge { kind, .. } => {
             let kind = kind.map(RecordKind::from);
             let purged =
-                purge(&root, |other| kind.is_none_or(|kind| kind == other)).context("nothing more was purged")?;
-            match arguments.json {
-                true => write_out(&json!({"purged": purged}).to_string()),
-                false => write_out(&format!("{purged} messages thrown away")),
+                purge(&root, |other| kind.is_none_or(|kind| kind == other)).context("cannot purge the spool")?;
+            if arguments.json {
+                write_out(&json!({"purged": purged}).to_string());
+            } else {
+                write_out(&format!("{purged} messages deleted"));
             }
         }
     }
@@ -110,7 +113,7 @@ fn stat(view: &SpoolView, json: bool) {
     if json {
         return write_out(&json!({"partitions": partitions}).to_string());
     }
-    write_out(&format!("{:<8}  {:>10}  {:>12}  {:>8}", "KIND", "WAITING", "BYTES", "FILES"));
+    write_out(&format!("{:<8}  {:>10}  {:>12}  {:>8}", "KIND", "PENDING", "BYTES", "FILES"));
     for partition in view.partitions() {
         write_out(&format!(
             "{:<8}  {:>10}  {:>12}  {:>8}",
@@ -125,24 +128,25 @@ fn stat(view: &SpoolView, json: bool) {
 fn list(view: &SpoolView, limit: usize, json: bool) -> anyhow::Result<()> {
     let limit = if limit == 0 { usize::MAX } else { limit };
     if !json {
-        write_out(&format!("{:<24}  {:<26}  {:>8}  {}", "MADE", "ID", "BYTES", "TOPIC"));
+        write_out(&format!("{:<24}  {:<26}  {:>8}  {}", "CREATED", "ID", "BYTES", "TOPIC"));
     }
     for record in view.records().take(limit) {
-        let record = record.context("the spool cannot be read")?;
+        let record = record.context("cannot read the spool")?;
         let payload = payload(&record);
-        match json {
-            true => write_out(
+        if json {
+            write_out(
                 &json!({"kind": record.id.kind.name(), "id": payload["id"], "ts": payload["ts"],
                         "topic": *record.topic, "bytes": record.payload.len()})
                 .to_string(),
-            ),
-            false => write_out(&format!(
+            );
+        } else {
+            write_out(&format!(
                 "{:<24}  {:<26}  {:>8}  {}",
                 payload["ts"].as_str().unwrap_or("?"),
                 payload["id"].as_str().unwrap_or("?"),
                 record.payload.len(),
                 record.topic
-            )),
+            ));
         }
     }
     Ok(())
@@ -150,22 +154,21 @@ fn list(view: &SpoolView, limit: usize, json: bool) -> anyhow::Result<()> {
 
 fn export(view: &SpoolView, output: &PathBuf, json: bool) -> anyhow::Result<()> {
     let is_stdout = output.as_os_str() == "-";
-    let mut out: Box<dyn Write> = match is_stdout {
-        true => Box::new(BufWriter::new(io::stdout())),
-        false => {
-            let file = File::create(output).with_context(|| output.display().to_string())?;
-            Box::new(BufWriter::new(file))
-        }
+    let mut out: Box<dyn Write> = if is_stdout {
+        Box::new(BufWriter::new(io::stdout()))
+    } else {
+        let file = File::create(output).with_context(|| output.display().to_string())?;
+        Box::new(BufWriter::new(file))
     };
     let total = view.partitions().map(|partition| partition.records).sum();
-    let bar = of_messages("exporting");
+    let bar = message_bar("exporting");
     bar.set_length(total);
     let mut exported = 0u64;
     for record in view.records() {
-        let record = record.context("the spool cannot be read")?;
+        let record = record.context("cannot read the spool")?;
         let line = json!({"topic": *record.topic, "payload": payload(&record)});
         match writeln!(out, "{line}") {
-            // Whoever reads our output may leave at any time, as `head` does.
+            // The reader may close the pipe at any time, as `head` does.
             Err(error) if is_stdout && error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             written => written.with_context(|| output.display().to_string())?,
         }
@@ -175,14 +178,16 @@ fn export(view: &SpoolView, output: &PathBuf, json: bool) -> anyhow::Result<()> 
     out.flush().with_context(|| output.display().to_string())?;
     bar.finish_and_clear();
     if !is_stdout {
-        match json {
-            true => write_out(&json!({"exported": exported}).to_string()),
-            false => write_out(&format!("{exported} messages written to {}", output.display())),
+        if json {
+            write_out(&json!({"exported": exported}).to_string());
+        } else {
+            write_out(&format!("{exported} messages written to {}", output.display()));
         }
     }
     Ok(())
 }
 
+/// The payload as JSON; null if it is not valid JSON.
 fn payload(record: &Record) -> Value {
     serde_json::from_slice(&record.payload).unwrap_or_default()
 }

@@ -1,4 +1,5 @@
-//! `lineside store`: the models this node keeps, looked at and put in order by hand. It works while the agent runs.
+//! `lineside store`: lists, verifies, evicts, pins, exports and imports the model versions in the store of this node. The commands
+//! also work while the agent runs. `tests/suite/store.rs` tests them as whole processes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
 
-use super::progress::of_bytes as bar;
+use super::progress::byte_bar;
 use super::{Failure, write_out};
 use crate::app::STORE_FOLDER;
 use lineside_common::clock;
@@ -24,69 +25,69 @@ use lineside_models::store::{Blob, DigestRecordKind, FailureRecord, Index, Store
 pub(super) struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// The agent's own folder.
+    /// Data folder of the agent.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/lineside", env = "LINESIDE_DATA_DIR", global = true)]
     data_dir: PathBuf,
-    /// What the store may take on disk; as the agent is told.
+    /// Maximum size of the store, in MiB. Use the value of the agent.
     #[arg(long, value_name = "MIB", default_value_t = 4096, env = "LINESIDE_STORE_MIB_MAX", global = true)]
     store_mib_max: u64,
-    /// Print JSON for scripts.
+    /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// List the versions: what they take, whether they are pinned, when they were last used, what is in quarantine.
+    /// List the versions with their size, last use and marks: last-good, pinned, signed, quarantined.
     Ls,
-    /// Read every file and compare its digest. Damaged ones are removed, and the agent fetches them again.
+    /// Verify the digest of every file. Damaged files are removed, and the agent fetches them again.
     Verify,
-    /// Evict the least recently used files down to the low mark. What served last or is pinned stays.
+    /// Evict the least recently used files down to the low watermark. Last-good and pinned versions are kept.
     Gc {
-        /// Only say what would go.
+        /// Print the files that would be evicted, and remove none.
         #[arg(long)]
         dry_run: bool,
-        /// As if so many MiB more had to fit.
+        /// Space to make available for new files, in MiB.
         #[arg(long, value_name = "MIB", default_value_t = 0)]
         room: u64,
     },
-    /// Never evict a version.
+    /// Protect a version from eviction.
     Pin {
-        /// Such as surface-defects:3.
+        /// Model version, such as surface-defects:3.
         #[arg(value_name = "NAME:VERSION")]
         version: String,
     },
-    /// Let a version be evicted again.
+    /// Remove the protection of a version from eviction.
     Unpin {
-        /// Such as surface-defects:3.
+        /// Model version, such as surface-defects:3.
         #[arg(value_name = "NAME:VERSION")]
         version: String,
     },
-    /// Take a digest out of quarantine; the agent tries it again when it starts or the manifest changes.
+    /// Release a digest from quarantine. The agent loads it again when it starts or when the manifest changes.
     Release {
-        /// sha256: and 64 hexadecimal digits.
+        /// Digest of the model file: sha256: and 64 hexadecimal digits.
         digest: String,
     },
-    /// Write versions into a folder, such as a USB stick, signed, for nodes without a network.
+    /// Export versions as a signed bundle, for nodes without a network.
     Export {
-        /// surface-defects for all versions, surface-defects:3 for one.
+        /// Model with all its versions, such as surface-defects, or one version, such as surface-defects:3.
         #[arg(value_name = "NAME[:VERSION]")]
         model: String,
-        /// The folder; it is made where it is missing.
+        /// Folder of the bundle, such as a USB stick. It is created if it does not exist.
         #[arg(long, value_name = "FOLDER")]
         output: PathBuf,
-        /// The private key to sign with; `lineside keygen` makes one.
+        /// Private key file that signs the bundle; see `lineside keygen`.
         #[arg(long, value_name = "KEY")]
         key: PathBuf,
     },
-    /// Take in what was exported. Nothing is taken of a bundle that is not signed by a trusted key, or is damaged.
+    /// Import a bundle. A bundle that is damaged or lacks a trusted signature is rejected as a whole.
     Import {
-        /// The folder.
+        /// Folder of the bundle.
         folder: PathBuf,
-        /// The public key that is believed, or a folder of them.
+        /// Trusted public key file, or a folder of them.
         #[arg(long, value_name = "PATH", env = "LINESIDE_TRUSTED_KEYS")]
         trusted_keys: PathBuf,
-        /// How many of the keys have to sign.
+        /// Minimum number of trusted keys that have signed.
         #[arg(long, value_name = "N", default_value_t = 1, env = "LINESIDE_SIGNATURE_THRESHOLD")]
         signature_threshold: usize,
     },
@@ -94,36 +95,39 @@ enum Command {
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     let root = arguments.data_dir.join(STORE_FOLDER);
-    // A mistyped folder is not made; only an import may be the first to come.
+    // A mistyped folder must not be created. Only an import may create the store.
     if !root.is_dir() && !matches!(arguments.command, Command::Import { .. }) {
-        let why = format!("--data-dir {} holds no store; is it the agent's?", arguments.data_dir.display());
-        return Err(Failure::Failed(anyhow::anyhow!(why)));
+        let message = format!(
+            "--data-dir {} does not contain a model store; specify the data folder of the agent",
+            arguments.data_dir.display()
+        );
+        return Err(Failure::Failed(anyhow::anyhow!(message)));
     }
     let open = || -> anyhow::Result<Store> {
-        Store::open(&root, arguments.store_mib_max << 20, Index::off()).context("the store cannot be opened")
+        Store::open(&root, arguments.store_mib_max << 20, Index::off()).context("cannot open the store")
     };
     let last_good = LastGoodVersions::read(&arguments.data_dir);
     let json = arguments.json;
     match arguments.command {
         Command::Ls => Ok(list(&open()?, &last_good, json)?),
         Command::Verify => Ok(verify(&open()?, json)?),
-        Command::Gc { dry_run, room } => Ok(collect(&open()?, &last_good.digests(), room << 20, dry_run, json)?),
+        Command::Gc { dry_run, room } => Ok(evict(&open()?, &last_good.digests(), room << 20, dry_run, json)?),
         Command::Pin { version } => pin(&open()?, &version, true),
         Command::Unpin { version } => pin(&open()?, &version, false),
         Command::Release { digest } => {
             let digest = Digest::parse(&digest).map_err(|error| Failure::Usage(vec![error.to_string()]))?;
-            let was_there =
+            let is_released =
                 open()?.delete_digest_record(DigestRecordKind::Failure, &digest).map_err(anyhow::Error::from)?;
-            match was_there {
-                true => say(json, &json!({"released": digest}), &format!("{digest} may be tried again")),
-                false => return Err(Failure::Failed(anyhow::anyhow!("{digest} has not failed here"))),
+            if !is_released {
+                return Err(Failure::Failed(anyhow::anyhow!("the store has no failure record of {digest}")));
             }
+            print_output(json, &json!({"released": digest}), &format!("{digest} is released from quarantine"));
             Ok(())
         }
         Command::Export { model, output, key } => {
-            let (name, version) = parse(&model, false)?;
+            let (name, version) = parse_version(&model, false)?;
             let key = SigningKey::read(&key).context("--key")?;
-            let bar = bar("exporting");
+            let bar = byte_bar("exporting");
             let selector = VersionSelector { name, version };
             let progress = |progress| match progress {
                 BundleProgress::Total(bytes) => bar.set_length(bytes),
@@ -131,13 +135,13 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
             };
             let versions = bundle::export(&open()?, &selector, &output, &key, progress).map_err(anyhow::Error::from)?;
             bar.finish_and_clear();
-            told(json, "exported", &versions, &output);
+            print_versions(json, "exported", &versions, &output);
             Ok(())
         }
         Command::Import { folder, trusted_keys, signature_threshold } => {
             let keys = Keyring::read(&trusted_keys, signature_threshold)
                 .map_err(|error| Failure::Usage(vec![format!("--trusted-keys: {}", error_chain(&error))]))?;
-            let bar = bar("importing");
+            let bar = byte_bar("importing");
             let store = open()?;
             let progress = |progress| match progress {
                 BundleProgress::Total(bytes) => bar.set_length(bytes),
@@ -146,12 +150,13 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
             let versions =
                 bundle::import(&store, &folder, &keys, &last_good.digests(), progress).map_err(anyhow::Error::from)?;
             bar.finish_and_clear();
-            told(json, "imported", &versions, &folder);
+            print_versions(json, "imported", &versions, &folder);
             Ok(())
         }
     }
 }
 
+/// One version in the output of `ls`.
 #[derive(Serialize)]
 struct Row {
     name: String,
@@ -171,7 +176,7 @@ fn list(store: &Store, last_good: &LastGoodVersions, json: bool) -> anyhow::Resu
     let usage = store.usage()?;
     let mut rows = Vec::new();
     for blob in store.blobs()? {
-        let failures_on_record: Option<FailureRecord> = store.read_digest_record(&blob.digest);
+        let failure_record: Option<FailureRecord> = store.read_digest_record(&blob.digest);
         for version in &blob.versions {
             rows.push(Row {
                 name: version.name.clone(),
@@ -183,7 +188,7 @@ fn list(store: &Store, last_good: &LastGoodVersions, json: bool) -> anyhow::Resu
                 signed: version.signature.is_some(),
                 last_used: clock::rfc3339(blob.last_used),
                 source: version.source.clone(),
-                quarantine: failures_on_record.clone().filter(|failures_on_record| failures_on_record.quarantined),
+                quarantine: failure_record.clone().filter(|record| record.quarantined),
             });
         }
     }
@@ -206,7 +211,7 @@ fn list(store: &Store, last_good: &LastGoodVersions, json: bool) -> anyhow::Resu
             (row.signed, "signed"),
             (row.quarantine.is_some(), "quarantined"),
         ];
-        let marks: Vec<&str> = marks.iter().filter(|(is_so, _)| *is_so).map(|(_, mark)| *mark).collect();
+        let marks: Vec<&str> = marks.iter().filter(|(is_set, _)| *is_set).map(|(_, mark)| *mark).collect();
         lines.push(format!(
             "{:<24} {:>7}  {:<12}  {:>10}  {:<20}  {:<20}  {}",
             row.name,
@@ -224,27 +229,27 @@ fn list(store: &Store, last_good: &LastGoodVersions, json: bool) -> anyhow::Resu
 }
 
 fn verify(store: &Store, json: bool) -> anyhow::Result<()> {
-    let bar = bar("verifying");
+    let bar = byte_bar("verifying");
     bar.set_length(store.usage()?.bytes);
     let names: BTreeMap<Digest, Vec<String>> = store
         .blobs()?
         .into_iter()
         .map(|blob| (blob.digest, blob.versions.iter().map(VersionRecord::to_string).collect()))
         .collect();
-    let found = store.verify(|bytes| bar.inc(bytes))?;
+    let outcomes = store.verify(|bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
-    let damaged = found.iter().filter(|(_, outcome)| outcome.is_err()).count();
+    let damaged = outcomes.iter().filter(|(_, outcome)| outcome.is_err()).count();
     if json {
-        let all: Vec<_> = found
+        let entries: Vec<_> = outcomes
             .iter()
             .map(|(digest, outcome)| {
                 let reason = outcome.as_ref().err().map(|error| error_chain(error));
                 json!({"digest": digest, "versions": names.get(digest), "ok": outcome.is_ok(), "reason": reason})
             })
             .collect();
-        write_out(&json!({"blobs": all, "damaged": damaged}).to_string());
+        write_out(&json!({"blobs": entries, "damaged": damaged}).to_string());
     } else {
-        for (digest, outcome) in &found {
+        for (digest, outcome) in &outcomes {
             let versions = names.get(digest).map(|names| names.join(" ")).unwrap_or_default();
             match outcome {
                 Ok(bytes) => write_out(&format!("ok       {digest}  {}  {versions}", format_mib(*bytes))),
@@ -252,13 +257,11 @@ fn verify(store: &Store, json: bool) -> anyhow::Result<()> {
             }
         }
     }
-    match damaged {
-        0 => Ok(()),
-        damaged => anyhow::bail!("{damaged} of {} files were damaged", found.len()),
-    }
+    anyhow::ensure!(damaged == 0, "{damaged} of {} files were damaged", outcomes.len());
+    Ok(())
 }
 
-fn collect(store: &Store, protected: &BTreeSet<Digest>, room: u64, dry_run: bool, json: bool) -> anyhow::Result<()> {
+fn evict(store: &Store, protected: &BTreeSet<Digest>, room: u64, dry_run: bool, json: bool) -> anyhow::Result<()> {
     let evicted =
         if dry_run { store.plan_eviction(room, protected)?.evicted } else { store.free_space(room, protected)? };
     let bytes: u64 = evicted.iter().map(|blob| blob.bytes).sum();
@@ -267,11 +270,11 @@ fn collect(store: &Store, protected: &BTreeSet<Digest>, room: u64, dry_run: bool
         if names.is_empty() { "no version".to_owned() } else { names.join(" ") }
     };
     if json {
-        let all: Vec<_> = evicted
+        let entries: Vec<_> = evicted
             .iter()
             .map(|blob| json!({"digest": blob.digest, "bytes": blob.bytes, "versions": names(blob)}))
             .collect();
-        write_out(&json!({"evicted": all, "bytes": bytes, "dryRun": dry_run}).to_string());
+        write_out(&json!({"evicted": entries, "bytes": bytes, "dryRun": dry_run}).to_string());
         return Ok(());
     }
     for blob in &evicted {
@@ -283,45 +286,46 @@ fn collect(store: &Store, protected: &BTreeSet<Digest>, room: u64, dry_run: bool
 }
 
 fn pin(store: &Store, version: &str, pinned: bool) -> Result<(), Failure> {
-    let (name, number) = parse(version, true)?;
+    let (name, number) = parse_version(version, true)?;
     let number = number.unwrap_or_default();
-    match store.set_pinned(&name, number, pinned).map_err(anyhow::Error::from)? {
-        true => {
-            write_out(&format!("{name}:{number} is {}", if pinned { "pinned" } else { "not pinned" }));
-            Ok(())
-        }
-        false => Err(Failure::Failed(anyhow::anyhow!(
-            "the store has no {name}:{number}; `lineside store ls` lists what it has"
-        ))),
+    if store.set_pinned(&name, number, pinned).map_err(anyhow::Error::from)? {
+        write_out(&format!("{name}:{number} is {}", if pinned { "pinned" } else { "not pinned" }));
+        Ok(())
+    } else {
+        Err(Failure::Failed(anyhow::anyhow!(
+            "{name}:{number} is not in the store; `lineside store ls` lists the versions in the store"
+        )))
     }
 }
 
-/// `name:version`; the version may be left out where it is not needed.
-fn parse(text: &str, needs_version: bool) -> Result<(String, Option<u64>), Failure> {
-    let wrong = || Failure::Usage(vec![format!("`{text}` is no model version; expected a name and a number: parts:3")]);
+/// Parses `name:version`. The version is optional unless `needs_version` is set.
+fn parse_version(text: &str, needs_version: bool) -> Result<(String, Option<u64>), Failure> {
+    let invalid = || {
+        Failure::Usage(vec![format!("`{text}` is not a model version; expected a name and a number, such as parts:3")])
+    };
     let (name, version) = match text.split_once(':') {
-        Some((name, version)) => (name, Some(version.parse::<u64>().map_err(|_| wrong())?)),
-        None if needs_version => return Err(wrong()),
+        Some((name, version)) => (name, Some(version.parse::<u64>().map_err(|_| invalid())?)),
+        None if needs_version => return Err(invalid()),
         None => (text, None),
     };
-    match lineside_api::names::is_name(name) {
-        true => Ok((name.to_owned(), version)),
-        false => Err(wrong()),
-    }
+    if lineside_api::names::is_name(name) { Ok((name.to_owned(), version)) } else { Err(invalid()) }
 }
 
-fn told(json: bool, verb: &str, versions: &[VersionRecord], folder: &Path) {
+/// Prints the versions that were exported or imported.
+fn print_versions(json: bool, verb: &str, versions: &[VersionRecord], folder: &Path) {
     let names: Vec<String> = versions.iter().map(VersionRecord::to_string).collect();
-    say(
+    print_output(
         json,
         &json!({verb: names, "folder": folder, "at": clock::rfc3339(SystemTime::now())}),
         &format!("{verb} {} ({})", names.join(" "), folder.display()),
     );
 }
 
-fn say(json: bool, report: &serde_json::Value, text: &str) {
-    match json {
-        true => write_out(&report.to_string()),
-        false => write_out(text),
+/// Prints `report` with `--json`, and `text` without.
+fn print_output(json: bool, report: &serde_json::Value, text: &str) {
+    if json {
+        write_out(&report.to_string());
+    } else {
+        write_out(text);
     }
 }

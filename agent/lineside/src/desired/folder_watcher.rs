@@ -1,4 +1,4 @@
-//! Follows a folder of manifests: reads what has changed, and sends the desired state.
+//! Watches a folder of manifests: scans it periodically, reports its changes, and publishes the desired state.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,10 +13,10 @@ use tokio_util::sync::CancellationToken;
 use super::manifest_folder::{Finding, ManifestFolder};
 use super::{DesiredObject, DesiredState, Identity};
 
-/// How often the folder is read.
+/// Interval of the scans.
 const SCAN_INTERVAL: Duration = Duration::from_millis(500);
 
-/// The metrics of the folder.
+/// The metrics of the folder of manifests.
 pub struct FolderMetrics {
     rejected: IntGaugeVec,
 }
@@ -25,7 +25,7 @@ impl FolderMetrics {
     /// Registers the metrics.
     ///
     /// # Errors
-    /// When a name is registered already.
+    /// When a metric with the same name is already registered.
     pub fn register(registrar: &Registrar) -> Result<Self, prometheus::Error> {
         let rejected = registrar.gauges(
             "manifest_rejected",
@@ -36,21 +36,21 @@ impl FolderMetrics {
     }
 }
 
-/// Follows a folder.
+/// Watches one folder and publishes its desired state.
 pub struct FolderWatcher {
-    /// The folder.
+    /// Path of the folder.
     pub folder: PathBuf,
     /// Receives the desired state.
     pub desired: watch::Sender<Option<Arc<DesiredState>>>,
-    /// Asks for an immediate scan.
+    /// Requests an immediate scan.
     pub reread: Arc<Notify>,
-    /// The metrics.
+    /// The metrics of the folder.
     pub metrics: FolderMetrics,
 }
 
 impl FolderWatcher {
-    /// Scans the folder until stopped, on a blocking thread: the folder may be on a network file system that hangs. A watcher
-    /// that is started again reads everything again.
+    /// Scans the folder until `stop`. Each scan runs on a blocking thread, because a network file system can hang. A restarted
+    /// watcher reads all files again.
     pub async fn run(&self, stop: CancellationToken) {
         let mut folder = ManifestFolder::new(&self.folder);
         let mut ticks = tokio::time::interval(SCAN_INTERVAL);
@@ -75,7 +75,7 @@ impl FolderWatcher {
                 Ok(scanned) => scanned,
                 // The supervisor logs it and starts the watcher again.
                 Err(error) => {
-                    return tracing::error!(event = "manifest_scan_failed", %error, "Reading the manifests panicked");
+                    return tracing::error!(event = "manifest_scan_failed", %error, "The scan of the manifests panicked");
                 }
             };
             findings.iter().for_each(|finding| self.report(finding));
@@ -91,7 +91,7 @@ impl FolderWatcher {
         match finding {
             Finding::Accepted(path, objects) => {
                 rejected(path).set(0);
-                tracing::info!(event = "manifest_accepted", file = %path.display(), objects, "Manifest read");
+                tracing::info!(event = "manifest_accepted", file = %path.display(), objects, "Manifest accepted");
             }
             Finding::Rejected(path, reasons) => {
                 rejected(path).set(1);
@@ -100,17 +100,21 @@ impl FolderWatcher {
                         event = "manifest_rejected",
                         file = %path.display(),
                         reason,
-                        "Manifest rejected; its last valid content applies"
+                        "Manifest rejected; its last valid content remains in effect"
                     );
                 }
             }
             Finding::Removed(path) => {
-                // The series may be missing already.
+                // The series does not exist if the file was never accepted or rejected.
                 self.metrics.rejected.remove_label_values(&[&file_name(path)]).ok();
                 tracing::info!(event = "manifest_removed", file = %path.display(), "Manifest removed");
             }
             Finding::Unreadable(reason) => {
-                tracing::error!(event = "manifests_unreadable", reason, "The folder cannot be read; nothing changes");
+                tracing::error!(
+                    event = "manifests_unreadable",
+                    reason,
+                    "The folder of manifests cannot be read; the last desired state remains in effect"
+                );
             }
         }
     }

@@ -1,9 +1,9 @@
-//! The folder of local manifests: the desired state where no cluster gives one.
+//! A folder of local manifests: the desired state of a node without a cluster.
 //!
-//! The folder is looked at twice a second, by the files' attributes only; that works on every file system, also where
-//! change notifications do not (NFS, overlays, the symbolic links of a mounted ConfigMap). A change is believed when two
-//! looks in a row agree on it, so that a file being rewritten is never taken for an empty or a missing one. A file that
-//! cannot be read or holds a error is refused as a whole, reported once, and what it last said well stays in force.
+//! A scan compares the attributes of the files with those of the previous scan. This works on every file system, including those
+//! without change notifications (NFS, overlays, the symbolic links of a mounted ConfigMap). A change is applied when two scans in
+//! a row see the same attributes, so that a file that is being rewritten is not read as an empty or missing file. A file that
+//! cannot be read or that contains an error is rejected as a whole and reported once; its last valid content remains in effect.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,92 +14,97 @@ use lineside_api::kinds::manifest;
 use lineside_api::kinds::manifest::Object;
 use lineside_common::files::read_bounded;
 
-/// Bytes of one manifest file at most.
+/// Maximum size of one manifest file, in bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Extensions of manifest files.
 const SUFFIXES: [&str; 3] = ["yaml", "yml", "json"];
 
-/// Attributes that change whenever a file's content does: inode, size, and both times in nanoseconds.
+/// Attributes that change with the content of a file: inode, size, and the times of modification and status change, each in
+/// seconds and nanoseconds.
 type Signature = (u64, u64, i64, i64, i64, i64);
 
-/// A folder of manifests and what it last said.
+/// A folder of manifests and the last valid content of its files.
 pub struct ManifestFolder {
     path: PathBuf,
-    files: BTreeMap<PathBuf, Known>,
-    last_look: Option<BTreeMap<PathBuf, Signature>>,
+    files: BTreeMap<PathBuf, FileState>,
+    last_signatures: Option<BTreeMap<PathBuf, Signature>>,
+    /// The reason why the last scan failed.
     unreadable: Option<String>,
 }
 
-struct Known {
+/// The last version of a file that was read.
+struct FileState {
     signature: Signature,
-    is_refused: bool,
+    is_rejected: bool,
     objects: Vec<Object>,
 }
 
-/// What a look at the folder found.
+/// A change that a scan found.
 #[derive(Debug, PartialEq)]
 pub enum Finding {
-    /// A file was read; this many objects are in it.
+    /// A file is valid. The number is that of its objects.
     Accepted(PathBuf, usize),
-    /// A file is refused, for these reasons.
+    /// A file is rejected for these reasons. Its last valid content remains in effect.
     Rejected(PathBuf, Vec<String>),
-    /// A file is gone.
+    /// A file was removed.
     Removed(PathBuf),
-    /// The folder cannot be read; everything stays as it is.
+    /// The folder cannot be read. The content of all files remains in effect.
     Unreadable(String),
 }
 
 impl ManifestFolder {
-    /// A folder not yet looked at.
+    /// A folder that has not been scanned.
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), files: BTreeMap::new(), last_look: None, unreadable: None }
+        Self { path: path.to_owned(), files: BTreeMap::new(), last_signatures: None, unreadable: None }
     }
 
-    /// Everything the folder says, in the order of the files' names.
+    /// The objects of all files with the path of their file, in the order of the paths.
     pub fn objects(&self) -> impl Iterator<Item = (&Path, &Object)> {
-        self.files.iter().flat_map(|(path, known)| known.objects.iter().map(move |object| (path.as_path(), object)))
+        self.files.iter().flat_map(|(path, file)| file.objects.iter().map(move |object| (path.as_path(), object)))
     }
 
-    /// Whether every file could be read, so that what they do not name is not wanted.
+    /// Whether the folder and the current content of every file are valid. Otherwise a missing object may be in a rejected file.
     pub fn is_complete(&self) -> bool {
-        self.unreadable.is_none() && !self.files.values().any(|known| known.is_refused)
+        self.unreadable.is_none() && !self.files.values().any(|file| file.is_rejected)
     }
 
-    /// Looks at the folder and takes in what has changed.
+    /// Scans the folder and applies its changes.
     pub fn scan(&mut self) -> Vec<Finding> {
-        let look = match signatures(&self.path) {
-            Ok(look) => look,
+        let current = match signatures(&self.path) {
+            Ok(signatures) => signatures,
             Err(error) => {
                 let reason = error.to_string();
-                let is_news = self.unreadable.replace(reason.clone()).as_ref() != Some(&reason);
-                return if is_news { vec![Finding::Unreadable(reason)] } else { Vec::new() };
+                let is_new_reason = self.unreadable.replace(reason.clone()).as_ref() != Some(&reason);
+                return if is_new_reason { vec![Finding::Unreadable(reason)] } else { Vec::new() };
             }
         };
         self.unreadable = None;
-        let before = self.last_look.replace(look.clone());
-        let settled = |path: &PathBuf| before.as_ref().is_none_or(|before| before.get(path) == look.get(path));
+        let previous = self.last_signatures.replace(current.clone());
+        let is_stable =
+            |path: &PathBuf| previous.as_ref().is_none_or(|previous| previous.get(path) == current.get(path));
         let mut findings = Vec::new();
-        let gone: Vec<PathBuf> =
-            self.files.keys().filter(|path| !look.contains_key(*path) && settled(path)).cloned().collect();
-        for path in gone {
+        let removed: Vec<PathBuf> =
+            self.files.keys().filter(|path| !current.contains_key(*path) && is_stable(path)).cloned().collect();
+        for path in removed {
             self.files.remove(&path);
             findings.push(Finding::Removed(path));
         }
-        for (path, signature) in &look {
-            let is_known = self.files.get(path).is_some_and(|known| known.signature == *signature);
-            if !is_known && settled(path) {
-                findings.extend(self.take_in(path, *signature));
+        for (path, signature) in &current {
+            let is_unchanged = self.files.get(path).is_some_and(|file| file.signature == *signature);
+            if !is_unchanged && is_stable(path) {
+                findings.extend(self.read_file(path, *signature));
             }
         }
         findings
     }
 
-    /// `None` where the file has vanished since it was looked at; the next look says so.
-    fn take_in(&mut self, path: &Path, signature: Signature) -> Option<Finding> {
+    /// Reads a file that is new or has changed. `None` when it has been removed since the scan; the next scan reports that.
+    fn read_file(&mut self, path: &Path, signature: Signature) -> Option<Finding> {
         let read = match read_bounded(path, FILE_BYTES_MAX) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
             Err(error) => Err(vec![error.to_string()]),
             Ok(bytes) => {
-                String::from_utf8(bytes).map_err(|_| vec!["it is no UTF-8 text".to_owned()]).and_then(|text| {
+                String::from_utf8(bytes).map_err(|_| vec!["the file is not valid UTF-8".to_owned()]).and_then(|text| {
                     manifest::read(&text, &self.path, &crate::desired::check_rule)
                         .map_err(manifest::ManifestErrors::into_list)
                 })
@@ -108,25 +113,25 @@ impl ManifestFolder {
         Some(match read {
             Ok(objects) => {
                 let count = objects.len();
-                self.files.insert(path.to_owned(), Known { signature, is_refused: false, objects });
+                self.files.insert(path.to_owned(), FileState { signature, is_rejected: false, objects });
                 Finding::Accepted(path.to_owned(), count)
             }
             Err(reasons) => {
-                let known = self.files.entry(path.to_owned()).or_insert(Known {
+                let file = self.files.entry(path.to_owned()).or_insert(FileState {
                     signature,
-                    is_refused: true,
+                    is_rejected: true,
                     objects: Vec::new(),
                 });
-                (known.signature, known.is_refused) = (signature, true);
+                (file.signature, file.is_rejected) = (signature, true);
                 Finding::Rejected(path.to_owned(), reasons)
             }
         })
     }
 }
 
-/// The manifest files of a folder. Hidden ones are left out, as are those that vanish while they are looked at.
+/// The manifest files of a folder with their signatures. Skips hidden files, and files that are removed during the scan.
 fn signatures(folder: &Path) -> std::io::Result<BTreeMap<PathBuf, Signature>> {
-    let mut found = BTreeMap::new();
+    let mut signatures = BTreeMap::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
@@ -134,17 +139,23 @@ fn signatures(folder: &Path) -> std::io::Result<BTreeMap<PathBuf, Signature>> {
         if is_hidden || !SUFFIXES.contains(&suffix) {
             continue;
         }
-        let facts = match fs::metadata(&path) {
-            Ok(facts) => facts,
+        let metadata = match fs::metadata(&path) {
+            Ok(metadata) => metadata,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            // A file that is there and cannot be looked at is not gone.
+            // A file whose attributes cannot be read must not be treated as removed.
             Err(error) => return Err(std::io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
         };
-        let signature =
-            (facts.ino(), facts.size(), facts.mtime(), facts.mtime_nsec(), facts.ctime(), facts.ctime_nsec());
-        found.insert(path, signature);
+        let signature = (
+            metadata.ino(),
+            metadata.size(),
+            metadata.mtime(),
+            metadata.mtime_nsec(),
+            metadata.ctime(),
+            metadata.ctime_nsec(),
+        );
+        signatures.insert(path, signature);
     }
-    Ok(found)
+    Ok(signatures)
 }
 
 #[cfg(test)]
@@ -163,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_is_taken_in_when_two_looks_agree() {
+    fn a_change_is_applied_when_two_scans_see_the_same_attributes() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("a.yaml");
         fs::write(&path, stream("one")).unwrap();
@@ -172,7 +183,7 @@ mod tests {
         assert_eq!(folder.scan(), []);
 
         fs::write(&path, stream("two") + "---\n" + &stream("three")).unwrap();
-        assert_eq!((folder.scan().len(), names(&folder)), (0, vec!["one".to_owned()]), "not yet believed");
+        assert_eq!((folder.scan().len(), names(&folder)), (0, vec!["one".to_owned()]), "the change is not stable yet");
         assert_eq!(folder.scan(), [Finding::Accepted(path.clone(), 2)]);
         assert_eq!(names(&folder), ["two", "three"]);
 
@@ -181,23 +192,23 @@ mod tests {
         assert_eq!(folder.scan(), [Finding::Removed(path.clone())]);
         assert!(names(&folder).is_empty());
         assert_eq!(
-            folder.take_in(&path, Signature::default()),
+            folder.read_file(&path, Signature::default()),
             None,
-            "one that vanishes between two looks is not refused"
+            "a file that is removed after the scan is not rejected"
         );
     }
 
     #[test]
-    fn a_bad_file_is_reported_once_and_its_last_good_content_stays() {
+    fn an_invalid_file_is_reported_once_and_its_last_valid_content_remains_in_effect() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("a.yaml");
         fs::write(&path, stream("one")).unwrap();
         let mut folder = ManifestFolder::new(root.path());
         folder.scan();
-        for bad in ["kind: [", "kind: Pod\n", "\u{0}", "speed: 3"] {
-            fs::write(&path, bad).unwrap();
+        for invalid in ["kind: [", "kind: Pod\n", "\u{0}", "speed: 3"] {
+            fs::write(&path, invalid).unwrap();
             let findings: Vec<Finding> = (0..4).flat_map(|_| folder.scan()).collect();
-            assert!(matches!(findings.as_slice(), [Finding::Rejected(..)]), "{bad}: {findings:?}");
+            assert!(matches!(findings.as_slice(), [Finding::Rejected(..)]), "{invalid}: {findings:?}");
             assert_eq!(names(&folder), ["one"]);
         }
         fs::write(&path, [0xFF, 0xFE]).unwrap();
@@ -207,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_vanishes_takes_nothing_with_it() {
+    fn objects_remain_in_effect_when_the_folder_cannot_be_read() {
         let root = tempfile::tempdir().unwrap();
         let inner = root.path().join("manifests");
         fs::create_dir(&inner).unwrap();
@@ -220,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn links_of_a_mounted_configmap_are_followed_and_hidden_files_are_not() {
+    fn symbolic_links_of_a_configmap_are_followed_and_hidden_files_are_skipped() {
         let root = tempfile::tempdir().unwrap();
         for (version, name) in [("..1", "one"), ("..2", "two")] {
             fs::create_dir(root.path().join(version)).unwrap();

@@ -1,4 +1,7 @@
-//! What this node should be running: everything that is asked for, less what is meant for other nodes.
+//! The desired state: the models and streams that this node should run, from a folder of manifests or from a cluster.
+//!
+//! A source ([`folder_watcher`], [`cluster`]) publishes a [`DesiredState`] after each change. An [`Assignment`] contains the
+//! objects of it that select this node, by name. The unit tests are in [`object_set`] and [`manifest_folder`].
 
 pub mod cluster;
 mod desired_cache;
@@ -13,75 +16,75 @@ use serde_json::Value;
 use lineside_api::kinds::manifest::Object;
 use lineside_api::kinds::{ModelManifest, StreamManifest, selects};
 
-/// Checks a verdict rule as manifests are read.
+/// Compiles a verdict rule to validate it while a manifest is read.
 ///
 /// # Errors
-/// [`lineside_rules::RuleError`].
+/// [`lineside_rules::RuleError`] when the rule does not compile.
 pub fn check_rule(rule: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     Ok(lineside_rules::Rule::compile(rule).map(drop)?)
 }
 
-/// The node that manifests are matched against.
+/// The node that node selectors are matched against.
 #[derive(Debug, Clone)]
 pub struct Node {
-    /// Its name.
+    /// Name of the node.
     pub name: String,
-    /// Its labels.
+    /// Labels of the node: those of the cluster, overridden by those of the configuration.
     pub labels: BTreeMap<String, String>,
 }
 
-/// Everything that is asked for at one moment, by a folder of manifests or by a cluster.
+/// The desired state at one moment, from a folder of manifests or from a cluster.
 #[derive(Debug, Clone, Default)]
 pub struct DesiredState {
-    /// What is asked for, in the order in which it counts: of two objects with one name the first one does.
+    /// The valid objects, in order of precedence: of two objects of one kind with the same name the first one applies.
     pub objects: Vec<DesiredObject>,
-    /// Objects whose present content cannot be followed. What they said well before, if anything, is among `objects`.
+    /// The objects whose current content is invalid. Their last valid content, if any, is in `objects`.
     pub refused: Vec<Refused>,
-    /// Labels that the node bears in the cluster; those of the agent's configuration come on top.
+    /// Labels of the node in the cluster. The labels of the agent's configuration override them.
     pub labels: BTreeMap<String, String>,
-    /// Whether this is all: what is not named is not wanted.
+    /// Whether the state is complete, so that a model or stream that is not in it must not run.
     pub is_complete: bool,
 }
 
-/// One object that is asked for.
+/// One valid object of the desired state.
 #[derive(Debug, Clone)]
 pub struct DesiredObject {
-    /// What is asked for.
+    /// The model or stream.
     pub object: Object,
-    /// Where it stands, for people.
+    /// Where the object is defined, for messages: the path of the file, or the object in the cluster.
     pub place: String,
-    /// Which object of a cluster it is.
+    /// The uid and generation of the object in the cluster.
     pub identity: Identity,
 }
 
-/// Which of all objects that ever bore a name is meant, and how often its spec had been changed; nothing without a cluster.
+/// Identifies one revision of an object in a cluster. Both fields are `None` for an object from a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Identity {
-    /// The object.
+    /// `metadata.uid`: distinguishes the object from earlier objects with the same name.
     pub uid: Option<String>,
-    /// Its generation.
+    /// `metadata.generation`: increases with each change of the spec.
     pub generation: Option<i64>,
 }
 
-/// One object whose content cannot be followed.
+/// One object whose current content is invalid.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Refused {
-    /// Its kind.
+    /// Kind of the object, such as `EdgeModel`.
     pub kind: String,
-    /// Its name.
+    /// Name of the object.
     pub name: String,
-    /// Which object of a cluster it is.
+    /// The uid and generation of the object in the cluster.
     pub identity: Identity,
-    /// The version it asks for, where it says.
+    /// `spec.version`, if it is present and valid.
     pub version: Option<u64>,
-    /// Every error in it.
+    /// Every error in the content.
     pub reasons: Vec<String>,
     selector: BTreeMap<String, String>,
     node_name: Option<String>,
 }
 
 impl Refused {
-    /// An object as it came, with what is wrong with it.
+    /// An invalid object. The version and the node selection are read from `document` as far as they are valid.
     pub fn new(kind: &str, name: &str, identity: Identity, document: &Value, reasons: Vec<String>) -> Self {
         let spec = |pointer: &str| document.pointer(&format!("/spec/{pointer}"));
         let selector = spec("nodeSelector").and_then(Value::as_object).into_iter().flatten();
@@ -96,32 +99,32 @@ impl Refused {
         }
     }
 
-    /// Whether it is meant for this node, as far as can be told.
+    /// Whether the object selects `node`, as far as its content is valid.
     pub fn concerns(&self, node: &Node) -> bool {
         selects(&self.selector, &node.labels) && self.node_name.as_ref().is_none_or(|name| *name == node.name)
     }
 }
 
-/// What should run, by name.
+/// The models and streams that a node should run, by name.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Assignment {
-    /// Models.
+    /// The models.
     pub models: BTreeMap<String, ModelManifest>,
-    /// StreamStates.
+    /// The streams.
     pub streams: BTreeMap<String, StreamManifest>,
 }
 
 impl Assignment {
-    /// Takes what is meant for `node`. Of two objects with one name the first wins; see [`Assignment::add`].
+    /// Selects the objects for `node`. Of two objects of one kind with the same name the first one applies.
     pub fn new(objects: impl IntoIterator<Item = Object>, node: &Node) -> Self {
-        let mut desired = Self::default();
+        let mut assignment = Self::default();
         objects.into_iter().for_each(|object| {
-            desired.add(object, node);
+            assignment.add(object, node);
         });
-        desired
+        assignment
     }
 
-    /// Whether an object is meant for `node`.
+    /// Whether an object selects `node`.
     pub fn concerns(object: &Object, node: &Node) -> bool {
         let (selector, node_name) = match object {
             Object::Model(model) => (&model.node_selector, None),
@@ -130,19 +133,20 @@ impl Assignment {
         selects(selector, &node.labels) && node_name.is_none_or(|name| *name == node.name)
     }
 
-    /// Adds one object. `false` when one of its name is there already, which then stays.
+    /// Adds one object if it selects `node`. Returns `false`, and adds nothing, when an object with this kind and name exists.
     pub fn add(&mut self, object: Object, node: &Node) -> bool {
         if !Self::concerns(&object, node) {
             return true;
         }
         match object {
-            Object::Model(model) => add(&mut self.models, model.name.clone(), *model),
-            Object::Stream(stream) => add(&mut self.streams, stream.name.clone(), *stream),
+            Object::Model(model) => insert_new(&mut self.models, model.name.clone(), *model),
+            Object::Stream(stream) => insert_new(&mut self.streams, stream.name.clone(), *stream),
         }
     }
 }
 
-fn add<T>(map: &mut BTreeMap<String, T>, name: String, value: T) -> bool {
+/// Inserts an entry unless the name exists. Returns whether it was inserted.
+fn insert_new<T>(map: &mut BTreeMap<String, T>, name: String, value: T) -> bool {
     match map.entry(name) {
         std::collections::btree_map::Entry::Vacant(entry) => {
             entry.insert(value);

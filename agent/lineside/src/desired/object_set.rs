@@ -1,8 +1,8 @@
-//! What a cluster asks for, put together object by object.
+//! The objects of a cluster, maintained from list and watch results.
 //!
-//! An object that cannot be followed does not take away what it asked for before: its last good content stays in force,
-//! and what is wrong with the new one is told. Only an object that is gone, or was replaced by another of its name, is
-//! forgotten. Objects are read when they change and not otherwise, so that a thousand of them cost little.
+//! When the new content of an object is invalid, its last valid content remains in effect and the errors are reported. An object
+//! is removed only when it is deleted, or when another object with its name replaces it. An object is parsed only when it has
+//! changed, so that a thousand objects need little CPU time.
 
 use std::collections::BTreeMap;
 
@@ -12,18 +12,18 @@ use serde_json::Value;
 use super::{Assignment, DesiredObject, DesiredState, Identity, Node, Refused};
 use lineside_api::kinds::manifest::{Object, read_object};
 
-/// One object as the cluster holds it.
+/// One object as the API server returns it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ApiObject {
     /// `EdgeModel` or `CameraStream`.
     pub kind: String,
-    /// Its name.
+    /// `metadata.name`.
     pub name: String,
-    /// Which of all objects that ever bore its name it is.
+    /// `metadata.uid`: distinguishes the object from earlier objects with the same name.
     pub uid: String,
-    /// How often its spec was changed.
+    /// `metadata.generation`: increases with each change of the spec.
     pub generation: Option<i64>,
-    /// All of it, as a file of manifests has it.
+    /// The whole object, in the format of a manifest.
     pub document: Value,
 }
 
@@ -33,87 +33,92 @@ impl ApiObject {
     }
 }
 
-/// Everything that was heard of.
+/// All known objects by kind and name, valid or not.
 #[derive(Debug, Default)]
 pub struct ObjectSet {
-    objects: BTreeMap<(String, String), Known>,
+    objects: BTreeMap<(String, String), Entry>,
 }
 
+/// The state of one object.
 #[derive(Debug)]
-struct Known {
+struct Entry {
     uid: String,
     generation: Option<i64>,
-    good: Option<(ApiObject, Object)>,
+    /// The last valid content.
+    last_valid: Option<(ApiObject, Object)>,
+    /// The errors of the current content.
     refused: Option<Refused>,
 }
 
 impl ObjectSet {
-    /// Takes in an object. `true` when that changes anything.
-    pub fn put(&mut self, given: ApiObject) -> bool {
-        let key = (given.kind.clone(), given.name.clone());
-        let before = self.objects.remove(&key).filter(|known| known.uid == given.uid);
-        if let Some(known) = before.as_ref().filter(|known| known.generation == given.generation) {
-            let is_same = given.generation.is_some() || known.good.as_ref().is_some_and(|(good, _)| *good == given);
-            if let (true, Some(known)) = (is_same, before) {
-                self.objects.insert(key, known);
+    /// Inserts or updates an object. Returns `true` when the set has changed.
+    pub fn put(&mut self, object: ApiObject) -> bool {
+        let key = (object.kind.clone(), object.name.clone());
+        let previous = self.objects.remove(&key).filter(|entry| entry.uid == object.uid);
+        if let Some(entry) = previous.as_ref().filter(|entry| entry.generation == object.generation) {
+            let is_same =
+                object.generation.is_some() || entry.last_valid.as_ref().is_some_and(|(valid, _)| *valid == object);
+            if let (true, Some(entry)) = (is_same, previous) {
+                self.objects.insert(key, entry);
                 return false;
             }
-            return self.read(key, given, None);
+            return self.parse(key, object, None);
         }
-        self.read(key, given, before.and_then(|known| known.good))
+        self.parse(key, object, previous.and_then(|entry| entry.last_valid))
     }
 
-    fn read(&mut self, key: (String, String), given: ApiObject, before: Option<(ApiObject, Object)>) -> bool {
-        let (uid, generation) = (given.uid.clone(), given.generation);
-        let known = match read_object(given.document.clone(), &super::check_rule) {
-            Ok(object) => Known { uid, generation, good: Some((given, object)), refused: None },
+    /// Parses the content of an object. Keeps `last_valid` when the content is invalid.
+    fn parse(&mut self, key: (String, String), object: ApiObject, last_valid: Option<(ApiObject, Object)>) -> bool {
+        let (uid, generation) = (object.uid.clone(), object.generation);
+        let entry = match read_object(object.document.clone(), &super::check_rule) {
+            Ok(parsed) => Entry { uid, generation, last_valid: Some((object, parsed)), refused: None },
             Err(errors) => {
                 let reasons = errors.into_list();
-                let refused = Refused::new(&given.kind, &given.name, given.identity(), &given.document, reasons);
-                Known { uid, generation, good: before, refused: Some(refused) }
+                let refused = Refused::new(&object.kind, &object.name, object.identity(), &object.document, reasons);
+                Entry { uid, generation, last_valid, refused: Some(refused) }
             }
         };
-        self.objects.insert(key, known);
+        self.objects.insert(key, entry);
         true
     }
 
-    /// Forgets an object. `true` when it was known.
+    /// Removes an object. Returns `true` when it was in the set.
     pub fn remove(&mut self, kind: &str, name: &str) -> bool {
         self.objects.remove(&(kind.to_owned(), name.to_owned())).is_some()
     }
 
-    /// Takes in all objects of a kind: those that are not among them are gone. `true` when that changes anything.
+    /// Replaces all objects of a kind with those of a full list. Returns `true` when the set has changed.
     pub fn replace(&mut self, kind: &str, all: Vec<ApiObject>) -> bool {
         let count = self.objects.len();
-        self.objects.retain(|(known, name), _| known != kind || all.iter().any(|given| given.name == *name));
+        self.objects.retain(|(other, name), _| other != kind || all.iter().any(|object| object.name == *name));
         let has_fewer = self.objects.len() != count;
-        all.into_iter().fold(has_fewer, |changed, given| self.put(given) || changed)
+        all.into_iter().fold(has_fewer, |changed, object| self.put(object) || changed)
     }
 
     /// The uid of an object.
     pub fn uid(&self, kind: &str, name: &str) -> Option<&str> {
-        self.objects.get(&(kind.to_owned(), name.to_owned())).map(|known| known.uid.as_str())
+        self.objects.get(&(kind.to_owned(), name.to_owned())).map(|entry| entry.uid.as_str())
     }
 
-    /// What is asked of a node, with what `labels` the cluster has given it.
+    /// The desired state of `node`: the objects that select it, with the labels of the node in the cluster.
     pub fn desired_state(
         &self,
         node: &Node,
         cluster_labels: &BTreeMap<String, String>,
         is_complete: bool,
     ) -> DesiredState {
-        let good = self.objects.values().filter_map(|known| known.good.as_ref());
-        let wish = |(given, object): &(ApiObject, Object)| DesiredObject {
+        let valid = self.objects.values().filter_map(|entry| entry.last_valid.as_ref());
+        let desired_object = |(source, object): &(ApiObject, Object)| DesiredObject {
             object: object.clone(),
-            place: format!("the cluster's {} {}", given.kind, given.name),
-            identity: given.identity(),
+            place: format!("the cluster's {} {}", source.kind, source.name),
+            identity: source.identity(),
         };
         DesiredState {
-            objects: good.filter(|(_, object)| Assignment::concerns(object, node)).map(wish).collect(),
+            objects: valid.filter(|(_, object)| Assignment::concerns(object, node)).map(desired_object).collect(),
             refused: self
                 .objects
                 .values()
-                .filter_map(|known| known.refused.clone())
+                .filter_map(|entry| entry.refused.clone())
                 .filter(|refused| refused.concerns(node))
                 .collect(),
             labels: cluster_labels.clone(),
@@ -121,10 +126,10 @@ impl ObjectSet {
         }
     }
 
-    /// The good objects that concern a node, to be remembered.
+    /// The last valid content of the objects that select `node`, for the cache on disk.
     pub fn cacheable(&self, node: &Node) -> Vec<ApiObject> {
-        let good = self.objects.values().filter_map(|known| known.good.as_ref());
-        good.filter(|(_, object)| Assignment::concerns(object, node)).map(|(given, _)| given.clone()).collect()
+        let valid = self.objects.values().filter_map(|entry| entry.last_valid.as_ref());
+        valid.filter(|(_, object)| Assignment::concerns(object, node)).map(|(source, _)| source.clone()).collect()
     }
 }
 
@@ -146,7 +151,7 @@ mod tests {
         }
     }
 
-    fn good(fps: u32) -> Value {
+    fn valid_spec(fps: u32) -> Value {
         json!({"source": {"uri": "dir:///frames"}, "model": "m", "nodeName": "edge-1", "fps": fps})
     }
 
@@ -154,51 +159,57 @@ mod tests {
         Node { name: name.into(), labels: BTreeMap::new() }
     }
 
-    fn desired_state(asked: &ObjectSet) -> (Vec<i64>, Vec<i64>) {
-        let desired_state = asked.desired_state(&node("edge-1"), &BTreeMap::new(), true);
+    /// The generations of the valid objects and of the refused ones.
+    fn generations(objects: &ObjectSet) -> (Vec<i64>, Vec<i64>) {
+        let desired_state = objects.desired_state(&node("edge-1"), &BTreeMap::new(), true);
         (
-            desired_state.objects.iter().filter_map(|wish| wish.identity.generation).collect(),
+            desired_state.objects.iter().filter_map(|object| object.identity.generation).collect(),
             desired_state.refused.iter().filter_map(|refused| refused.identity.generation).collect(),
         )
     }
 
     #[test]
-    fn a_bad_edit_leaves_the_last_good_content_in_force_and_is_told() {
-        let mut asked = ObjectSet::default();
-        assert!(asked.put(stream("cam", "u1", 1, good(5))));
-        assert!(!asked.put(stream("cam", "u1", 1, good(5))), "nothing has changed");
-        assert!(asked.put(stream("cam", "u1", 2, json!({"fps": "many", "nodeName": "edge-1"}))));
-        assert_eq!(desired_state(&asked), (vec![1], vec![2]));
-        assert!(asked.put(stream("cam", "u1", 3, good(6))));
-        assert_eq!(desired_state(&asked), (vec![3], vec![]));
+    fn an_invalid_edit_is_reported_and_the_last_valid_content_remains_in_effect() {
+        let mut objects = ObjectSet::default();
+        assert!(objects.put(stream("cam", "u1", 1, valid_spec(5))));
+        assert!(!objects.put(stream("cam", "u1", 1, valid_spec(5))), "the object has not changed");
+        assert!(objects.put(stream("cam", "u1", 2, json!({"fps": "many", "nodeName": "edge-1"}))));
+        assert_eq!(generations(&objects), (vec![1], vec![2]));
+        assert!(objects.put(stream("cam", "u1", 3, valid_spec(6))));
+        assert_eq!(generations(&objects), (vec![3], vec![]));
     }
 
     #[test]
-    fn another_object_of_the_name_does_not_inherit_the_content() {
-        let mut asked = ObjectSet::default();
-        asked.put(stream("cam", "u1", 1, good(5)));
-        asked.put(stream("cam", "u2", 1, json!({"fps": "many"})));
-        assert_eq!(desired_state(&asked), (vec![], vec![1]));
+    fn a_recreated_object_does_not_inherit_the_content_of_its_predecessor() {
+        let mut objects = ObjectSet::default();
+        objects.put(stream("cam", "u1", 1, valid_spec(5)));
+        objects.put(stream("cam", "u2", 1, json!({"fps": "many"})));
+        assert_eq!(generations(&objects), (vec![], vec![1]));
     }
 
     #[test]
-    fn what_a_full_list_does_not_name_is_gone_but_only_of_its_kind() {
-        let mut asked = ObjectSet::default();
-        asked.put(stream("a", "u1", 1, good(5)));
-        asked.put(stream("b", "u2", 2, good(5)));
-        assert!(!asked.replace("EdgeModel", Vec::new()));
-        assert!(asked.replace("CameraStream", vec![stream("b", "u2", 2, good(5)), stream("c", "u3", 3, good(5))]));
-        assert_eq!(desired_state(&asked), (vec![2, 3], vec![]));
-        assert_eq!(asked.uid("CameraStream", "c"), Some("u3"));
-        assert!(asked.remove("CameraStream", "b") && !asked.remove("CameraStream", "b"));
+    fn a_full_list_removes_missing_objects_of_its_kind_only() {
+        let mut objects = ObjectSet::default();
+        objects.put(stream("a", "u1", 1, valid_spec(5)));
+        objects.put(stream("b", "u2", 2, valid_spec(5)));
+        assert!(!objects.replace("EdgeModel", Vec::new()));
+        assert!(
+            objects.replace(
+                "CameraStream",
+                vec![stream("b", "u2", 2, valid_spec(5)), stream("c", "u3", 3, valid_spec(5))]
+            )
+        );
+        assert_eq!(generations(&objects), (vec![2, 3], vec![]));
+        assert_eq!(objects.uid("CameraStream", "c"), Some("u3"));
+        assert!(objects.remove("CameraStream", "b") && !objects.remove("CameraStream", "b"));
     }
 
     #[test]
-    fn only_what_concerns_the_node_is_asked_of_it_and_remembered() {
-        let mut asked = ObjectSet::default();
-        asked.put(stream("a", "u1", 1, good(5)));
-        assert_eq!(asked.cacheable(&node("edge-1")).len(), 1);
-        assert!(asked.cacheable(&node("edge-2")).is_empty());
-        assert!(asked.desired_state(&node("edge-2"), &BTreeMap::new(), true).objects.is_empty());
+    fn only_objects_that_select_the_node_are_desired_and_cached() {
+        let mut objects = ObjectSet::default();
+        objects.put(stream("a", "u1", 1, valid_spec(5)));
+        assert_eq!(objects.cacheable(&node("edge-1")).len(), 1);
+        assert!(objects.cacheable(&node("edge-2")).is_empty());
+        assert!(objects.desired_state(&node("edge-2"), &BTreeMap::new(), true).objects.is_empty());
     }
 }

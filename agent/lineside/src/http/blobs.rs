@@ -1,5 +1,6 @@
-//! The store's files for the other agents of the site: `GET /v1/blobs/sha256/<hex>`, behind the token they share. A part
-//! can be asked for (`Range: bytes=N-` or `bytes=N-M`, RFC 9110 section 14), so that a cut transfer goes on.
+//! Serves the files of the model store to the other agents of the site: `GET /v1/blobs/sha256/<hex>`. Clients authenticate with the
+//! bearer token of the site. A request can select one range (`Range: bytes=N-` or `bytes=N-M`, RFC 9110 section 14), so that an
+//! interrupted transfer resumes.
 
 use std::io::SeekFrom;
 use std::path::Path;
@@ -18,75 +19,83 @@ use lineside_common::digest::Digest;
 use lineside_models::fetch::read_peer_token;
 use lineside_models::store::Store;
 
-/// Bytes that are read and sent at a time.
-const PIECE_BYTES: usize = 64 << 10;
+/// Size of the chunks that are read and sent, in bytes.
+const CHUNK_BYTES: usize = 64 << 10;
 
-/// Answers a peer.
-pub(super) async fn answer(store: &Arc<Store>, token: &Path, hex: &str, headers: &HeaderMap) -> Response {
-    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
-    let refuse = |status: StatusCode, why: &str| (status, Json(json!({"error": why}))).into_response();
-    let wanted = match read_peer_token(token) {
+/// Responds to the request of a peer for the blob with the digest `hex`.
+pub(super) async fn serve_blob(store: &Arc<Store>, token: &Path, hex: &str, headers: &HeaderMap) -> Response {
+    let header_value = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let error_response = |status: StatusCode, message: &str| (status, Json(json!({"error": message}))).into_response();
+    let expected_token = match read_peer_token(token) {
         Ok(token) => token,
         Err(error) => {
             let reason = lineside_common::error_chain(&error);
-            tracing::warn!(event = "peer_token_unusable", reason, "Cannot answer a peer");
-            return refuse(StatusCode::SERVICE_UNAVAILABLE, "the token cannot be read");
+            tracing::warn!(
+                event = "peer_token_unusable",
+                reason,
+                "Cannot read the peer token; peers cannot fetch models from this node"
+            );
+            return error_response(StatusCode::SERVICE_UNAVAILABLE, "the peer token of this node cannot be read");
         }
     };
-    let given = text(header::AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
-    // Digests are compared, so that the time it takes tells nothing of the token.
-    if Digest::of(given.as_bytes()) != Digest::of(wanted.as_bytes()) {
-        return refuse(StatusCode::UNAUTHORIZED, "the token of the site's agents is needed");
+    let token = header_value(header::AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+    // Digests are compared, so that the duration of the comparison does not depend on the token.
+    if Digest::of(token.as_bytes()) != Digest::of(expected_token.as_bytes()) {
+        return error_response(StatusCode::UNAUTHORIZED, "the bearer token of the site is missing or wrong");
     }
     let Ok(digest) = Digest::from_hex(hex) else {
-        return refuse(StatusCode::BAD_REQUEST, "expected 64 hexadecimal digits");
+        return error_response(StatusCode::BAD_REQUEST, "the digest must have 64 hexadecimal digits");
     };
     let Some(file) = store.open_blob(&digest) else {
-        return refuse(StatusCode::NOT_FOUND, "there is no such blob here");
+        return error_response(StatusCode::NOT_FOUND, "the blob is not in the store");
     };
-    let Ok(bytes) = file.metadata().map(|facts| facts.len()) else {
-        return refuse(StatusCode::INTERNAL_SERVER_ERROR, "the blob cannot be read");
+    let Ok(bytes) = file.metadata().map(|metadata| metadata.len()) else {
+        return error_response(StatusCode::INTERNAL_SERVER_ERROR, "the blob cannot be read");
     };
-    let range = match text(header::RANGE).map(|range| part(range, bytes)) {
+    let range = match header_value(header::RANGE).map(|range| parse_range(range, bytes)) {
         None => None,
         Some(Some(range)) => Some(range),
         Some(None) => {
             let headers = [(header::CONTENT_RANGE, format!("bytes */{bytes}"))];
-            return (headers, refuse(StatusCode::RANGE_NOT_SATISFIABLE, "there is no such part")).into_response();
+            return (headers, error_response(StatusCode::RANGE_NOT_SATISFIABLE, "the range is not satisfiable"))
+                .into_response();
         }
     };
     let (first, length) = range.map_or((0, bytes), |(first, last)| (first, last + 1 - first));
     let mut file = tokio::fs::File::from_std(file);
     if file.seek(SeekFrom::Start(first)).await.is_err() {
-        return refuse(StatusCode::INTERNAL_SERVER_ERROR, "the blob cannot be read");
+        return error_response(StatusCode::INTERNAL_SERVER_ERROR, "the blob cannot be read");
     }
-    let pieces = stream::unfold((file, length), async |(mut file, left)| {
-        let mut piece = vec![0; PIECE_BYTES.min(usize::try_from(left).unwrap_or(PIECE_BYTES))];
-        match file.read(&mut piece).await {
+    let chunks = stream::unfold((file, length), async |(mut file, remaining)| {
+        let mut chunk = vec![0; CHUNK_BYTES.min(usize::try_from(remaining).unwrap_or(CHUNK_BYTES))];
+        match file.read(&mut chunk).await {
             Ok(0) => None,
             Ok(read) => {
-                piece.truncate(read);
-                Some((Ok(Bytes::from(piece)), (file, left - read as u64)))
+                chunk.truncate(read);
+                Some((Ok(Bytes::from(chunk)), (file, remaining - read as u64)))
             }
             Err(error) => Some((Err(error), (file, 0))),
         }
     });
-    let answer = Response::builder()
+    let response = Response::builder()
         .header(header::CONTENT_TYPE, "application/octet-stream")
         .header(header::CONTENT_LENGTH, length)
         .header(header::ACCEPT_RANGES, "bytes")
         .header(header::ETAG, format!("\"{digest}\""));
-    let answer = match range {
-        Some((first, last)) => answer
+    let response = match range {
+        Some((first, last)) => response
             .status(StatusCode::PARTIAL_CONTENT)
             .header(header::CONTENT_RANGE, format!("bytes {first}-{last}/{bytes}")),
-        None => answer,
+        None => response,
     };
-    answer.body(Body::from_stream(pieces)).unwrap_or_else(|_| refuse(StatusCode::INTERNAL_SERVER_ERROR, "no answer"))
+    response
+        .body(Body::from_stream(chunks))
+        .unwrap_or_else(|_| error_response(StatusCode::INTERNAL_SERVER_ERROR, "the response cannot be built"))
 }
 
-/// First and last byte of the one part that is asked for; `None` when there is no such part of `bytes`.
-fn part(range: &str, bytes: u64) -> Option<(u64, u64)> {
+/// Parses a `Range` header with one range. Returns the positions of its first and last byte; `None` when the header is invalid or
+/// the range is not satisfiable for a blob of `bytes`.
+fn parse_range(range: &str, bytes: u64) -> Option<(u64, u64)> {
     let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
     let first: u64 = first.trim().parse().ok()?;
     let last = match last.trim() {
@@ -101,13 +110,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_part_can_be_asked_for() {
-        assert_eq!(part("bytes=0-", 10), Some((0, 9)));
-        assert_eq!(part("bytes=3-5", 10), Some((3, 5)));
-        assert_eq!(part("bytes=9-99", 10), Some((9, 9)));
-        for wrong in ["bytes=10-", "bytes=5-3", "bytes=-5", "bytes=0-1,3-4", "lines=1-2", "bytes=x-", ""] {
-            assert_eq!(part(wrong, 10), None, "{wrong}");
+    fn one_range_is_parsed_and_unsatisfiable_ranges_are_rejected() {
+        assert_eq!(parse_range("bytes=0-", 10), Some((0, 9)));
+        assert_eq!(parse_range("bytes=3-5", 10), Some((3, 5)));
+        assert_eq!(parse_range("bytes=9-99", 10), Some((9, 9)));
+        for invalid in ["bytes=10-", "bytes=5-3", "bytes=-5", "bytes=0-1,3-4", "lines=1-2", "bytes=x-", ""] {
+            assert_eq!(parse_range(invalid, 10), None, "{invalid}");
         }
-        assert_eq!(part("bytes=0-", 0), None);
+        assert_eq!(parse_range("bytes=0-", 0), None);
     }
 }

@@ -1,4 +1,4 @@
-//! The controller's probes and metrics.
+//! The HTTP routes of the controller: liveness, readiness and metrics.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,30 +13,30 @@ use serde_json::json;
 use lineside_common::metrics::Registrar;
 use lineside_controller::Heartbeat;
 
-/// `/livez`, `/readyz` and `/metrics`.
+/// The routes `/livez`, `/readyz` and `/metrics`.
 pub fn router(heartbeat: Arc<Heartbeat>, metrics: Registrar) -> Router {
     Router::new()
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
-        .route("/metrics", get(encode))
+        .route("/metrics", get(metrics_text))
         .with_state((heartbeat, metrics))
 }
 
-type Looked = State<(Arc<Heartbeat>, Registrar)>;
+type ControllerState = State<(Arc<Heartbeat>, Registrar)>;
 
 fn unavailable(error: &str) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": error}))).into_response()
 }
 
-async fn livez(State((heartbeat, _)): Looked) -> Response {
+async fn livez(State((heartbeat, _)): ControllerState) -> Response {
     if heartbeat.is_alive(Instant::now()) {
         Json(json!({"alive": true})).into_response()
     } else {
-        unavailable("the controller's loop is stuck")
+        unavailable("the control loop of the controller has stalled")
     }
 }
 
-async fn readyz(State((heartbeat, _)): Looked) -> Response {
+async fn readyz(State((heartbeat, _)): ControllerState) -> Response {
     if heartbeat.is_synced() {
         Json(json!({"ready": true})).into_response()
     } else {
@@ -44,7 +44,7 @@ async fn readyz(State((heartbeat, _)): Looked) -> Response {
     }
 }
 
-async fn encode(State((_, metrics)): Looked) -> Response {
+async fn metrics_text(State((_, metrics)): ControllerState) -> Response {
     match metrics.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(json!({"error": error.to_string()}))).into_response(),

@@ -1,76 +1,72 @@
-//! Whether the agent lives, and whether it is ready. Neither depends on the network: an agent without a broker, a camera
-//! or a cluster is alive and may be ready; being offline is to be reported, not to be restarted for.
+//! Liveness and readiness of the agent. Neither depends on the network: an agent without a connection to its broker, cameras or
+//! cluster is alive and can be ready. The status reports such a disconnection; a restart does not fix it.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lineside_api::state::ModelState;
+use parking_lot::Mutex;
 use serde::Serialize;
 
-/// The core loop beats twice a second; after this long without, something is badly wrong and a restart may help.
-const BEAT_OVERDUE: Duration = Duration::from_secs(30);
+/// Time without a heartbeat after which the agent is not alive. The reconciler sends a heartbeat twice a second; a restart may fix
+/// a reconciler that sends none for this long.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// One model as readiness sees it.
+/// The state of one model, as `/readyz` reports it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelHealth {
-    /// The version that was asked for.
+    /// The desired version.
     pub version: u64,
-    /// Where that version stands.
+    /// State of the desired version.
     pub state: ModelState,
-    /// The version that serves, where one does.
+    /// The version that serves, which can be an earlier one. Absent when no version serves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serving: Option<u64>,
-    /// Why it is not ready.
+    /// Why the desired version does not serve.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// Readiness in full.
+/// The readiness of the agent, as `/readyz` reports it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Readiness {
-    /// Whether every model that was asked for has a version that serves, and the manifests have been read once.
+    /// Whether the desired state is known and every desired model has a version that serves.
     pub ready: bool,
-    /// By name.
+    /// The desired models by name.
     pub models: BTreeMap<String, ModelHealth>,
 }
 
-/// Written by the core loop, read by the probes.
+/// The health of the agent. The reconciler writes it, the probes read it.
 pub struct Health {
     state: Mutex<State>,
 }
 
 struct State {
-    last_beat: Instant,
+    last_heartbeat: Instant,
     is_settled: bool,
     models: BTreeMap<String, ModelHealth>,
 }
 
 impl Health {
-    /// Health of an agent that starts now: alive, not ready.
+    /// The health of an agent that starts at `now`: alive and not ready.
     pub fn new(now: Instant) -> Self {
-        Self { state: Mutex::new(State { last_beat: now, is_settled: false, models: BTreeMap::new() }) }
+        Self { state: Mutex::new(State { last_heartbeat: now, is_settled: false, models: BTreeMap::new() }) }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The core loop has come round and this is how the models stand.
-    ///
-    /// `is_settled` says that it is known what is asked for; without that, no agent is ready.
+    /// Records a heartbeat of the reconciler and the states of the models. `is_settled` is set once the desired state is known; the
+    /// agent is not ready before.
     pub fn beat(&self, now: Instant, is_settled: bool, models: BTreeMap<String, ModelHealth>) {
-        *self.state() = State { last_beat: now, is_settled, models };
+        *self.state.lock() = State { last_heartbeat: now, is_settled, models };
     }
 
-    /// Whether the core loop beats.
+    /// Whether the last heartbeat is recent enough.
     pub fn is_alive(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.state().last_beat) < BEAT_OVERDUE
+        now.saturating_duration_since(self.state.lock().last_heartbeat) < HEARTBEAT_TIMEOUT
     }
 
-    /// Whether the models that were asked for can be used.
+    /// The readiness of the agent and its models.
     pub fn readiness(&self) -> Readiness {
-        let state = self.state();
+        let state = self.state.lock();
         let ready = state.is_settled && state.models.values().all(|model| model.serving.is_some());
         Readiness { ready, models: state.models.clone() }
     }
@@ -85,12 +81,12 @@ mod tests {
     }
 
     #[test]
-    fn a_model_that_serves_its_last_good_version_is_ready() {
+    fn agent_is_ready_when_every_model_serves_any_version() {
         let now = Instant::now();
         let health = Health::new(now);
-        assert!(!health.readiness().ready, "the manifests were not read yet");
+        assert!(!health.readiness().ready, "the reconciler has not run yet");
         health.beat(now, false, BTreeMap::new());
-        assert!(!health.readiness().ready, "nobody has said what is to run");
+        assert!(!health.readiness().ready, "the desired state is not known yet");
         health.beat(now, true, BTreeMap::new());
         assert!(health.readiness().ready);
         health.beat(now, true, model(None));
@@ -100,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn life_is_the_beat_of_the_core_loop() {
+    fn agent_is_alive_while_heartbeats_arrive() {
         let now = Instant::now();
         let health = Health::new(now);
         assert!(health.is_alive(now + Duration::from_secs(29)));

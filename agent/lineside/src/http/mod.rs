@@ -1,4 +1,4 @@
-//! What the agent serves to others.
+//! The HTTP servers: probes, metrics, status and model files of the agent; probes and metrics of the controller.
 
 mod blobs;
 pub mod controller;

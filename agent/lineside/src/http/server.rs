@@ -1,5 +1,5 @@
-//! Health, metrics and status over HTTP/1.1, on an accept loop of our own: with a limit on connections and on the time a client
-//! may take to send its headers, neither of which axum's own server has.
+//! The HTTP/1.1 server for health, metrics and status. It has its own accept loop, which limits the number of connections and the
+//! time in which a client must send its headers; the server of axum has neither limit. `tests/suite` tests it over real sockets.
 
 use std::io;
 use std::net::SocketAddr;
@@ -29,68 +29,69 @@ use lineside_models::StoreMetrics;
 use lineside_models::store::Store;
 use lineside_spool::Spool;
 
-/// Open connections at most; one more is closed at once, and counted.
+/// Maximum number of open connections. A further connection is closed immediately, and counted.
 const CONNECTIONS_MAX: usize = 256;
-/// Time to send a request's headers, also for the next request on a kept connection.
+/// Time limit for the headers of a request, including the next request on a kept-alive connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of headers and of a connection's read buffer at most.
+/// Maximum size of the headers and of the read buffer of a connection, in bytes.
 const BUFFER_BYTES_MAX: usize = 16 << 10;
-/// A connection lives this long at most. One that takes its answers too slowly must not hold its place for ever.
+/// Maximum lifetime of a connection, so that a client that reads its responses too slowly does not hold a connection forever.
 const CONNECTION_LIFETIME: Duration = Duration::from_secs(60);
-/// How long the end waits for requests that are under way.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// Time limit for requests in progress at shutdown.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause after a failed accept, which happens when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What the handlers look at.
+/// The state that the handlers share.
 #[derive(Clone)]
 pub struct HttpState {
     /// Liveness and readiness.
     pub health: Arc<Health>,
-    /// All metrics.
+    /// The registry of all metrics.
     pub registrar: Registrar,
-    /// Looked at when metrics are asked for.
+    /// The spool, whose gauges are updated at each scrape.
     pub spool: Arc<Spool>,
     /// The node's status.
     pub status: Arc<StatusStore>,
-    /// The model store, whose files are offered to peers.
+    /// The model store, whose files are served to peers.
     pub store: Arc<Store>,
     /// The gauges of the store.
     pub store_metrics: StoreMetrics,
-    /// The file with the token that the site's agents share; without one nothing is offered to them.
+    /// File with the token that the agents of the site share. Without it no files are served to peers.
     pub peer_token: Option<PathBuf>,
 }
 
-/// A bound listener that does not serve yet.
+/// A bound listener. It accepts connections once [`Server::run`] is called.
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
 }
 
 impl Server {
-    /// Takes the address; port 0 takes a free one.
+    /// Binds the address. Port 0 selects a free port.
     ///
     /// # Errors
-    /// When it cannot be had; the message names it.
+    /// When the address cannot be bound. The message names it.
     pub async fn bind(address: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await.map_err(|error| {
             io::Error::new(
                 error.kind(),
-                format!("--http {address} cannot be bound: {error}; choose another, or port 0"),
+                format!("--http {address} cannot be bound: {error}; use another address, or port 0 for a free port"),
             )
         })?;
         Ok(Self { address: listener.local_addr()?, listener })
     }
 
-    /// The address in use.
+    /// The bound address.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves until it is stopped, and counts connections that there was no room for; then lets the requests that are under way finish.
-    pub async fn run(&self, router: Router, refused: IntCounter, stop: CancellationToken) {
+    /// Serves `router` until `stop`, then completes the requests in progress within a time limit. `rejected` counts the connections
+    /// above the limit.
+    pub async fn run(&self, router: Router, rejected: IntCounter, stop: CancellationToken) {
         let service = TowerToHyperService::new(router);
-        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let connections = TaskTracker::new();
         loop {
             let accepted = tokio::select! {
@@ -100,13 +101,13 @@ impl Server {
             let stream = match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    tracing::debug!(%error, "a connection could not be accepted");
+                    tracing::debug!(%error, "Cannot accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
-            let Ok(place) = places.clone().try_acquire_owned() else {
-                refused.inc();
+            let Ok(permit) = permits.clone().try_acquire_owned() else {
+                rejected.inc();
                 continue;
             };
             let (service, stop) = (service.clone(), stop.clone());
@@ -117,61 +118,62 @@ impl Server {
                     .max_buf_size(BUFFER_BYTES_MAX)
                     .serve_connection(TokioIo::new(stream), service);
                 tokio::pin!(connection);
-                let ended = tokio::select! {
-                    ended = connection.as_mut() => ended,
+                let outcome = tokio::select! {
+                    outcome = connection.as_mut() => outcome,
                     () = tokio::time::sleep(CONNECTION_LIFETIME) => Ok(()),
                     () = stop.cancelled() => {
                         connection.as_mut().graceful_shutdown();
                         connection.await
                     }
                 };
-                if let Err(error) = ended {
-                    tracing::debug!(%error, "a connection ended early");
+                if let Err(error) = outcome {
+                    tracing::debug!(%error, "A connection failed");
                 }
-                drop(place);
+                drop(permit);
             });
         }
         connections.close();
-        if tokio::time::timeout(FAREWELL, connections.wait()).await.is_err() {
-            tracing::debug!(open = connections.len(), "connections are cut off at the end");
+        if tokio::time::timeout(DRAIN_TIMEOUT, connections.wait()).await.is_err() {
+            tracing::debug!(open = connections.len(), "Open connections are closed at shutdown");
         }
     }
 }
 
-/// What the agent answers.
-pub fn router(served: HttpState) -> Router {
+/// The routes of the agent.
+pub fn router(state: HttpState) -> Router {
     let mut router = Router::new()
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/v1/status", get(status));
-    if served.peer_token.is_some() {
+    if state.peer_token.is_some() {
         router = router.route("/v1/blobs/sha256/{hex}", get(blob));
     }
-    router.fallback(unknown).with_state(served)
+    router.fallback(not_found).with_state(state)
 }
 
-async fn status(State(served): State<HttpState>) -> Response {
-    Json(tokio::task::block_in_place(|| lineside_kube::status_writer::StatusSource::get(&*served.status)))
+async fn status(State(state): State<HttpState>) -> Response {
+    Json(tokio::task::block_in_place(|| lineside_kube::status_writer::StatusSource::get(&*state.status)))
         .into_response()
 }
 
-async fn blob(State(served): State<HttpState>, UrlPath(hex): UrlPath<String>, headers: HeaderMap) -> Response {
-    match &served.peer_token {
-        Some(token) => super::blobs::answer(&served.store, token, &hex, &headers).await,
+async fn blob(State(state): State<HttpState>, UrlPath(hex): UrlPath<String>, headers: HeaderMap) -> Response {
+    match &state.peer_token {
+        Some(token) => super::blobs::serve_blob(&state.store, token, &hex, &headers).await,
         None => StatusCode::NOT_FOUND.into_response(),
     }
 }
 
-async fn livez(State(served): State<HttpState>) -> Response {
-    match served.health.is_alive(Instant::now()) {
-        true => Json(json!({"alive": true})).into_response(),
-        false => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": "the core loop has stopped"}))).into_response(),
+async fn livez(State(state): State<HttpState>) -> Response {
+    if state.health.is_alive(Instant::now()) {
+        Json(json!({"alive": true})).into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": "the reconciler has stalled"}))).into_response()
     }
 }
 
-async fn readyz(State(served): State<HttpState>) -> Response {
-    let readiness = served.health.readiness();
+async fn readyz(State(state): State<HttpState>) -> Response {
+    let readiness = state.health.readiness();
     let status = if readiness.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(readiness)).into_response()
 }
@@ -179,21 +181,21 @@ async fn readyz(State(served): State<HttpState>) -> Response {
 /// Updates the gauges that are only set on demand.
 pub fn refresh(spool: &Spool, store: &Store, store_metrics: &StoreMetrics) {
     spool.update_metrics();
-    // The gauges of a store that cannot be read keep their last values; the status reports the error.
+    // When the store cannot be read, its gauges keep their last values; the status reports the error.
     if let Ok(usage) = tokio::task::block_in_place(|| store.usage()) {
         store_metrics.set_usage(&usage);
     }
 }
 
-async fn metrics(State(served): State<HttpState>) -> Response {
-    refresh(&served.spool, &served.store, &served.store_metrics);
-    match served.registrar.encode() {
+async fn metrics(State(state): State<HttpState>) -> Response {
+    refresh(&state.spool, &state.store, &state.store_metrics);
+    match state.registrar.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(json!({"error": error.to_string()}))).into_response(),
     }
 }
 
-async fn unknown(uri: Uri) -> Response {
-    let error = format!("there is nothing at {}; there are /livez, /readyz, /metrics and /v1/status", uri.path());
+async fn not_found(uri: Uri) -> Response {
+    let error = format!("{} does not exist; the paths are /livez, /readyz, /metrics and /v1/status", uri.path());
     (StatusCode::NOT_FOUND, Json(json!({"error": error}))).into_response()
 }

@@ -1,9 +1,10 @@
-//! The board with the node's status: written by the core loop, read by whoever asks (`GET /v1/status`, the cluster).
+//! The status of the node. The reconciler writes it; `GET /v1/status` and the status writer of the cluster read it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use lineside_api::condition::{Condition, Reason, add_degraded, set_transition_times};
@@ -13,22 +14,22 @@ use lineside_api::status::{
 use lineside_common::clock;
 use lineside_models::store::Store;
 
-/// What the core loop knows.
+/// The part of the status that the reconciler determines.
 #[derive(Debug, Default)]
 pub struct NodeState {
-    /// The labels that selectors are matched with.
+    /// The labels of the node, which node selectors are matched against.
     pub labels: BTreeMap<String, String>,
-    /// The models that are asked for.
+    /// The desired models and their states.
     pub models: Vec<ModelStatus>,
-    /// The streams that are asked for.
+    /// The desired streams and their states.
     pub streams: Vec<StreamStatus>,
-    /// What waits for the broker.
+    /// The messages that wait for the broker.
     pub spool: SpoolStatus,
-    /// What an operator should know.
+    /// The conditions of the node. Their transition times are set by [`StatusStore::set`].
     pub conditions: Vec<Condition>,
 }
 
-/// The node's status, for those who show it.
+/// The current status of the node, with notifications of changes.
 pub struct StatusStore {
     status: Mutex<NodeStatus>,
     store: Arc<Store>,
@@ -36,7 +37,7 @@ pub struct StatusStore {
 }
 
 impl StatusStore {
-    /// A board that says who this is and nothing else yet.
+    /// The status of a node that has just started: its identity, without models, streams and conditions.
     pub fn new(node: &str, site: &str, epoch: u64, store: Arc<Store>) -> Self {
         let agent = AgentStatus {
             node: node.to_owned(),
@@ -51,43 +52,39 @@ impl StatusStore {
         Self { status: Mutex::new(status), store, changed: watch::Sender::new(()) }
     }
 
-    /// How things stand now.
-    pub fn set(&self, standing: NodeState) {
-        let mut status = self.status();
-        let NodeState { labels, models, streams, spool, mut conditions } = standing;
+    /// Replaces the state. Subscribers are notified when labels, models, streams or conditions have changed.
+    pub fn set(&self, state: NodeState) {
+        let mut status = self.status.lock();
+        let NodeState { labels, models, streams, spool, mut conditions } = state;
         set_transition_times(&mut conditions, &status.conditions, &clock::rfc3339(SystemTime::now()));
-        let is_news = (&status.agent.labels, &status.models, &status.streams, &status.conditions)
+        let is_changed = (&status.agent.labels, &status.models, &status.streams, &status.conditions)
             != (&labels, &models, &streams, &conditions);
         status.agent.labels = labels;
         (status.models, status.streams, status.spool, status.conditions) = (models, streams, spool, conditions);
         drop(status);
-        if is_news {
+        if is_changed {
             self.changed.send_replace(());
         }
-    }
-
-    fn status(&self) -> MutexGuard<'_, NodeStatus> {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl lineside_kube::status_writer::StatusSource for StatusStore {
-    /// Tells when models, streams or conditions stand otherwise than before.
+    /// Receives a notification when labels, models, streams or conditions have changed.
     fn subscribe(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
-    /// As it stands. The store is looked at now, so the caller has to be allowed to block.
+    /// The current status. Reads the usage of the store from disk, so the caller must be allowed to block.
     fn get(&self) -> NodeStatus {
-        let mut status = self.status().clone();
+        let mut status = self.status.lock().clone();
         match self.store.usage() {
             Ok(usage) => {
-                let whole = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+                let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
                 status.store = StoreStatus {
                     bytes: usage.bytes,
                     quota_bytes: usage.quota_bytes,
-                    blobs: whole(usage.blobs),
-                    versions: whole(usage.versions),
+                    blobs: count(usage.blobs),
+                    versions: count(usage.versions),
                     index: self.store.index_state().as_str().to_owned(),
                 };
             }

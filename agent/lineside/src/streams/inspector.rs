@@ -2,6 +2,7 @@
 //!
 //! It runs on the thread that delivers the outcome, in the order of the stream's frames, and waits for nothing.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -15,7 +16,7 @@ use lineside_ipc::frame::Frame;
 use lineside_rules::{FrameFacts, Rule};
 use lineside_scheduler::Answer;
 use lineside_spool::{AppendOutcome, RECORD_BYTES_MAX};
-use lineside_worker::{WorkError, WorkErrorKind};
+use lineside_worker::WorkError;
 use parking_lot::Mutex;
 
 use super::metrics::StreamChildren;
@@ -24,6 +25,8 @@ use crate::message_writer::MessageWriter;
 
 /// Good frames in a row after which the last failure of a stream counts as over.
 const RECOVERED_AFTER: u32 = 30;
+/// Distinct reasons that are logged until frames are good again.
+const REASONS_MAX: usize = 8;
 
 /// Judges and reports the frames of one stream.
 pub(super) struct Inspector {
@@ -38,18 +41,12 @@ pub(super) struct Inspector {
 /// What changes from frame to frame.
 #[derive(Default)]
 struct State {
-    /// The failure that was logged last, so that a camera that sends garbage at full rate is not logged at full rate.
-    logged: Option<FailureKind>,
+    /// The reasons that were logged since frames were good last, so that a camera that sends garbage at full rate is not logged
+    /// at full rate. At most [`REASONS_MAX`], because a reason may differ from frame to frame.
+    logged: BTreeSet<String>,
     good_frames: u32,
     rule_fails: bool,
     filter: Option<ReportFilter>,
-}
-
-/// Failures that are logged as the same: the text differs from frame to frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum FailureKind {
-    Work(WorkErrorKind),
-    ResultTooLarge,
 }
 
 impl Inspector {
@@ -80,10 +77,10 @@ impl Inspector {
         self.metrics.stale.inc();
     }
 
-    /// Counts a frame that could not be inspected, and logs the first of a kind.
+    /// Counts a frame that could not be inspected, and logs a new reason.
     pub(super) fn on_failure(&self, frame: &Frame, model: &ModelInfo, error: &WorkError) {
         self.metrics.failed.inc();
-        self.log_failure(FailureKind::Work(error.kind()), &error.to_string(), frame, model);
+        self.log_failure(&error.to_string(), frame, model);
     }
 
     /// Judges a prediction and writes the result.
@@ -122,14 +119,14 @@ impl Inspector {
         // Records that were dropped for room are counted by the spool.
         if self.messages.result(&body) == AppendOutcome::TooLarge {
             let reason = format!("the result is larger than {RECORD_BYTES_MAX} bytes and cannot be sent");
-            self.log_failure(FailureKind::ResultTooLarge, &reason, frame, &model);
+            self.log_failure(&reason, frame, &model);
         }
     }
 
-    fn log_failure(&self, kind: FailureKind, reason: &str, frame: &Frame, model: &ModelInfo) {
+    fn log_failure(&self, reason: &str, frame: &Frame, model: &ModelInfo) {
         let mut state = self.state.lock();
         state.good_frames = 0;
-        if state.logged.replace(kind) != Some(kind) {
+        if state.logged.len() < REASONS_MAX && state.logged.insert(reason.to_owned()) {
             tracing::warn!(
                 event = "frame_failed",
                 stream = self.stream,
@@ -142,10 +139,11 @@ impl Inspector {
     }
 
     fn note_good_frame(&self, state: &mut State) {
-        if state.logged.is_some() {
+        if !state.logged.is_empty() {
             state.good_frames += 1;
             if state.good_frames >= RECOVERED_AFTER {
-                (state.logged, state.good_frames) = (None, 0);
+                state.logged.clear();
+                state.good_frames = 0;
                 tracing::info!(event = "frames_recovered", stream = self.stream, "Frames are good again");
             }
         }

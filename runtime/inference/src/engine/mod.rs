@@ -9,7 +9,7 @@ mod contract;
 mod tract;
 
 use crate::Result;
-use crate::graph::{GraphInfo, TensorInfo};
+use crate::graph::{GraphInfo, TensorMetadata};
 use lineside_api::tensor::Tensor;
 
 pub use tract::Tract;
@@ -51,7 +51,7 @@ pub fn inspect(model: &[u8]) -> Result<GraphInfo> {
 }
 
 /// Whether a tensor fits a declared input: same type, same number of dimensions, same fixed sizes.
-pub(crate) fn fits(declared: &TensorInfo, tensor: &Tensor) -> bool {
+pub(crate) fn fits(declared: &TensorMetadata, tensor: &Tensor) -> bool {
     let same_type = declared.data_type == Some(tensor.data().data_type());
     let same_shape = declared.shape.as_ref().is_none_or(|shape| {
         shape.len() == tensor.shape().len()

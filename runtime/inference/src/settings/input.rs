@@ -1,7 +1,7 @@
 //! The task, and how a picture becomes the model's input.
 
 use super::{InputSettings, Layout, bad_spec, described};
-use crate::graph::{Dimension, GraphInfo, TensorInfo};
+use crate::graph::{Dimension, GraphInfo, TensorMetadata};
 use crate::{Error, ErrorKind, Result};
 use lineside_api::spec::{Color, Decoder, ModelSpec, Resize, Task};
 use lineside_api::tensor::DataType;
@@ -21,7 +21,7 @@ pub fn task(spec: &ModelSpec, graph: &GraphInfo) -> Result<Task> {
         _ => None,
     };
     let from_shape = || match graph.outputs.as_slice() {
-        [TensorInfo { shape: Some(shape), .. }] if shape.len() == 2 => Some(Task::Classify),
+        [TensorMetadata { shape: Some(shape), .. }] if shape.len() == 2 => Some(Task::Classify),
         _ => None,
     };
     match spec.task.or_else(from_metadata).or_else(from_shape) {

@@ -10,7 +10,7 @@ mod output;
 
 use std::sync::Arc;
 
-use crate::graph::{Activation, TensorInfo};
+use crate::graph::{Activation, TensorMetadata};
 use crate::{Error, ErrorKind};
 use lineside_api::prediction::Class;
 use lineside_api::spec::{Color, Resize, Task};
@@ -219,8 +219,8 @@ impl Labels {
 }
 
 /// Tensors in words: `images FP32 [-1, 3, 320, 320]`.
-pub(crate) fn described(tensors: &[TensorInfo]) -> String {
-    let one = |tensor: &TensorInfo| {
+pub(crate) fn described(tensors: &[TensorMetadata]) -> String {
+    let one = |tensor: &TensorMetadata| {
         let kind = tensor.data_type.map_or("of another type", DataType::name);
         match &tensor.shape {
             Some(_) => format!("`{}` {kind} {:?}", tensor.name, tensor.protocol_shape()),

@@ -1,11 +1,11 @@
-//! The model and the frames that travel inside the program. `examples/surface-defects` says how they are made.
+//! The model and the frames that are compiled into the program. `examples/surface-defects` describes how they are generated.
 
-/// The classifier of synthetic metal parts.
+/// ONNX file of a classifier of synthetic metal parts.
 pub(super) const MODEL: &[u8] = include_bytes!("../../../../../examples/surface-defects/surface-defects.onnx");
 
 macro_rules! frames {
     ($($name:literal,)*) => {
-        /// Frames in playing order: name and JPEG. The true class stands in the name.
+        /// Name and JPEG data of each frame, in playback order. The name contains the true class.
         pub(super) const FRAMES: &[(&str, &[u8])] =
             &[$(($name, include_bytes!(concat!("../../../../../examples/surface-defects/frames/", $name))),)*];
     };
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_frame_of_the_example_is_bundled() {
+    fn bundle_contains_every_frame_of_the_example() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/surface-defects/frames");
         let mut names: Vec<String> =
             std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();

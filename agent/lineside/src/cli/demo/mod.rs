@@ -1,8 +1,8 @@
-//! `lineside demo`: the agent as it runs on a node, with everything around it that a plant would have.
+//! `lineside demo`: runs the whole agent on this machine, with a bundled broker, model and frames.
 //!
-//! Nothing in here is a shortcut past the agent. Manifests, model and frames are written to a temporary folder, a broker
-//! listens on a free port of this machine, the agent is started on them as `lineside run` would, and what is printed are
-//! the messages a subscriber of that broker gets.
+//! The demo uses the same code paths as a node. It writes manifests, model and frames to a temporary folder, starts a broker on
+//! a free port of the loopback interface, starts the agent as `lineside run` does, and prints the messages that an MQTT
+//! subscriber of this broker receives. `tests/suite/command_line.rs` tests it as a whole process.
 
 mod bundle;
 
@@ -36,33 +36,35 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 #[derive(Args)]
 pub(super) struct Arguments {
-    /// Stop after this many results; 0 goes on until Ctrl-C.
+    /// Stop after this number of results; 0 means run until Ctrl-C.
     #[arg(long, value_name = "N", default_value_t = 0)]
     results: u64,
-    /// Parts per second on the simulated line; 0 goes as fast as the model can.
+    /// Frames per second of the simulated camera, 0 to 1000; 0 means as fast as the model runs.
     #[arg(long, default_value_t = 5.0)]
     fps: f64,
-    /// Print the results as they are, one JSON message to a line.
+    /// Print each result message as one line of JSON.
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failure> {
     if !(0.0..=1000.0).contains(&arguments.fps) {
-        return Err(Failure::Usage(vec![format!("--fps: {} is not within 0 and 1000", arguments.fps)]));
+        return Err(Failure::Usage(vec![format!("--fps: {} is not between 0 and 1000", arguments.fps)]));
     }
     let runtime = super::runtime()?;
-    let ended = runtime.block_on(show(&arguments, set_level));
+    let outcome = runtime.block_on(run_demo(&arguments, set_level));
     runtime.shutdown_background();
-    ended.map_err(Failure::Failed)
+    outcome.map_err(Failure::Failed)
 }
 
-async fn show(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> {
-    let folder = tempfile::Builder::new().prefix("lineside-demo-").tempdir().context("no temporary folder")?;
-    lay_out(folder.path(), arguments.fps).context("the demonstration's files cannot be written")?;
+/// Runs the agent and the subscriber until the requested results have arrived, a signal arrives or a task fails.
+async fn run_demo(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> {
+    let folder =
+        tempfile::Builder::new().prefix("lineside-demo-").tempdir().context("cannot create a temporary folder")?;
+    write_files(folder.path(), arguments.fps).context("cannot write the files of the demo")?;
     let stop = CancellationToken::new();
-    shutdown::on_signals(stop.clone()).context("signals cannot be listened to")?;
-    let address = LoopbackBroker::start().await.context("no free port for the broker")?.address();
+    shutdown::on_signals(stop.clone()).context("cannot install the signal handlers")?;
+    let address = LoopbackBroker::start().await.context("cannot start the broker of the demo")?.address();
     let broker = Broker { host: address.ip().to_string(), port: address.port(), tls: false, credentials: None };
     let config = Config {
         node: "demo-node".to_owned(),
@@ -78,14 +80,14 @@ async fn show(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> 
     };
     let topics = Topics::new(&config.prefix, &config.site, &config.node);
     let app = App::start(config, set_level).await?;
-    eprintln!("A node with one camera, one model and a broker runs on this machine now.");
+    eprintln!("A node with one camera, one model and a broker is running on this machine.");
     eprintln!();
     eprintln!("  results   mosquitto_sub -h {} -p {} -v -t '{}'", address.ip(), address.port(), topics.all());
     eprintln!("  metrics   http://{}/metrics   (also /readyz and /livez)", app.http());
-    eprintln!("  manifests {}   (edit them while it runs)", folder.path().join("manifests").display());
+    eprintln!("  manifests {}   (changes apply while the demo runs)", folder.path().join("manifests").display());
     eprintln!();
     let outcome = tokio::select! {
-        outcome = tell(arguments, &broker, &topics) => outcome,
+        outcome = print_results(arguments, &broker, &topics) => outcome,
         () = stop.cancelled() => Ok(()),
         failure = app.failed() => Err(failure.into()),
     };
@@ -93,8 +95,8 @@ async fn show(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> 
     outcome
 }
 
-/// Writes model, frames and manifests as a plant would have them.
-fn lay_out(folder: &Path, fps: f64) -> std::io::Result<()> {
+/// Writes the model, the frames and the manifests.
+fn write_files(folder: &Path, fps: f64) -> std::io::Result<()> {
     for inner in ["manifests", "frames"] {
         std::fs::create_dir(folder.join(inner))?;
     }
@@ -103,12 +105,12 @@ fn lay_out(folder: &Path, fps: f64) -> std::io::Result<()> {
         std::fs::write(folder.join("frames").join(name), jpeg)?;
     }
     let model = format!(
-        "# The model: a classifier of metal parts. Its task, labels and input size stand in the ONNX file.\n\
+        "# The model: a classifier of metal parts. Its task, labels and input size are metadata of the ONNX file.\n\
          apiVersion: lineside.dev/v1alpha1\nkind: EdgeModel\nmetadata: {{name: {MODEL_NAME}}}\nspec:\n  version: 1\n  \
          source: {{uri: file:../model.onnx}}\n"
     );
     let stream = format!(
-        "# The camera: here a folder of pictures, played in a loop. Try another fps, or another verdict.\n\
+        "# The camera: a folder of images, played in a loop. Change fps or verdict to see the effect.\n\
          apiVersion: lineside.dev/v1alpha1\nkind: CameraStream\nmetadata: {{name: {STREAM_NAME}}}\nspec:\n  \
          source: {{uri: 'dir:../frames?loop=true'}}\n  model: {MODEL_NAME}\n  fps: {fps}\n  \
          verdict: 'classes[0].label == \"good\" ? \"pass\" : \"reject\"'\n"
@@ -117,8 +119,8 @@ fn lay_out(folder: &Path, fps: f64) -> std::io::Result<()> {
     std::fs::write(folder.join("manifests/stream.yaml"), stream)
 }
 
-/// Subscribes like any consumer and prints what comes.
-async fn tell(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow::Result<()> {
+/// Subscribes to the results as any MQTT client does, and prints each of them.
+async fn print_results(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow::Result<()> {
     let (mut sender, mut receiver) =
         connection::prepare::<()>(broker, &BrokerCredentials::default(), "lineside-demo-terminal", KEEP_ALIVE, None);
     let mut table = Table::new();
@@ -126,16 +128,13 @@ async fn tell(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow
     loop {
         match sender.interpret(receiver.next().await) {
             ConnectionEvent::Connected if !sender.subscribe(&topics.result("+")) => {
-                anyhow::bail!("the broker takes no subscription")
+                anyhow::bail!("cannot subscribe to the results at the broker of the demo")
             }
             ConnectionEvent::Received(message) => {
-                let result: Value = serde_json::from_slice(&message.payload).context("a result is no JSON")?;
+                let result: Value = serde_json::from_slice(&message.payload).context("a result is not valid JSON")?;
                 table.count(&result);
-                let line = match arguments.json {
-                    true => result.to_string(),
-                    false => table.row(&result),
-                };
-                // Whoever reads our output may leave at any time, as `head` does.
+                let line = if arguments.json { result.to_string() } else { table.row(&result) };
+                // The reader may close the pipe at any time, as `head` does.
                 if writeln!(stdout, "{line}").is_err() {
                     return Ok(());
                 }
@@ -144,18 +143,21 @@ async fn tell(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow
                     return Ok(());
                 }
             }
-            ConnectionEvent::Lost(loss) => anyhow::bail!("the demonstration's broker is gone: {}", loss.reason()),
+            ConnectionEvent::Lost(loss) => {
+                anyhow::bail!("the connection to the broker of the demo was lost: {}", loss.reason())
+            }
             _ => {}
         }
     }
 }
 
-/// The printed table and what it adds up to.
+/// The printed table of results and its totals.
 struct Table {
     results: u64,
     verdicts: BTreeMap<String, u64>,
-    /// Results whose best class is the one in the frame's name.
-    agreeing: u64,
+    /// Number of results whose best class is the class in the name of the frame.
+    correct: u64,
+    /// Inference time of each result, in milliseconds.
     infer_ms: Vec<f64>,
     in_colour: bool,
 }
@@ -163,14 +165,14 @@ struct Table {
 impl Table {
     fn new() -> Self {
         let in_colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        Self { results: 0, verdicts: BTreeMap::new(), agreeing: 0, infer_ms: Vec::new(), in_colour }
+        Self { results: 0, verdicts: BTreeMap::new(), correct: 0, infer_ms: Vec::new(), in_colour }
     }
 
     fn count(&mut self, result: &Value) {
         self.results += 1;
         *self.verdicts.entry(text(result, "/verdict").to_owned()).or_default() += 1;
-        let truth = text(result, "/frame/name").trim_end_matches(".jpg").rsplit('-').next().unwrap_or_default();
-        self.agreeing += u64::from(truth == text(result, "/classes/0/label"));
+        let true_class = text(result, "/frame/name").trim_end_matches(".jpg").rsplit('-').next().unwrap_or_default();
+        self.correct += u64::from(true_class == text(result, "/classes/0/label"));
         self.infer_ms.push(number(result, "/latency_ms/infer"));
     }
 
@@ -209,10 +211,10 @@ impl Table {
         let median = infer.get(infer.len() / 2).copied().unwrap_or_default();
         let verdicts: Vec<String> = self.verdicts.iter().map(|(verdict, count)| format!("{count} {verdict}")).collect();
         format!(
-            "{} results over MQTT: {}. The model agrees with the frame's name in {} of them. Median inference {median:.1} ms.",
+            "{} results over MQTT: {}. {} of them match the class in the name of the frame. Median inference {median:.1} ms.",
             self.results,
             verdicts.join(", "),
-            self.agreeing
+            self.correct
         )
     }
 }

@@ -17,7 +17,7 @@ use tract_onnx::prelude::{
 use tract_onnx::tract_core::prelude::Tensor as TractTensor;
 
 use super::{Engine, Session, fits};
-use crate::graph::{Dimension, GraphInfo, TensorInfo};
+use crate::graph::{Dimension, GraphInfo, TensorMetadata};
 use crate::{Error, ErrorKind, Result};
 use lineside_api::tensor::{Data, DataType, Tensor};
 
@@ -58,7 +58,7 @@ impl Engine for Tract {
                 Error::new(ErrorKind::Unsupported, format!("input `{}` is of a type tract does not take", input.name))
             })?;
             facts.push(InferenceFact::dt_shape(datum_type(data_type), shape));
-            inputs.push(TensorInfo {
+            inputs.push(TensorMetadata {
                 shape: Some(shape.iter().copied().map(Dimension::Fixed).collect()),
                 ..input.clone()
             });
@@ -92,7 +92,7 @@ struct TractSession {
     plan: Arc<TypedRunnableModel>,
     /// Working memory, kept between runs; `None` after a failure, when it may be half written.
     state: Option<TypedSimpleState>,
-    inputs: Arc<[TensorInfo]>,
+    inputs: Arc<[TensorMetadata]>,
     outputs: usize,
 }
 

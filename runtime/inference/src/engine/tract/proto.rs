@@ -10,7 +10,7 @@ use tract_onnx::pb::{
 };
 use tract_onnx::prelude::Framework as _;
 
-use crate::graph::{Activation, Dimension, GraphInfo, TensorInfo};
+use crate::graph::{Activation, Dimension, GraphInfo, TensorMetadata};
 use crate::{Error, ErrorKind, Result};
 use lineside_api::tensor::DataType;
 
@@ -141,9 +141,9 @@ fn each_graph<'a>(graph: &'a GraphProto, visit: &mut impl FnMut(&'a GraphProto))
     }
 }
 
-fn tensor_info(declared: &ValueInfoProto) -> TensorInfo {
+fn tensor_info(declared: &ValueInfoProto) -> TensorMetadata {
     let Some(Value::TensorType(tensor)) = declared.r#type.as_ref().and_then(|kind| kind.value.as_ref()) else {
-        return TensorInfo { name: declared.name.clone(), data_type: None, shape: None };
+        return TensorMetadata { name: declared.name.clone(), data_type: None, shape: None };
     };
     let shape = tensor.shape.as_ref().map(|shape| {
         shape
@@ -158,7 +158,7 @@ fn tensor_info(declared: &ValueInfoProto) -> TensorInfo {
             })
             .collect()
     });
-    TensorInfo { name: declared.name.clone(), data_type: data_type(tensor.elem_type), shape }
+    TensorMetadata { name: declared.name.clone(), data_type: data_type(tensor.elem_type), shape }
 }
 
 /// `TensorProto.DataType` as one of our element types.

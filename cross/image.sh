@@ -4,8 +4,9 @@
 #   cross/image.sh amd64|arm64 [release|dev] [OUTPUT]
 #
 # The program is linked statically with the C library. `+crt-static` is set for the last link only, so that nothing else is
-# compiled again. The image contains the stripped program, the root certificates of this machine and the licences; it has no
-# shell and no dynamic loader. Two runs on one machine give the same digest.
+# compiled again. The program is built without the feature `demo`. The image contains the stripped program, the root
+# certificates of this machine and the licences; it has no shell and no dynamic loader. Two runs on one machine give the same
+# digest.
 #
 # `dev` uses the development profile, as the tests do: the hot dependencies are optimised, and it builds minutes faster. ARM64
 # requires Debian's rustc-web cargo-web rust-web-src gcc-aarch64-linux-gnu libc6-dev-arm64-cross.
@@ -21,7 +22,7 @@ strip=strip
 case $arch in
 amd64)
 	target=x86_64-unknown-linux-gnu
-	${CARGO:-cargo} rustc --quiet -p lineside --bin lineside --profile "$profile" -- -C target-feature=+crt-static
+	${CARGO:-cargo} rustc --quiet -p lineside --bin lineside --no-default-features --profile "$profile" -- -C target-feature=+crt-static
 	program=target/$folder/lineside
 	;;
 arm64)
@@ -34,13 +35,13 @@ arm64)
 	done
 	# Debian's compiler, which includes the sources of the standard library. PATH excludes the toolchain of rustup.
 	PATH=/usr/bin:$PATH RUSTC_BOOTSTRAP=1 CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
-		/usr/bin/cargo rustc --quiet -Zbuild-std=std,panic_abort --target $target -p lineside --bin lineside \
+		/usr/bin/cargo rustc --quiet -Zbuild-std=std,panic_abort --target $target -p lineside --bin lineside --no-default-features \
 		--profile "$profile" -- -C target-feature=+crt-static
 	program=target/$target/$folder/lineside
 	strip=aarch64-linux-gnu-strip
 	;;
 *)
-	sed -n '2,12s/^# \?//p' "$0" >&2
+	sed -n '2,13s/^# \?//p' "$0" >&2
 	exit 64
 	;;
 esac

@@ -4,6 +4,7 @@
 mod check;
 mod controller;
 mod crd;
+#[cfg(feature = "demo")]
 mod demo;
 mod progress;
 mod run;
@@ -22,6 +23,11 @@ use crate::{app, telemetry};
 use lineside_models::admission;
 use lineside_models::store::probe;
 
+#[cfg(feature = "demo")]
+const AFTER_HELP: &str = "Run `lineside demo` to see the agent work on this machine, with no setup.";
+#[cfg(not(feature = "demo"))]
+const AFTER_HELP: &str = "Run `lineside run --help` for the settings of the agent.";
+
 /// Exit status for a command line or a configuration that is wrong (`EX_USAGE` of sysexits.h).
 const USAGE: u8 = 64;
 
@@ -31,7 +37,7 @@ const USAGE: u8 = 64;
     name = "lineside",
     version,
     about,
-    after_help = "Run `lineside demo` to see the agent work on this machine, with no setup."
+    after_help = AFTER_HELP
 )]
 struct Cli {
     /// Log filter for stderr: a level (error, warn, info, debug, trace) or directives such as lineside=debug
@@ -48,6 +54,7 @@ enum Command {
     /// Run the agent.
     Run(Box<run::Arguments>),
     /// Run the agent with a bundled broker, model and frames, and print the results.
+    #[cfg(feature = "demo")]
     Demo(demo::Arguments),
     /// Run the cluster controller, which aggregates the status of all nodes.
     Controller(controller::Arguments),
@@ -102,6 +109,7 @@ pub fn main() -> ExitCode {
     };
     let outcome = start_logs(&cli).and_then(|set_level| match cli.command {
         Command::Run(arguments) => run::run(*arguments, set_level),
+        #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::run(arguments, set_level),
         Command::Controller(arguments) => controller::run(arguments),
         Command::Crd(arguments) => crd::run(&arguments),

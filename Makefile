@@ -79,7 +79,7 @@ check: compiler ## Check format, lints (warnings denied), dependencies and gener
 	$(CARGO) clippy --workspace --all-targets -- --deny warnings
 	@$(MAKE) --no-print-directory deny
 	@$(MAKE) --no-print-directory generate
-	@git diff --exit-code -- docs/schemas agent/mqtt/src/sparkplug_b.rs edge-manifests/base/crds.yaml || { echo 'generated files were stale; commit the output of `make generate`'; exit 1; }
+	@git diff --exit-code -- ARCHITECTURE.md docs/schemas agent/mqtt/src/sparkplug_b.rs edge-manifests/base/crds.yaml || { echo 'generated files were stale; commit the output of `make generate`'; exit 1; }
 
 deny: ## Check licences, bans and sources of dependencies, and advisories if their database is reachable
 	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install cargo-deny --locked --version 0.20.2
@@ -89,8 +89,8 @@ deny: ## Check licences, bans and sources of dependencies, and advisories if the
 
 # The tests that compare generated files with the code write the files if this variable is set. Their names contain one of the
 # two words.
-generate: ## Generate the JSON Schemas and CRDs from the code, and agent/mqtt/src/sparkplug_b.rs from sparkplug_b.proto
-	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --lib -- committed generated
+generate: ## Generate the JSON Schemas, CRDs and code map from the code, and agent/mqtt/src/sparkplug_b.rs from sparkplug_b.proto
+	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --lib --test suite -- committed generated
 
 bench: ## Measure the stages of the data plane and the spool (Criterion)
 	$(CARGO) bench --workspace --bench stages

@@ -8,6 +8,7 @@ mod bad_input;
 mod broker;
 mod cameras;
 mod cluster;
+mod code_map;
 mod command_line;
 mod detect;
 mod endurance;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures a built agent as a whole process: size, memory at rest and under load, time to the first result, frames per second.
 
-It starts a real mosquitto and the given program, repeats a 1920x1080 JPEG as fast as the model allows, and reads the
+It starts a real mosquitto and the given program, repeats a JPEG (SIZE, default 1920x1080) as fast as the model allows, and reads the
 kernel's counters and the agent's metrics. The figures compare two builds on one machine in one run; nothing is
 asserted.
 
@@ -27,6 +27,8 @@ EXAMPLE = ROOT / "examples" / "surface-defects"
 REST_SECONDS = 3
 WARM_UP_SECONDS = 2
 MEASURE_SECONDS = 8
+# Width and height of the JPEG in pixels.
+SIZE = tuple(int(number) for number in os.environ.get("SIZE", "1920x1080").split("x"))
 
 
 def free_port():
@@ -102,7 +104,7 @@ class Agent:
 def write_site(folder, model, mean, std):
     frames = folder / "frames"
     frames.mkdir()
-    Image.open(EXAMPLE / "frames" / "part-012-scratch.jpg").resize((1920, 1080)).save(frames / "full-hd.jpg", quality=90)
+    Image.open(EXAMPLE / "frames" / "part-012-scratch.jpg").resize(SIZE).save(frames / "frame.jpg", quality=90)
     head = "apiVersion: lineside.dev/v1alpha1\n"
     (folder / "manifests").mkdir()
     (folder / "manifests" / "all.yaml").write_text(
@@ -128,7 +130,7 @@ def main():
             print(f"RSS at rest, no model       {memory_mib(agent.pid):.1f} MiB")
             agent.stop()
         for model in models:
-            print(f"\n{model.name}, {model.stat().st_size / 1e6:.1f} MB, repeated 1920x1080 JPEG")
+            print(f"\n{model.name}, {model.stat().st_size / 1e6:.1f} MB, repeated {SIZE[0]}x{SIZE[1]} JPEG")
             with tempfile.TemporaryDirectory() as folder:
                 folder = pathlib.Path(folder)
                 write_site(folder, model, 127, 128)

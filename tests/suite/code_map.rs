@@ -85,6 +85,9 @@ fn the_committed_code_map_matches_the_tree() {
 #[test]
 fn the_summary_is_the_first_sentence_of_the_head() {
     assert_eq!(summary("//! One. Two.\n//! Three.\nuse x;"), Some("One.".to_owned()));
-    assert_eq!(summary("//! A sentence\n//! over lines, v1.2.\n//!\n//! More."), Some("A sentence over lines, v1.2.".to_owned()));
+    assert_eq!(
+        summary("//! A sentence\n//! over lines, v1.2.\n//!\n//! More."),
+        Some("A sentence over lines, v1.2.".to_owned())
+    );
     assert_eq!(summary("use x;\n//! Late."), None);
 }

@@ -32,13 +32,14 @@ fn events_report_stream_and_model_changes_and_metrics_are_published() {
     let site = TestSite::with_stream(50);
     let mut agent = site.start_with_broker(&broker.url(), &["--mqtt-metrics-seconds", "1"]);
     subscriber.wait_for("/line-1/event", 1);
+    let models = until_long("the event of the serving model", || {
+        let models = subscriber.payloads("edge-1/event");
+        models.iter().any(|event| event["state"] == "Ready").then_some(models)
+    });
     site.delete("stream.yaml");
     let streams = subscriber.wait_for("/line-1/event", 2);
     let kinds: Vec<&str> = streams.iter().map(|event| event["event"].as_str().unwrap()).collect();
     assert_eq!(kinds, ["StreamUp", "StreamDown"]);
-    let models = subscriber.payloads("edge-1/event");
-    let states: Vec<&str> = models.iter().map(|event| event["state"].as_str().unwrap()).collect();
-    assert!(states.contains(&"Ready"), "{states:?}");
     assert!(models.iter().all(|event| event["model"] == "parts" && event["version"] == 1));
     let all: Vec<Value> = models.into_iter().chain(streams).collect();
     check_schema("event.schema.json", &all);

@@ -13,7 +13,7 @@ use lineside_tests::relay::{Mode, Relay};
 use lineside_tests::scripted_broker::{BrokerScript, ScriptedBroker};
 use lineside_tests::site::{TestSite, failed_inspections, iterations, status};
 use lineside_tests::stream_manifest;
-use lineside_tests::wait::until_long;
+use lineside_tests::wait::{until_long, until_true};
 use serde_json::Value;
 
 /// The maximum number of records in flight; this many may be sent twice per broken connection.
@@ -188,7 +188,9 @@ fn a_full_disk_degrades_the_spool_until_space_is_available() {
     let filler = data.join("filler");
     drop(fs::write(&filler, vec![0; 16 << 20]).unwrap_err());
     agent.wait_for_metric_value("lineside_spool_degraded", 1.0);
-    assert!(status(&agent)["conditions"].to_string().contains("SpoolDegraded"));
+    until_true("the status to report the spool", || {
+        status(&agent)["conditions"].to_string().contains("SpoolDegraded")
+    });
     let processed = agent.metric(PROCESSED);
     agent.wait_for_metric(PROCESSED, processed + 50.0);
     fs::remove_file(&filler).unwrap();
@@ -307,7 +309,7 @@ fn the_spool_command_lists_exports_and_purges_records() {
     };
     // While the agent runs, the spool can be read but not purged.
     let partitions = json(&["stat", "--json"]);
-    assert!(partitions["lanes"][0]["records"].as_u64().unwrap() >= 20, "{partitions}");
+    assert!(partitions["partitions"][0]["records"].as_u64().unwrap() >= 20, "{partitions}");
     let purge = site.spool(&["purge", "--yes"]);
     assert!(!purge.status.success() && output_text(&purge).contains("another agent"), "{}", output_text(&purge));
     assert!(agent.terminate().success());

@@ -121,6 +121,7 @@ impl Deployment {
     ///
     /// # Errors
     /// The job itself, with the reason why it is not accepted.
+    #[expect(clippy::result_large_err, reason = "the job goes back to its owner; a box per refused frame costs more")]
     pub fn submit(&self, job: Job) -> Result<(), (Job, SubmitErrorKind)> {
         let mut state = self.shared.state.lock();
         let accepted = state.dispatcher.submit(job);

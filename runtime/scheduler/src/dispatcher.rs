@@ -148,6 +148,7 @@ impl Dispatcher {
     }
 
     /// Accepts a job. A full queue drops its least urgent job for a more urgent one.
+    #[expect(clippy::result_large_err, reason = "the job goes back to its owner; a box per refused frame costs more")]
     pub(crate) fn submit(&mut self, job: Job) -> Result<Option<Job>, (Job, SubmitErrorKind)> {
         let Some(id) = self.assign() else { return Err((job, SubmitErrorKind::NotServing)) };
         let mut evicted = None;

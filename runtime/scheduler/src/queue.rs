@@ -100,7 +100,7 @@ mod tests {
     }
 
     fn name(job: Option<Job>) -> Option<String> {
-        job.and_then(|job| job.frame.name.clone())
+        job.and_then(|job| job.frame.name)
     }
 
     #[test]

@@ -181,5 +181,5 @@ fn invalid_specs_are_rejected_by_the_api_server_with_a_helpful_message() {
         &format!("{{version: 1, source: {{uri: 'https://h/m', digest: '{}'}}}}", digest.replace(":0", ":1")),
     ));
     let printed = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && printed.contains("raise spec.version with it"), "{printed}");
+    assert!(!output.status.success() && printed.contains("increase spec.version together with it"), "{printed}");
 }

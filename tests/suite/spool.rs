@@ -188,9 +188,7 @@ fn a_full_disk_degrades_the_spool_until_space_is_available() {
     let filler = data.join("filler");
     drop(fs::write(&filler, vec![0; 16 << 20]).unwrap_err());
     agent.wait_for_metric_value("lineside_spool_degraded", 1.0);
-    until_true("the status to report the spool", || {
-        status(&agent)["conditions"].to_string().contains("SpoolDegraded")
-    });
+    until_true("the status to report the spool", || status(&agent)["conditions"].to_string().contains("SpoolDegraded"));
     let processed = agent.metric(PROCESSED);
     agent.wait_for_metric(PROCESSED, processed + 50.0);
     fs::remove_file(&filler).unwrap();

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lineside_api::message::ModelInfo;
+use lineside_common::supervisor::Supervisor;
 use lineside_worker::{ReplySink, Worker};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
@@ -77,11 +78,12 @@ struct LiveWorker {
 }
 
 impl Deployment {
-    /// A deployment in which no version serves yet.
+    /// A deployment in which no version serves yet. A panic of its dispatcher thread is reported to the supervisor as a failure
+    /// that ends the process: the jobs that the thread held would be lost.
     ///
     /// # Errors
     /// When the dispatcher thread cannot be started.
-    pub fn new(model: &str, metrics: &SchedulerMetrics) -> io::Result<Self> {
+    pub fn new(model: &str, metrics: &SchedulerMetrics, supervisor: &Supervisor) -> io::Result<Self> {
         let state = State {
             dispatcher: Dispatcher::new(QUEUE_MAX),
             workers: BTreeMap::new(),
@@ -97,8 +99,12 @@ impl Deployment {
             stable: watch::Sender::new(None),
             metrics: metrics.of_model(model),
         });
-        let dispatching = shared.clone();
-        let thread = std::thread::Builder::new().name(format!("q-{model}")).spawn(move || dispatching.run())?;
+        let (dispatching, supervisor, task) = (shared.clone(), supervisor.clone(), format!("dispatcher/{model}"));
+        let thread = std::thread::Builder::new().name(format!("q-{model}")).spawn(move || {
+            let reporter = supervisor.reporter(&task);
+            dispatching.run();
+            reporter.done();
+        })?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -417,7 +423,9 @@ mod tests {
     fn deployment() -> (Arc<Deployment>, Registrar) {
         let registrar = Registrar::default();
         let metrics = SchedulerMetrics::register(&registrar).unwrap();
-        (Arc::new(Deployment::new("m", &metrics).unwrap()), registrar)
+        let supervisor =
+            Supervisor::new(registrar.counters("task_restarts_total", "Failed tasks.", &["task"]).unwrap());
+        (Arc::new(Deployment::new("m", &metrics, &supervisor).unwrap()), registrar)
     }
 
     fn submit(deployment: &Deployment, outcomes: &Sender<String>) {

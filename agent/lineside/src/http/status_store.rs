@@ -89,7 +89,8 @@ impl lineside_kube::status_writer::StatusSource for StatusStore {
                 };
             }
             Err(error) => {
-                add_degraded(&mut status.conditions, Reason::StoreUnreadable, &lineside_common::error_chain(&error))
+                let message = lineside_common::error_chain(&error);
+                add_degraded(&mut status.conditions, Reason::StoreUnreadable, &message);
             }
         }
         status

@@ -161,11 +161,13 @@ fn only_load(mut actions: Vec<Action>) -> LoadRequest {
 }
 
 fn loads(actions: &[Action]) -> Vec<&LoadRequest> {
-    let load = |action| match action {
-        &Action::Load(ref request) => Some(&**request),
-        _ => None,
-    };
-    actions.iter().filter_map(load).collect()
+    let mut requests = Vec::new();
+    for action in actions {
+        if let Action::Load(request) = action {
+            requests.push(&**request);
+        }
+    }
+    requests
 }
 
 fn names(actions: &[Action]) -> Vec<String> {

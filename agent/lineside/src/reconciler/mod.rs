@@ -171,7 +171,7 @@ impl<S: StreamRunner> Reconciler<S> {
         if let Some(known) = self.deployments.get(model) {
             return Some(known.clone());
         }
-        match Deployment::new(model, &self.scheduler_metrics) {
+        match Deployment::new(model, &self.scheduler_metrics, &self.publisher.supervisor) {
             Ok(new) => {
                 let new = Arc::new(new);
                 self.deployments.insert(model.to_owned(), new.clone());

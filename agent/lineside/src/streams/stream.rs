@@ -71,7 +71,7 @@ impl RunningStream {
             let work = async move {
                 lineside_capture::play(&manifest, &mailbox, &metrics).await;
                 // A source that has an end has reached it. The stream stays, without frames, until it is stopped.
-                std::future::pending().await
+                std::future::pending::<()>().await;
             };
             until_stopped(work, stop)
         });

@@ -225,12 +225,15 @@ fn inference_has_no_network_no_files_and_no_runtime() {
 }
 
 /// The files whose decisions are pure: no async, no I/O, and time is an argument.
-const PURE: [&str; 6] = [
+const PURE: [&str; 9] = [
     "agent/lineside/src/reconciler/plan.rs",
     "agent/lineside/src/desired/object_set.rs",
     "agent/lineside/src/streams/report_filter.rs",
     "agent/kube/src/status_events.rs",
     "agent/controller/src/aggregate.rs",
+    "agent/controller/src/liveness.rs",
+    "agent/lineside/src/reconciler/status_builder.rs",
+    "agent/mqtt/src/publisher/send_window.rs",
     "runtime/scheduler/src/dispatcher.rs",
 ];
 

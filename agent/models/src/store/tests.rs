@@ -1,3 +1,5 @@
+//! Tests of the store on a real folder.
+
 use std::time::Duration;
 
 use super::*;

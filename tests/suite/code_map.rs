@@ -34,11 +34,13 @@ fn rust_files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The first sentence of the module comment at the top of a file.
+/// The first sentence of the module comment at the top of a file. Generated files have none.
 fn summary(text: &str) -> Option<String> {
+    if text.starts_with("// This file is @generated") {
+        return Some("Generated code.".to_owned());
+    }
     let head: Vec<&str> = text
         .lines()
-        .skip_while(|line| line.starts_with("// "))
         .map_while(|line| line.strip_prefix("//!"))
         .map(str::trim)
         .take_while(|line| !line.is_empty())

@@ -69,11 +69,18 @@ pub struct SupervisedTask {
 
 impl SupervisedTask {
     /// Stops the task and waits until it has ended.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.stop.cancel();
-        if let Err(error) = self.task.await {
+        if let Err(error) = (&mut self.task).await {
             tracing::error!(event = "task_failed", task = self.name, %error, "Supervision of a task failed");
         }
+    }
+}
+
+/// A task whose owner no longer exists, for example after a panic of the owner, is stopped.
+impl Drop for SupervisedTask {
+    fn drop(&mut self) {
+        self.stop.cancel();
     }
 }
 

@@ -25,6 +25,10 @@ use crate::metrics::{DeploymentMetrics, SchedulerMetrics};
 pub const QUEUE_MAX: usize = 256;
 /// A version whose workers hang or end more often than this is given up.
 const REPLACEMENTS_MAX: u32 = 3;
+/// A worker that ran for this long was healthy: its replacement counts as the first one.
+const REPLACEMENT_WINDOW: Duration = Duration::from_secs(600);
+/// Longest time that [`Deployment::stop`] waits for the jobs that are executed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The dispatcher looks after everything at least this often.
 const IDLE: Duration = Duration::from_secs(3600);
 
@@ -74,7 +78,9 @@ struct LiveWorker {
     worker: Box<dyn Worker>,
     factory: WorkerFactory,
     info: Arc<ModelInfo>,
+    /// Replacements that followed each other within [`REPLACEMENT_WINDOW`].
     replacements: u32,
+    replaced_at: Option<Instant>,
 }
 
 impl Deployment {
@@ -156,7 +162,7 @@ impl Deployment {
         let worker = factory(self.shared.reply_sink(id))?;
         let mut state = self.shared.state.lock();
         let capacity = worker.capacity();
-        state.workers.insert(id, LiveWorker { worker, factory, info: info.clone(), replacements: 0 });
+        state.workers.insert(id, LiveWorker { worker, factory, info: info.clone(), replacements: 0, replaced_at: None });
         state.dispatcher.add(id, info, weight, policy, capacity);
         self.shared.publish(&state);
         Ok(id)
@@ -178,14 +184,15 @@ impl Deployment {
         let id = self.add(VersionSpec { weight: spec.weight.max(1), ..spec })?;
         let others: Vec<VersionId> =
             self.shared.state.lock().dispatcher.versions().into_iter().filter(|other| *other != id).collect();
-        self.retire(&others);
+        self.retire(&others, None);
         Ok(id)
     }
 
-    /// Stops serving. Blocks until the jobs that are executed have ended; waiting jobs are cancelled.
+    /// Stops serving. Blocks until the jobs that are executed have ended, at most [`STOP_TIMEOUT`]: then they fail. Waiting jobs
+    /// are cancelled.
     pub fn stop(&self) {
         let all = self.shared.state.lock().dispatcher.versions();
-        self.retire(&all);
+        self.retire(&all, Some(Instant::now() + STOP_TIMEOUT));
     }
 
     /// Why the last version was given up, where that happened since it was added.
@@ -193,7 +200,8 @@ impl Deployment {
         self.shared.state.lock().failed.get(&id).cloned()
     }
 
-    fn retire(&self, versions: &[VersionId]) {
+    /// Removes versions when they are idle, or at the deadline.
+    fn retire(&self, versions: &[VersionId], deadline: Option<Instant>) {
         let shared = &self.shared;
         let mut ended = Vec::new();
         let mut state = shared.state.lock();
@@ -208,17 +216,26 @@ impl Deployment {
         drop(state);
         deliver(ended);
         let mut state = shared.state.lock();
-        let mut retired = Vec::new();
+        let (mut retired, mut abandoned) = (Vec::new(), Vec::new());
         for id in versions {
-            // The dispatcher gives up a batch that exceeds its limit, so this ends.
             while !state.dispatcher.is_idle(*id) || state.delivering.contains_key(id) {
-                shared.idle.wait(&mut state);
+                // Without a deadline this ends too: the dispatcher gives up a batch that exceeds its limit.
+                let Some(deadline) = deadline else {
+                    shared.idle.wait(&mut state);
+                    continue;
+                };
+                if shared.idle.wait_until(&mut state, deadline).timed_out() {
+                    abandoned.extend(state.dispatcher.abandon(*id, "it did not end before the deployment was stopped"));
+                    break;
+                }
             }
             retired.extend(state.workers.remove(id));
             state.failed.remove(id);
             drop(state.dispatcher.remove(*id));
         }
         drop(state);
+        shared.count(&abandoned);
+        deliver(abandoned);
         drop(retired);
     }
 }
@@ -231,6 +248,7 @@ impl Drop for Deployment {
         let ended: Vec<(Job, JobOutcome)> = versions.into_iter().flat_map(|id| state.dispatcher.remove(id)).collect();
         let workers = std::mem::take(&mut state.workers);
         self.shared.publish(&state);
+        self.shared.metrics.set_waiting(0);
         drop(state);
         self.shared.work.notify_all();
         deliver(ended);
@@ -319,7 +337,9 @@ impl Shared {
     fn replace_worker(self: &Arc<Self>, state: &mut State, id: VersionId, why: &str) -> Vec<(Job, JobOutcome)> {
         let mut ended = state.dispatcher.abandon(id, why);
         let Some(live) = state.workers.get_mut(&id) else { return ended };
-        live.replacements += 1;
+        let is_recent = live.replaced_at.is_some_and(|at| at.elapsed() < REPLACEMENT_WINDOW);
+        live.replacements = if is_recent { live.replacements + 1 } else { 1 };
+        live.replaced_at = Some(Instant::now());
         let (model, version) = (&self.model, live.info.version);
         self.metrics.count_replacement(&live.info);
         tracing::error!(event = "worker_replaced", model, version, reason = why, "Worker is replaced");

@@ -173,7 +173,8 @@ impl ClusterFollower {
         state.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut preferred = tokio::time::interval(PREFERRED_CONTEXT_INTERVAL);
         let mut labels = Box::pin(self.read_node(Duration::ZERO));
-        let mut apply_at: Option<Instant> = None;
+        // A change that was due when the task failed is applied now.
+        let mut apply_at = Some(Instant::now());
         loop {
             let due = apply_at.unwrap_or_else(Instant::now);
             tokio::select! {

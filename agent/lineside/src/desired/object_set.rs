@@ -54,17 +54,19 @@ impl ObjectSet {
     /// Inserts or updates an object. Returns `true` when the set has changed.
     pub fn put(&mut self, object: ApiObject) -> bool {
         let key = (object.kind.clone(), object.name.clone());
-        let previous = self.objects.remove(&key).filter(|entry| entry.uid == object.uid);
-        if let Some(entry) = previous.as_ref().filter(|entry| entry.generation == object.generation) {
-            let is_same =
-                object.generation.is_some() || entry.last_valid.as_ref().is_some_and(|(valid, _)| *valid == object);
-            if let (true, Some(entry)) = (is_same, previous) {
-                self.objects.insert(key, entry);
-                return false;
+        let previous = self.objects.get(&key).filter(|entry| entry.uid == object.uid);
+        let last_valid = match previous {
+            Some(entry) if entry.generation == object.generation => {
+                let is_valid_content = |(valid, _): &(ApiObject, Object)| *valid == object;
+                if object.generation.is_some() || entry.last_valid.as_ref().is_some_and(is_valid_content) {
+                    return false;
+                }
+                None
             }
-            return self.parse(key, object, None);
-        }
-        self.parse(key, object, previous.and_then(|entry| entry.last_valid))
+            // The previous entry stays in the set while the new content is parsed.
+            previous => previous.and_then(|entry| entry.last_valid.clone()),
+        };
+        self.parse(key, object, last_valid)
     }
 
     /// Parses the content of an object. Keeps `last_valid` when the content is invalid.

@@ -423,7 +423,15 @@ impl Core {
         self.serving.remove(name);
         let Some(manifest) = self.observed.models.get_mut(name).and_then(|model| model.serving.take()) else { return };
         let failure = LoadFailure { reason: reason.to_owned(), quarantined_after: None, digest: None };
+        let name = manifest.name.clone();
         self.on_failed(manifest, ModelState::Ready, failure, now);
+        // The version that hung is also the last-good version: it is not restored at once, or it would hang again at once.
+        if let Some(model) = self.observed.models.get_mut(&name)
+            && let (Some(last_good), Some((failed, Some(retry_at)))) = (&model.last_good, &model.failed)
+            && last_good == failed
+        {
+            model.restore_at = Some(*retry_at);
+        }
     }
 
     /// The versions that serve, by model.

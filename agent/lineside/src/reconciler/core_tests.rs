@@ -542,6 +542,8 @@ fn a_version_that_the_scheduler_gave_up_counts_as_failed() {
     bench.serving.clear();
     assert_eq!((bench.model().state, bench.serving_version()), (ModelState::Failed, None));
     assert!(bench.model().reason.unwrap().contains("execution limit"));
+    assert!(bench.poll().is_empty(), "it would hang again");
+    bench.now += Duration::from_secs(3600);
     assert_eq!(names(&bench.poll()), ["restore 1"], "no other version can serve");
 }
 

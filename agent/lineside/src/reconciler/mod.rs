@@ -116,7 +116,8 @@ impl<S: StreamRunner> Reconciler<S> {
         self.core.cancel_loads();
         self.streams.stop_all().await;
         let deployments = std::mem::take(&mut self.deployments);
-        blocking("deployments", move || deployments.values().for_each(|deployment| deployment.stop())).await;
+        let stops = deployments.into_values().map(|deployment| blocking("deployment", move || deployment.stop()));
+        futures_util::future::join_all(stops).await;
     }
 
     fn on_desired(&mut self) {

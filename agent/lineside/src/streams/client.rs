@@ -7,6 +7,7 @@
 //! A frame of a live source that finds no version, or no room, is skipped. A frame that must be kept is submitted again.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use lineside_ipc::frame::Frame;
 use lineside_scheduler::{Deployment, Job, JobOutcome, Priority, SubmitErrorKind};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
 
 use super::inspector::Inspector;
 
@@ -22,6 +24,8 @@ use super::inspector::Inspector;
 const IN_FLIGHT_MAX: usize = 2;
 /// Delay before a frame that must be kept is submitted again to a full queue.
 const RETRY_DELAY: Duration = Duration::from_millis(20);
+/// Longest time that a stopped client waits for its frames in flight.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What belongs to a frame in flight. Dropping it makes room for the next one.
 struct Pending {
@@ -31,7 +35,7 @@ struct Pending {
 
 /// Submits the frames of one stream.
 pub(super) struct StreamClient {
-    mailbox: Arc<MailboxReceiver>,
+    mailbox: MailboxReceiver,
     deployment: Arc<Deployment>,
     shared: Arc<Shared>,
     in_flight: Arc<Semaphore>,
@@ -49,7 +53,7 @@ struct Shared {
 }
 
 impl StreamClient {
-    pub(super) fn new(mailbox: Arc<MailboxReceiver>, deployment: Arc<Deployment>, inspector: Arc<Inspector>) -> Self {
+    pub(super) fn new(mailbox: MailboxReceiver, deployment: Arc<Deployment>, inspector: Arc<Inspector>) -> Self {
         let (retry, cancelled) = mpsc::unbounded_channel();
         Self {
             mailbox,
@@ -61,8 +65,23 @@ impl StreamClient {
         }
     }
 
-    /// Submits frames until it is cancelled.
-    pub(super) async fn run(mut self) {
+    /// Submits frames until it is stopped, and then waits until those in flight have ended, at most [`DRAIN_TIMEOUT`]. A client
+    /// that failed can be run again: frames in flight and their order are kept.
+    pub(super) async fn run(&mut self, stop: CancellationToken) {
+        tokio::select! {
+            () = self.submit_frames(true) => {}
+            () = stop.cancelled() => {}
+        }
+        let in_flight = self.in_flight.clone();
+        let idle = in_flight.acquire_many(IN_FLIGHT_MAX as u32);
+        tokio::select! {
+            _ = tokio::time::timeout(DRAIN_TIMEOUT, idle) => {}
+            () = self.submit_frames(false) => {}
+        }
+    }
+
+    /// Submits frames that were cancelled and, unless the client is stopping, new ones.
+    async fn submit_frames(&mut self, takes_new: bool) {
         let mut stable = self.deployment.stable();
         loop {
             // A version first, then a frame: while none serves, newer frames replace the one that waits.
@@ -72,7 +91,7 @@ impl StreamClient {
             let (number, pending) = tokio::select! {
                 biased;
                 Some(again) = self.cancelled.recv() => again,
-                pending = take(&self.mailbox, &self.in_flight) => {
+                pending = take(&self.mailbox, &self.in_flight), if takes_new => {
                     let number = self.next;
                     self.next += 1;
                     (number, pending)
@@ -101,11 +120,12 @@ impl StreamClient {
                 let Some(pending) = slot.lock().take() else { return };
                 drop(job);
                 if must_keep {
+                    // The receiver is our own field. The frame is in the channel during the delay, so that a failure of the task
+                    // does not lose it.
+                    self.shared.retry.send((number, pending)).ok();
                     if kind == SubmitErrorKind::QueueFull {
                         tokio::time::sleep(RETRY_DELAY).await;
                     }
-                    // The receiver is our own field.
-                    self.shared.retry.send((number, pending)).ok();
                 } else {
                     self.shared.inspector.count_skipped();
                     self.shared.complete(number, pending, JobOutcome::Cancelled);
@@ -143,7 +163,12 @@ impl Shared {
     fn complete(&self, number: u64, pending: Pending, outcome: JobOutcome) {
         let mut order = self.order.lock();
         for (pending, outcome) in order.complete(number, (pending, outcome)) {
-            self.process(&pending.taken.frame, outcome);
+            let frame = &pending.taken.frame;
+            // A panic, for example in a rule, costs this result and not those that are processed after it.
+            if catch_unwind(AssertUnwindSafe(|| self.process(frame, outcome))).is_err() {
+                self.inspector.count_failed();
+                tracing::error!(event = "result_panicked", "Processing a result panicked");
+            }
             drop(pending);
         }
     }

@@ -72,6 +72,11 @@ impl Inspector {
         self.metrics.skipped.inc();
     }
 
+    /// Counts a frame whose result could not be processed.
+    pub(super) fn count_failed(&self) {
+        self.metrics.failed.inc();
+    }
+
     /// Counts a frame that became too old.
     pub(super) fn count_expired(&self) {
         self.metrics.stale.inc();

@@ -12,7 +12,7 @@ use lineside_capture::{Mailbox, SourceMetrics, StreamReporter, mailbox};
 use lineside_common::supervisor::{OnFailure, SupervisedTask, Supervisor};
 use lineside_ipc::frame::Frame;
 use lineside_scheduler::Deployment;
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex as AsyncMutex, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::client::StreamClient;
@@ -60,13 +60,18 @@ impl RunningStream {
         let reporter: Arc<dyn StreamReporter> = Arc::new(context.registry.register(&name, &manifest.model));
         let metrics =
             SourceMetrics { reporter: reporter.clone(), reconnects: children.reconnects, failed: children.failed };
-        let receiver = Arc::new(receiver);
+        // The client outlives its task: a restarted task continues with the frames in flight and their order.
+        let client = Arc::new(AsyncMutex::new(StreamClient::new(receiver, deployment, inspector)));
         let client = context.supervisor.spawn(&format!("stream-client/{name}"), OnFailure::Restart, move |stop| {
-            let client = StreamClient::new(receiver.clone(), deployment.clone(), inspector.clone());
-            until_stopped(client.run(), stop)
+            let client = client.clone();
+            async move { client.lock().await.run(stop).await }
         });
         let (manifest, left) = (Arc::new(manifest), mailbox.clone());
+        let mut is_restart = false;
         let source = context.supervisor.spawn(&format!("stream-source/{name}"), OnFailure::Restart, move |stop| {
+            if std::mem::replace(&mut is_restart, true) {
+                metrics.reporter.down(Some("its source failed and was restarted"));
+            }
             let (manifest, mailbox, metrics) = (manifest.clone(), left.clone(), metrics.clone());
             let work = async move {
                 lineside_capture::play(&manifest, &mailbox, &metrics).await;
@@ -120,9 +125,7 @@ impl StreamRunner for RunningStreams {
     }
 
     async fn stop_all(&mut self) {
-        for (_, stream) in self.streams.drain() {
-            stream.stop().await;
-        }
+        futures_util::future::join_all(self.streams.drain().map(|(_, stream)| stream.stop())).await;
     }
 
     fn next_frame(&self, name: &str) -> Option<oneshot::Receiver<Frame>> {

@@ -162,7 +162,9 @@ impl Deployment {
         let worker = factory(self.shared.reply_sink(id))?;
         let mut state = self.shared.state.lock();
         let capacity = worker.capacity();
-        state.workers.insert(id, LiveWorker { worker, factory, info: info.clone(), replacements: 0, replaced_at: None });
+        state
+            .workers
+            .insert(id, LiveWorker { worker, factory, info: info.clone(), replacements: 0, replaced_at: None });
         state.dispatcher.add(id, info, weight, policy, capacity);
         self.shared.publish(&state);
         Ok(id)

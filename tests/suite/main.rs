@@ -11,6 +11,7 @@ mod cluster;
 mod code_map;
 mod command_line;
 mod detect;
+mod dialect;
 mod endurance;
 mod fetch;
 mod manifests;

@@ -102,7 +102,7 @@ fn without_tests(code: &str) -> &str {
     code.split("#[cfg(test)]\nmod tests").next().unwrap_or_default()
 }
 
-/// Whether `word::` stands in the code as the beginning of a path.
+/// Whether `word::` is the beginning of a path in the code.
 fn names(code: &str, word: &str) -> bool {
     code.match_indices(&format!("{word}::")).any(|(at, _)| {
         let before = code[..at].chars().next_back();

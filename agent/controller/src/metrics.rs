@@ -28,7 +28,7 @@ impl ControllerMetrics {
         Ok(Self {
             leader: registrar.gauge("controller_leader", "Whether this controller leads.")?,
             reporting_nodes: nodes.with_label_values(&["reporting"]),
-            unreachable_nodes: nodes.with_label_values(&["silent"]),
+            unreachable_nodes: nodes.with_label_values(&["unreachable"]),
             status_writes: registrar.counter("controller_status_writes_total", "Statuses written.")?,
             failures: registrar.counter("controller_failures_total", "Writes and deletions that failed.")?,
         })

@@ -158,8 +158,8 @@ pub struct RuntimeSpec {
     /// Number of parallel inferences, each for a different stream. Default: 1.
     #[schemars(range(min = 1, max = 64))]
     pub instances: Option<u32>,
-    /// Largest number of frames in one inference. More than 1 requires a model whose batch dimension is variable or has
-    /// exactly this size. Default: 1.
+    /// Largest number of frames in one inference. More than 1 requires a model whose batch dimension is
+    /// variable. Default: 1.
     #[schemars(range(min = 1, max = 1024))]
     pub max_batch_size: Option<u32>,
     /// Longest time in microseconds that a frame waits for further frames of its batch. Default: 0: a batch consists of

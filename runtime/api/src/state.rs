@@ -19,7 +19,7 @@ pub enum ModelState {
     Downloading,
     /// The version's file is being compared with its digest.
     Verifying,
-    /// The version is being vetted in a child process.
+    /// The version is tested by the admission in a child process.
     Vetting,
     /// The version is loaded and runs its first inference.
     Warming,

@@ -121,13 +121,13 @@ pub struct ModelStatus {
     /// The version that serves, which may be an earlier one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serving: Option<Serving>,
-    /// The median duration of an inference when the serving version was vetted, in milliseconds.
+    /// The median duration of an inference when the serving version was admitted, in milliseconds.
     #[serde(rename = "p50Ms", skip_serializing_if = "Option::is_none")]
     pub p50_ms: Option<f64>,
     /// The 99th percentile of that duration, in milliseconds.
     #[serde(rename = "p99Ms", skip_serializing_if = "Option::is_none")]
     pub p99_ms: Option<f64>,
-    /// The peak memory when the serving version was vetted, in MiB.
+    /// The peak memory when the serving version was admitted, in MiB.
     #[serde(rename = "peakMemoryMiB", skip_serializing_if = "Option::is_none")]
     pub peak_memory_mib: Option<f64>,
     /// Why the desired version is not ready.

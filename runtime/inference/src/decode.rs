@@ -103,7 +103,7 @@ fn check_sides(width: u32, height: u32, limits: &DecodeLimits) -> Result<()> {
     Ok(())
 }
 
-/// JPEG or PNG, told by the first bytes, and complete where that can be told.
+/// Recognizes JPEG and PNG by their first bytes, and checks that the picture is complete where its format shows that.
 fn format_of(bytes: &[u8]) -> Result<ImageFormat> {
     if bytes.is_empty() {
         return Err(Error::new(ErrorKind::BadFrame, "the frame is empty"));

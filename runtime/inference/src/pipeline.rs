@@ -381,7 +381,7 @@ mod tests {
         assert!(rejection(&model, &spec).contains("spec.output.labels has 1 names, but the model has 3 classes"));
         let input = |input| ModelSpec { input, ..ModelSpec::default() };
         let spec = input(lineside_api::spec::InputSpec { width: Some(9), ..Default::default() });
-        assert!(rejection(&model, &spec).contains("spec.input.width: 9 asked for, but the model is fixed at 8"));
+        assert!(rejection(&model, &spec).contains("spec.input.width: 9 is requested, but the model is fixed at 8"));
         let spec = input(lineside_api::spec::InputSpec { color: Some(Color::Gray), ..Default::default() });
         assert!(rejection(&model, &spec).contains("spec.input.color"));
         let spec = input(lineside_api::spec::InputSpec { std: Some(vec![1.0, 0.0, 1.0]), ..Default::default() });
@@ -401,8 +401,8 @@ mod tests {
         assert!(rejection(&vector, &ModelSpec::default()).contains("is no picture"));
         let batch = on_picture(FLOAT, &[Dim::Size(8), Dim::Size(3), Dim::Size(4), Dim::Size(4)], "Relu", &[]);
         assert!(rejection(&batch, &of_task(Task::Tensor)).contains("8 pictures at a time"));
-        let untold = on_picture(FLOAT, &[Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)], "Relu", &[]);
-        assert!(rejection(&untold, &ModelSpec::default()).contains("set spec.task"));
+        let without_task = on_picture(FLOAT, &[Dim::Size(1), Dim::Size(3), Dim::Size(4), Dim::Size(4)], "Relu", &[]);
+        assert!(rejection(&without_task, &ModelSpec::default()).contains("set spec.task"));
     }
 
     #[test]

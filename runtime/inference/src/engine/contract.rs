@@ -130,7 +130,7 @@ fn tract_keeps_the_contract() {
 }
 
 #[test]
-fn a_file_tells_its_tensors_and_metadata() {
+fn a_file_declares_its_tensors_and_metadata() {
     let model = mean_colour_classifier(8, 6, 4).metadata("names", "{0: 'a'}").build();
     let graph = inspect(&model).unwrap();
     assert_eq!(graph.inputs.len(), 1);

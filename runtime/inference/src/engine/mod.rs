@@ -16,7 +16,7 @@ pub use tract::Tract;
 
 /// Executes ONNX graphs.
 pub trait Engine: Send + Sync {
-    /// The engine's name as it stands in manifests, results and metrics.
+    /// The engine's name in manifests, results and metrics.
     fn name(&self) -> &'static str;
 
     /// Prepares a model for inputs of exactly these shapes, one per input in the graph's order.

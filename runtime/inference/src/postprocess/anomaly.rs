@@ -52,7 +52,7 @@ mod tests {
         let Prediction::Anomaly { score, map: Some(map) } =
             run(&AnomalySettings { with_map: true, ..settings }, &outputs()).unwrap()
         else {
-            panic!("a map was asked for")
+            panic!("the prediction has a map")
         };
         assert_eq!((score, map.width, map.height, map.values[4]), (0.7, 3, 2, 0.9));
     }

@@ -12,7 +12,7 @@ const INPUT_SIDE_PIXELS_MAX: u32 = 8192;
 /// Decides the model's task: what the manifest says, else the metadata, else a plain classifier's shape.
 ///
 /// # Errors
-/// [`ErrorKind::BadSpec`] when neither tells, [`ErrorKind::Unsupported`] for a task that is not built.
+/// [`ErrorKind::BadSpec`] when neither defines the task, [`ErrorKind::Unsupported`] for a task that is not built.
 pub fn task(spec: &ModelSpec, graph: &GraphInfo) -> Result<Task> {
     let from_metadata = || match graph.metadata.get("task").map(String::as_str) {
         Some("classify") => Some(Task::Classify),
@@ -109,7 +109,9 @@ pub fn input(spec: &ModelSpec, graph: &GraphInfo, task: Task) -> Result<InputSet
 fn side(name: &str, declared: &Dimension, asked: Option<u32>, metadata: Option<u32>) -> Result<u32> {
     let pixels = match (declared.fixed(), asked) {
         (Some(fixed), Some(asked)) if fixed != asked as usize => {
-            return Err(bad_spec(format!("spec.input.{name}: {asked} asked for, but the model is fixed at {fixed}")));
+            return Err(bad_spec(format!(
+                "spec.input.{name}: {asked} is requested, but the model is fixed at {fixed}"
+            )));
         }
         (Some(fixed), _) => u32::try_from(fixed).unwrap_or(u32::MAX),
         (None, Some(asked)) => asked,

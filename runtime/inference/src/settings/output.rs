@@ -186,7 +186,7 @@ fn guess_decoder(labels: Option<usize>, outputs: &[Tensor]) -> Option<Decoder> {
     }
 }
 
-/// Tells separate outputs apart: boxes by their last dimension, the others by type, size and name.
+/// Distinguishes separate outputs: boxes by their last dimension, the others by type, size and name.
 fn split_outputs(graph: &GraphInfo, outputs: &[Tensor]) -> Option<BoxLayout> {
     let boxes = outputs.iter().position(|output| output.shape().last() == Some(&4))?;
     let named = |index: usize, parts: &[&str]| {

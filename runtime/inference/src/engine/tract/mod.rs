@@ -3,7 +3,7 @@
 //! tract is pure Rust and needs nothing on the node. Two habits keep it honest here. Declared output shapes and
 //! intermediate shapes are ignored: exporters leave symbolic names in them that contradict the input shape we fix, and
 //! tract works all of them out by itself. And every call into it is fenced, because a malformed model can make it panic:
-//! the panic becomes an error and the session is made anew.
+//! the panic becomes an error and the session is created again.
 
 mod proto;
 

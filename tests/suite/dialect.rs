@@ -1,5 +1,5 @@
-//! Words of the project's former private language, which must not return to code, messages and documentation. The standard terms
-//! are those of Kubernetes, Prometheus, MQTT and Triton.
+//! Words of the project's former private language, which must not return to code, messages and documentation. The
+//! standard terms are those of Kubernetes, Prometheus, MQTT and Triton.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -49,7 +49,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
             if !name.starts_with('.') && !["target", "dist", "shared"].contains(&name.as_str()) {
                 found.extend(files(&path));
             }
-        } else if ["rs", "md", "yaml", "sh", "py"].contains(&suffix.as_str()) {
+        } else if ["rs", "md", "yaml", "sh", "py", "toml", "json"].contains(&suffix.as_str()) {
             found.push(path);
         }
     }

@@ -288,7 +288,7 @@ impl Core {
         self.observed.models.contains_key(model) || self.observed.streams.values().any(|stream| stream.model == model)
     }
 
-    /// Takes the outcome of a load. `still_serves`: whether a version of the model serves now: one that was stopped
+    /// Takes the outcome of a load. `still_serves` states whether a version of the model serves now; one that was stopped
     /// first to make room does not.
     pub(super) fn on_load_finished(&mut self, outcome: LoadOutcome, still_serves: bool, now: Instant) {
         let LoadOutcome { manifest, is_restored, result } = outcome;

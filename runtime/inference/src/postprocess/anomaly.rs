@@ -52,7 +52,7 @@ mod tests {
         let Prediction::Anomaly { score, map: Some(map) } =
             run(&AnomalySettings { with_map: true, ..settings }, &outputs()).unwrap()
         else {
-            panic!("the prediction has a map")
+            panic!("the prediction has no map")
         };
         assert_eq!((score, map.width, map.height, map.values[4]), (0.7, 3, 2, 0.9));
     }

@@ -99,7 +99,7 @@ struct VersionMetrics {
 }
 
 impl DeploymentMetrics {
-    /// Counts an outcome. Jobs that expired or were cancelled reached no version and are counted by version `none`.
+    /// Counts an outcome. Jobs that expired or were cancelled produced no result and are counted by version `none`.
     pub(crate) fn count(&self, model: &str, outcome: &JobOutcome) {
         match outcome {
             JobOutcome::Answered(answer) => {

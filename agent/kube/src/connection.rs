@@ -311,7 +311,7 @@ mod tests {
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
         let mut liveness = Liveness::new(start);
-        assert!(!liveness.needs_another_context(after(100)), "silence alone is no failure");
+        assert!(!liveness.needs_another_context(after(100)), "silence alone is not a failure");
         liveness.record_failure(after(100));
         liveness.record_failure(after(119));
         assert!(!liveness.needs_another_context(after(119)) && liveness.needs_another_context(after(120)));

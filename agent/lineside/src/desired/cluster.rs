@@ -27,7 +27,6 @@ use parking_lot::Mutex;
 use prometheus::IntCounter;
 use tokio::sync::{Mutex as AsyncMutex, Notify, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
-use tokio_util::sync::CancellationToken;
 
 use super::desired_cache::{CachedState, DesiredCache};
 use super::object_set::{ApiObject, ObjectSet};
@@ -96,7 +95,10 @@ impl ClusterSync {
                 let (shared, sender) = (shared.clone(), sender.clone());
                 supervisor.spawn(&format!("reflector/{}", kind.name()), OnFailure::Restart, move |stop| {
                     let (cluster, rewatch) = (shared.sync.cluster.clone(), shared.rewatch.clone());
-                    until_stopped(reflect(cluster, kind, sender.clone(), rewatch), stop)
+                    let work = reflect(cluster, kind, sender.clone(), rewatch);
+                    async move {
+                        stop.run_until_cancelled(work).await;
+                    }
                 })
             })
             .collect();
@@ -116,17 +118,11 @@ impl ClusterSync {
         let follower = Arc::new(AsyncMutex::new(ClusterFollower::new(shared, receiver, cached)));
         tasks.push(supervisor.spawn("cluster-follower", OnFailure::Restart, move |stop| {
             let follower = follower.clone();
-            until_stopped(async move { follower.lock().await.run().await }, stop)
+            async move {
+                stop.run_until_cancelled(async { follower.lock().await.run().await }).await;
+            }
         }));
         tasks
-    }
-}
-
-/// Runs until it ends or is stopped.
-async fn until_stopped(work: impl Future<Output = ()>, stop: CancellationToken) {
-    tokio::select! {
-        () = work => {}
-        () = stop.cancelled() => {}
     }
 }
 

@@ -13,7 +13,6 @@ use lineside_common::supervisor::{OnFailure, SupervisedTask, Supervisor};
 use lineside_ipc::frame::Frame;
 use lineside_scheduler::Deployment;
 use tokio::sync::{Mutex as AsyncMutex, oneshot};
-use tokio_util::sync::CancellationToken;
 
 use super::client::StreamClient;
 use super::inspector::Inspector;
@@ -78,7 +77,9 @@ impl RunningStream {
                 // A source that has an end has reached it. The stream stays, without frames, until it is stopped.
                 std::future::pending::<()>().await;
             };
-            until_stopped(work, stop)
+            async move {
+                stop.run_until_cancelled(work).await;
+            }
         });
         Self { name, mailbox, source, client }
     }
@@ -88,14 +89,6 @@ impl RunningStream {
         self.source.stop().await;
         self.client.stop().await;
         tracing::info!(event = "stream_stopped", stream = self.name, "Stream stopped");
-    }
-}
-
-/// Runs until it ends or is stopped: nothing in a source needs an orderly end of its own.
-async fn until_stopped(work: impl Future<Output = ()>, stop: CancellationToken) {
-    tokio::select! {
-        () = work => {}
-        () = stop.cancelled() => {}
     }
 }
 

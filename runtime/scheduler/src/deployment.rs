@@ -157,17 +157,28 @@ impl Deployment {
     /// # Errors
     /// When its worker cannot be started.
     pub fn add(&self, spec: VersionSpec) -> io::Result<VersionId> {
+        let (id, _) = self.start_version(spec, false)?;
+        Ok(id)
+    }
+
+    /// Starts a version's worker and adds the version. With `takes_over`, the weight of the others becomes 0 in the same step:
+    /// whoever sees the new stable version can be sure that no later job goes to another one. Returns the others.
+    fn start_version(&self, spec: VersionSpec, takes_over: bool) -> io::Result<(VersionId, Vec<VersionId>)> {
         let VersionSpec { info, weight, policy, worker: factory } = spec;
         let id = self.shared.state.lock().dispatcher.reserve();
         let worker = factory(self.shared.reply_sink(id))?;
         let mut state = self.shared.state.lock();
+        let others = state.dispatcher.versions();
         let capacity = worker.capacity();
         state
             .workers
             .insert(id, LiveWorker { worker, factory, info: info.clone(), replacements: 0, replaced_at: None });
         state.dispatcher.add(id, info, weight, policy, capacity);
+        if takes_over {
+            others.iter().for_each(|other| state.dispatcher.set_weight(*other, 0));
+        }
         self.shared.publish(&state);
-        Ok(id)
+        Ok((id, others))
     }
 
     /// Changes the share of new jobs that a version takes.
@@ -183,9 +194,7 @@ impl Deployment {
     /// # Errors
     /// When the worker cannot be started; then the versions before serve on.
     pub fn replace(&self, spec: VersionSpec) -> io::Result<VersionId> {
-        let id = self.add(VersionSpec { weight: spec.weight.max(1), ..spec })?;
-        let others: Vec<VersionId> =
-            self.shared.state.lock().dispatcher.versions().into_iter().filter(|other| *other != id).collect();
+        let (id, others) = self.start_version(VersionSpec { weight: spec.weight.max(1), ..spec }, true)?;
         self.retire(&others, None);
         Ok(id)
     }

@@ -16,7 +16,7 @@ const EDGES: [(&str, &str, &[&str]); 14] = [
     ("lineside-ipc", "runtime/ipc", &[]),
     ("lineside-inference", "runtime/inference", &["api", "ipc"]),
     ("lineside-rules", "runtime/rules", &["api"]),
-    ("lineside-worker", "runtime/worker", &["api", "ipc", "inference"]),
+    ("lineside-worker", "runtime/worker", &["common", "api", "ipc", "inference", "rules"]),
     ("lineside-scheduler", "runtime/scheduler", &["common", "api", "ipc", "worker"]),
     ("lineside-capture", "runtime/capture", &["common", "api", "ipc"]),
     ("lineside-spool", "agent/spool", &["common"]),
@@ -46,12 +46,14 @@ const EDGES: [(&str, &str, &[&str]); 14] = [
 ];
 
 /// The only place that may name each crate: a file, or a folder with everything in it.
-const DOORS: [(&str, &str); 17] = [
+const DOORS: [(&str, &str); 19] = [
     ("kube", "agent/kube/src"),
     ("k8s_openapi", "agent/kube/src"),
     ("tract_onnx", "runtime/inference/src/engine/tract"),
     ("image", "runtime/inference/src/decode.rs"),
     ("fast_image_resize", "runtime/inference/src/preprocess.rs"),
+    ("memmap2", "runtime/ipc/src/shared_memory.rs"),
+    ("postcard", "runtime/ipc/src/channel.rs"),
     ("rumqttc", "agent/mqtt/src"),
     ("sled", "agent/models/src/store/index.rs"),
     ("object_store", "agent/models/src/fetch"),

@@ -39,7 +39,7 @@ use crate::http::status_store::StatusStore;
 use crate::message_writer::MessageWriter;
 use crate::metrics_publisher::publish_metrics;
 use crate::reconciler::{
-    LoadContext, ModelMetrics, Published, Reconciler, ReconcilerParts, StatePublisher, VersionLoader,
+    LoadContext, MemoryBudget, ModelMetrics, Published, Reconciler, ReconcilerParts, StatePublisher, VersionLoader,
 };
 use crate::streams::{RunningStreams, StreamContext, StreamMetrics, StreamRegistry};
 
@@ -160,6 +160,7 @@ impl App {
                 seconds: config.models.admission_seconds,
             },
             metrics: AdmissionMetrics::register(&shared.registrar)?,
+            memory: MemoryBudget::of_node(),
             turn: Arc::new(Semaphore::new(1)),
         }));
         let blobs = shared.store.clone();

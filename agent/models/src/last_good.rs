@@ -2,7 +2,8 @@
 //! ever served. Both are kept in small files in the data folder.
 //!
 //! `last-good.json` holds the manifests of the versions that served last, as they were written, with the digests of
-//! their files. The agent restores them at a start without a network, or when a new version fails.
+//! their files, and those of the versions before them. The agent restores them at a start without a network, or when a
+//! new version fails; the version before replaces one that serves and fails then.
 //! `highest-versions.json` is kept when a model is removed: a model that is added again must not serve an older
 //! version.
 //!
@@ -28,6 +29,8 @@ const BYTES_MAX: u64 = 64 << 20;
 pub struct LastGoodVersions {
     folder: PathBuf,
     models: BTreeMap<String, LastGoodVersion>,
+    /// The versions that served before those in `models`.
+    previous: BTreeMap<String, LastGoodVersion>,
     highest: BTreeMap<String, u64>,
 }
 
@@ -52,6 +55,8 @@ pub struct LastGoodError {
 #[derive(Serialize, Deserialize)]
 struct LastGoodFile {
     models: BTreeMap<String, LastGoodEntry>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    previous: BTreeMap<String, LastGoodEntry>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -61,31 +66,38 @@ struct LastGoodEntry {
     manifest: ManifestDocument,
 }
 
+/// The entries whose manifests can be read.
+fn versions(entries: BTreeMap<String, LastGoodEntry>) -> BTreeMap<String, LastGoodVersion> {
+    let mut versions = BTreeMap::new();
+    for (name, entry) in entries {
+        match entry.manifest.read(&|_| Ok(())) {
+            Ok(Object::Model(manifest)) if manifest.name == name => {
+                versions.insert(name, LastGoodVersion { manifest: *manifest, digest: entry.digest });
+            }
+            Ok(_) => tracing::warn!(
+                event = "last_good_unreadable",
+                model = name,
+                "Ignoring a last-good entry whose manifest is not of this model"
+            ),
+            Err(reasons) => tracing::warn!(
+                event = "last_good_unreadable",
+                model = name,
+                reason = %reasons,
+                "Ignoring an unreadable last-good manifest"
+            ),
+        }
+    }
+    versions
+}
+
 impl LastGoodVersions {
     /// Reads the files in the data folder.
     pub fn read(folder: &Path) -> Self {
-        let entries: Option<LastGoodFile> = read_json(&folder.join(LAST_GOOD_FILE));
-        let mut models = BTreeMap::new();
-        for (name, entry) in entries.map(|file| file.models).unwrap_or_default() {
-            match entry.manifest.read(&|_| Ok(())) {
-                Ok(Object::Model(manifest)) if manifest.name == name => {
-                    models.insert(name, LastGoodVersion { manifest: *manifest, digest: entry.digest });
-                }
-                Ok(_) => tracing::warn!(
-                    event = "last_good_unreadable",
-                    model = name,
-                    "Ignoring a last-good entry whose manifest is not of this model"
-                ),
-                Err(reasons) => tracing::warn!(
-                    event = "last_good_unreadable",
-                    model = name,
-                    reason = %reasons,
-                    "Ignoring an unreadable last-good manifest"
-                ),
-            }
-        }
+        let file: Option<LastGoodFile> = read_json(&folder.join(LAST_GOOD_FILE));
+        let (models, previous) = file.map(|file| (file.models, file.previous)).unwrap_or_default();
+        let (models, previous) = (versions(models), versions(previous));
         let highest = read_json(&folder.join(HIGHEST_VERSIONS_FILE)).unwrap_or_default();
-        Self { highest, folder: folder.to_owned(), models }
+        Self { highest, folder: folder.to_owned(), models, previous }
     }
 
     /// The last-good version of a model.
@@ -103,9 +115,21 @@ impl LastGoodVersions {
         self.highest.get(name).copied()
     }
 
-    /// The digests of the last-good versions.
+    /// The digests of the last-good versions and of the versions before them.
     pub fn digests(&self) -> BTreeSet<Digest> {
-        self.models.values().map(|version| version.digest).collect()
+        self.models.values().chain(self.previous.values()).map(|version| version.digest).collect()
+    }
+
+    /// Makes the version before the last-good version of a model the last-good version. Returns it; `None` when there is
+    /// none.
+    ///
+    /// # Errors
+    /// When the file cannot be written. The change is made in memory.
+    pub fn fall_back(&mut self, name: &str) -> Result<Option<LastGoodVersion>, LastGoodError> {
+        let Some(previous) = self.previous.remove(name) else { return Ok(None) };
+        self.models.insert(name.to_owned(), previous.clone());
+        self.write()?;
+        Ok(Some(previous))
     }
 
     /// Records that a version serves now.
@@ -123,7 +147,11 @@ impl LastGoodVersions {
         let version = LastGoodVersion { manifest: manifest.clone(), digest };
         match self.models.insert(manifest.name.clone(), version.clone()) {
             Some(previous) if previous == version => Ok(()),
-            _ => self.write(),
+            Some(previous) => {
+                self.previous.insert(manifest.name.clone(), previous);
+                self.write()
+            }
+            None => self.write(),
         }
     }
 
@@ -132,6 +160,7 @@ impl LastGoodVersions {
     /// # Errors
     /// When the file cannot be written. The version is removed from memory.
     pub fn remove(&mut self, name: &str) -> Result<(), LastGoodError> {
+        self.previous.remove(name);
         match self.models.remove(name) {
             Some(_) => self.write(),
             None => Ok(()),
@@ -144,8 +173,11 @@ impl LastGoodVersions {
             digest: version.digest,
             manifest: version.manifest.document.clone(),
         };
-        let models = self.models.iter().map(|(name, version)| (name.clone(), entry(version))).collect();
-        write_json(&self.folder.join(LAST_GOOD_FILE), &LastGoodFile { models })
+        let entries = |versions: &BTreeMap<String, LastGoodVersion>| {
+            versions.iter().map(|(name, version)| (name.clone(), entry(version))).collect()
+        };
+        let file = LastGoodFile { models: entries(&self.models), previous: entries(&self.previous) };
+        write_json(&self.folder.join(LAST_GOOD_FILE), &file)
     }
 }
 

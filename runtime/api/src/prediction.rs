@@ -3,12 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::tensor::Tensor;
+use crate::verdict::RuleOutcome;
 
 /// A class with its score.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Class {
     /// Name of the class.
+    #[serde(with = "shared_text")]
     pub label: Arc<str>,
     /// Index of the class in the output of the model, from 0.
     pub class: u32,
@@ -17,7 +21,7 @@ pub struct Class {
 }
 
 /// A detected object.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Detection {
     /// Class and score of the object.
     pub class: Class,
@@ -26,7 +30,7 @@ pub struct Detection {
 }
 
 /// An anomaly score for each position of the picture.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AnomalyMap {
     /// Number of columns.
     pub width: usize,
@@ -37,16 +41,17 @@ pub struct AnomalyMap {
 }
 
 /// A named raw output.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NamedTensor {
     /// Name of the output in the graph.
+    #[serde(with = "shared_text")]
     pub name: Arc<str>,
     /// Value of the output.
     pub tensor: Tensor,
 }
 
 /// The prediction for one frame; the variant depends on the task of the model.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Prediction {
     /// `classify`: the classes in descending order of their scores.
     Classes(Vec<Class>),
@@ -64,7 +69,7 @@ pub enum Prediction {
 }
 
 /// Duration of each stage of one inspection.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timings {
     /// Decoding of the encoded picture.
     pub decode: Duration,
@@ -77,7 +82,7 @@ pub struct Timings {
 }
 
 /// The result of a model for one frame.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Inspection {
     /// The prediction; coordinates are pixels of the source picture.
     pub prediction: Prediction,
@@ -87,4 +92,21 @@ pub struct Inspection {
     pub height: u32,
     /// Duration of each stage.
     pub timings: Timings,
+    /// What the verdict rule of the frame gave; `None` for a frame without a rule.
+    pub rule: Option<RuleOutcome>,
+}
+
+/// Serializes text that many predictions share. The feature `rc` of serde would do the same for all types of the program.
+mod shared_text {
+    use std::sync::Arc;
+
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(text)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Error> {
+        String::deserialize(deserializer).map(Arc::from)
+    }
 }

@@ -144,6 +144,19 @@ pub enum DeviceChoice {
     Gpu,
 }
 
+/// Where a version runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Isolation {
+    /// In a worker process of its own.
+    #[default]
+    Auto,
+    /// In a worker process of its own: a crash, a hang or an allocation of the model ends the worker and nothing else.
+    Process,
+    /// In the agent's process, for nodes with very little memory. A crash of the model ends the agent.
+    InProcess,
+}
+
 /// Engine and resources of a model.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -169,6 +182,13 @@ pub struct RuntimeSpec {
     /// Whether the previous version is unloaded before this one is loaded, for nodes without memory for both. Frames
     /// that arrive in between are skipped. Default: false.
     pub stop_first: Option<bool>,
+    /// Where the version runs. Default: `auto`.
+    pub isolation: Option<Isolation>,
+    /// Memory in MiB that the worker process may allocate; an allocation beyond it ends the worker. Default: four times what
+    /// admission measured per instance, at least 256.
+    #[schemars(range(min = 32, max = 1_048_576))]
+    #[serde(rename = "memoryMiB")]
+    pub memory_mib: Option<u32>,
 }
 
 /// The fields of an `EdgeModel` that the data plane uses.

@@ -7,7 +7,7 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 macro_rules! element_types {
-    ($($variant:ident $rust:ty, $name:literal;)*) => {
+    ($($(#[$attribute:meta])* $variant:ident $rust:ty, $name:literal;)*) => {
         /// Element types of tensors, with the names of the Open Inference Protocol v2.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
         pub enum DataType { $(#[serde(rename = $name)] #[doc = $name] $variant,)* }
@@ -20,8 +20,8 @@ macro_rules! element_types {
         }
 
         /// The elements of a tensor, in row-major order.
-        #[derive(Debug, Clone, PartialEq)]
-        pub enum Data { $(#[doc = $name] $variant(Vec<$rust>),)* }
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        pub enum Data { $(#[doc = $name] $(#[$attribute])* $variant(Vec<$rust>),)* }
 
         impl Data {
             /// Number of elements.
@@ -52,7 +52,7 @@ element_types! {
     I16 i16, "INT16";
     I32 i32, "INT32";
     I64 i64, "INT64";
-    F16 f16, "FP16";
+    #[serde(with = "half_bits")] F16 f16, "FP16";
     F32 f32, "FP32";
     F64 f64, "FP64";
 }
@@ -65,8 +65,38 @@ pub struct ShapeError {
     elements: usize,
 }
 
+/// Serializes half-precision numbers as their bits.
+mod half_bits {
+    use half::f16;
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(values: &[f16], serializer: S) -> Result<S::Ok, S::Error> {
+        values.iter().map(|value| value.to_bits()).collect::<Vec<u16>>().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f16>, D::Error> {
+        Ok(Vec::<u16>::deserialize(deserializer)?.into_iter().map(f16::from_bits).collect())
+    }
+}
+
+/// The serialized form of a [`Tensor`], before its shape is checked.
+#[derive(Deserialize)]
+struct UncheckedTensor {
+    shape: Vec<usize>,
+    data: Data,
+}
+
+impl TryFrom<UncheckedTensor> for Tensor {
+    type Error = ShapeError;
+
+    fn try_from(tensor: UncheckedTensor) -> Result<Self, ShapeError> {
+        Self::new(tensor.shape, tensor.data)
+    }
+}
+
 /// A dense tensor.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "UncheckedTensor")]
 pub struct Tensor {
     shape: Vec<usize>,
     data: Data,

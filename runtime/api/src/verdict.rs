@@ -25,3 +25,12 @@ impl Verdict {
         }
     }
 }
+
+/// What a verdict rule gave for one frame.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RuleOutcome {
+    /// The verdict.
+    Verdict(Verdict),
+    /// The rule failed or exceeded its bounds; the reason, in one line. The verdict is the `onError` of the stream.
+    Failed(String),
+}

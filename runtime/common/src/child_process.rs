@@ -47,7 +47,8 @@ impl ChildPriority {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProcessLimits {
-    /// Address space in bytes.
+    /// Memory that the process may allocate, in bytes (`RLIMIT_DATA`): private writable memory. Files that it maps, memory that
+    /// it shares and address space that it only reserves do not count.
     pub memory_bytes: u64,
     /// Processor time in seconds; `None` for a child that serves for a long time.
     pub cpu_seconds: Option<u64>,
@@ -152,7 +153,7 @@ fn drain(mut pipe: impl Read + Send + 'static, closed: mpsc::Sender<()>) -> std:
 /// When the system refuses a limit that protects the node.
 pub fn limit_myself(limits: &ProcessLimits) -> io::Result<()> {
     let both = |value| Rlimit { current: Some(value), maximum: Some(value) };
-    rustix::process::setrlimit(Resource::As, both(limits.memory_bytes))?;
+    rustix::process::setrlimit(Resource::Data, both(limits.memory_bytes))?;
     if let Some(seconds) = limits.cpu_seconds {
         // The soft limit sends SIGXCPU, which shows the cause of death; the hard limit kills a child that ignores SIGXCPU.
         let cpu = Rlimit { current: Some(seconds), maximum: Some(seconds.saturating_add(CPU_GRACE_SECONDS)) };

@@ -10,6 +10,7 @@ mod error_chain;
 pub mod files;
 mod log_on_change;
 pub mod metrics;
+pub mod node_memory;
 pub mod process_stats;
 pub mod secrets;
 pub mod shutdown;

@@ -1,4 +1,6 @@
-//! Memory of this process, and percentiles of run times; used by admission and by `lineside check`.
+//! Memory of this process, processor time of any process, and percentiles of run times; used by admission and by `lineside check`.
+
+use std::time::Duration;
 
 /// Memory of this process in bytes, by the name of a field of `/proc/self/status`: `VmRSS` for the current resident memory,
 /// `VmHWM` for its peak. Returns 0 when the field does not exist.
@@ -9,6 +11,17 @@ pub fn memory_bytes(field: &str) -> u64 {
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
         .and_then(|value| value.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
+}
+
+/// Processor time that a process and its threads have used; `None` when it does not exist.
+pub fn cpu_time(pid: i32) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name of the program, in parentheses, may contain anything. Fields 14 and 15 (proc_pid_stat(5)) are user and system
+    // time in ticks, of which a second has 100 in every Linux ABI that this program supports.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut times = fields.split_whitespace().skip(11).map(|field| field.parse::<u64>().ok());
+    let ticks = times.next()??.checked_add(times.next()??)?;
+    Some(Duration::from_millis(ticks.saturating_mul(10)))
 }
 
 /// The median and the 99th percentile by nearest rank; zero for an empty list. Sorts `times`.
@@ -22,6 +35,16 @@ pub fn p50_p99(times: &mut [f64]) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processor_time_grows() {
+        let own = std::process::id() as i32;
+        let before = cpu_time(own).unwrap();
+        while cpu_time(own).unwrap() == before {
+            std::hint::black_box((0..10_000u64).sum::<u64>());
+        }
+        assert_eq!(cpu_time(-1), None);
+    }
 
     #[test]
     fn percentiles_are_observed_values() {

@@ -4,10 +4,11 @@
 //! The parent passes the limits in the environment variable `LINESIDE_CHILD_LIMITS`; the child applies them with
 //! [`limit_from_environment`] and then writes one line to standard output, the handshake, which names its protocol and
 //! version: `lineside-worker 1`. A child that does not write exactly this line within the deadline is killed. After the
-//! handshake, standard input and output belong to the protocol. Standard error is logged, and its end is kept for
-//! diagnosis.
+//! handshake, standard input and output belong to the protocol; a child may have a Unix socket as its standard input, which
+//! also carries descriptors. Standard error is logged, and its end is kept for diagnosis.
 //!
 //! Invariants:
+//! - A signal that a terminal sends to the agent does not reach its children.
 //! - No child outlives the agent. `PR_SET_PDEATHSIG` kills it when the *thread* that started it ends, so every child is
 //!   started by a thread of its own, which waits until the child has ended.
 //! - No signal reaches another process. The process id stays valid until the owner reaps the child.
@@ -17,6 +18,9 @@
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead as _, BufReader, Read as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -151,10 +155,25 @@ impl SupervisedChild {
     /// [`ChildError`]; the child is killed and reaped then.
     pub fn start(command: Command, options: &ChildOptions) -> Result<Self, ChildError> {
         let start_error = |source| ChildError::Start { name: options.name.clone(), source };
-        let (child, ended) = spawn(command, options).map_err(start_error)?;
+        let (child, ended) = spawn(command, Stdio::piped(), options).map_err(start_error)?;
         let mut this = Self::new(child, ended, options).map_err(start_error)?;
         this.handshake(options)?;
         Ok(this)
+    }
+
+    /// Starts a child whose standard input is one end of a Unix stream socket, and returns the other end. Standard output is
+    /// closed after the handshake.
+    ///
+    /// # Errors
+    /// As [`SupervisedChild::start`].
+    pub fn start_with_socket(command: Command, options: &ChildOptions) -> Result<(Self, UnixStream), ChildError> {
+        let start_error = |source| ChildError::Start { name: options.name.clone(), source };
+        let (own, other) = UnixStream::pair().map_err(start_error)?;
+        let (child, ended) = spawn(command, Stdio::from(OwnedFd::from(other)), options).map_err(start_error)?;
+        let mut this = Self::new(child, ended, options).map_err(start_error)?;
+        this.handshake(options)?;
+        drop(this.stdout.take());
+        Ok((this, own))
     }
 
     fn new(mut child: Child, ended: mpsc::Receiver<()>, options: &ChildOptions) -> io::Result<Self> {
@@ -234,6 +253,17 @@ impl SupervisedChild {
         Ok(self.exit)
     }
 
+    /// Waits until the child has ended, and kills it after `grace`.
+    ///
+    /// # Errors
+    /// When the child cannot be signalled or waited for.
+    pub fn finish(&mut self, grace: Duration) -> io::Result<ChildExit> {
+        match self.wait(grace)? {
+            Some(exit) => Ok(exit),
+            None => self.kill(),
+        }
+    }
+
     /// Stops the child in order: closes its standard input, sends SIGTERM, and after the grace period SIGKILL.
     ///
     /// # Errors
@@ -284,10 +314,12 @@ impl Drop for SupervisedChild {
 }
 
 /// Starts a child from a thread that lives as long as the child. The receiver gets a message when the child has ended.
-fn spawn(mut command: Command, options: &ChildOptions) -> io::Result<(Child, mpsc::Receiver<()>)> {
+fn spawn(mut command: Command, stdin: Stdio, options: &ChildOptions) -> io::Result<(Child, mpsc::Receiver<()>)> {
     let parent = rustix::process::getpid().as_raw_nonzero().get();
     let limits = serde_json::to_string(&Limits { limits: options.limits, parent })?;
-    command.env(LIMITS_VARIABLE, limits).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.env(LIMITS_VARIABLE, limits).stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // A terminal sends SIGINT to the whole process group; the child must live until the agent has drained it.
+    command.process_group(0);
     let (started, start) = mpsc::channel();
     let (ended, end) = mpsc::channel();
     let waiter = move || {
@@ -414,6 +446,23 @@ mod tests {
         drop(stdin);
         assert_eq!(child.wait(LONG).unwrap(), Some(ChildExit::Code(0)));
         assert_eq!(child.stop().unwrap(), ChildExit::Code(0), "a child that has ended keeps its exit");
+    }
+
+    #[test]
+    fn standard_input_may_be_a_socket() {
+        let start = |script: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]);
+            SupervisedChild::start_with_socket(command, &options()).unwrap()
+        };
+        let (mut child, mut socket) = start("echo 'test 1'; read line; echo \"$line\" >&0");
+        socket.write_all(b"frame\n").unwrap();
+        let mut line = String::new();
+        BufReader::new(&socket).read_line(&mut line).unwrap();
+        assert_eq!(line, "frame\n");
+        assert_eq!(child.finish(LONG).unwrap(), ChildExit::Code(0));
+        let (mut child, _socket) = start("echo 'test 1'; exec sleep 1000");
+        assert_eq!(child.finish(Duration::ZERO).unwrap(), ChildExit::Signal(9));
     }
 
     #[test]

@@ -48,12 +48,12 @@ pub struct PrepareStage {
 }
 
 impl PrepareStage {
-    /// Decodes a frame and fills the input tensor.
+    /// Decodes a frame and fills the input tensor. `on_decoded` is called between the two.
     ///
     /// # Errors
     /// [`ErrorKind::BadFrame`] and [`ErrorKind::FrameTooLarge`]. The stage stays usable.
-    pub fn run(&mut self, frame: &Frame) -> Result<Prepared> {
-        self.timed(|limits| to_picture(frame, limits))
+    pub fn run(&mut self, frame: &Frame, on_decoded: impl FnOnce()) -> Result<Prepared> {
+        self.timed(|limits| to_picture(frame, limits).inspect(|_| on_decoded()))
     }
 
     fn timed(&mut self, decode: impl FnOnce(&DecodeLimits) -> Result<Picture>) -> Result<Prepared> {
@@ -172,7 +172,8 @@ fn finish(
 ) -> Result<Inspection> {
     let started = Instant::now();
     let prediction = postprocess::run(output, outputs, placement)?;
-    Ok(Inspection { prediction, width, height, timings: Timings { postprocess: started.elapsed(), ..timings } })
+    let timings = Timings { postprocess: started.elapsed(), ..timings };
+    Ok(Inspection { prediction, width, height, timings, rule: None })
 }
 
 /// A loaded model with the working memory of one instance.

@@ -3,6 +3,15 @@
 //! The dispatcher thread sleeps until a job is submitted, a worker replies or a deadline passes, and then does what the
 //! [`Dispatcher`] says. Outcomes are delivered outside the lock. A version is replaced in the order: start the new worker,
 //! give it the whole weight, move the waiting jobs, wait for the old worker to finish what it executes, drop it.
+//!
+//! A worker that ends, or exceeds its execution limit, is replaced by a thread of its own, because starting a worker takes
+//! time; the jobs of the version wait meanwhile:
+//!
+//! ```text
+//! running ──ended, or overdue──> replacing: drop the worker, record a fault of the model, wait for the restart budget, start
+//!    ^                              │              │
+//!    └──────── started ─────────────┘              └── too many faults, or it cannot be started ──> given up
+//! ```
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -12,39 +21,53 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lineside_api::message::ModelInfo;
+use lineside_common::backoff::Backoff;
+use lineside_common::supervised_child::RestartBudget;
 use lineside_common::supervisor::Supervisor;
-use lineside_worker::{ReplySink, Worker};
+use lineside_worker::{EventSink, StartError, WorkErrorKind, Worker, WorkerEvent};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
 
-use crate::dispatcher::{Actions, BatchPolicy, Dispatcher, SubmitErrorKind, VersionId};
+use crate::dispatcher::{Actions, BatchPolicy, Dispatcher, SubmitErrorKind, VersionId, WorkerSize};
+use crate::fault::Fault;
 use crate::job::{Job, JobOutcome};
 use crate::metrics::{DeploymentMetrics, SchedulerMetrics};
 
 /// Jobs that wait in one deployment at most.
 pub const QUEUE_MAX: usize = 256;
-/// A version whose workers hang or end more often than this is given up.
-const REPLACEMENTS_MAX: u32 = 3;
-/// A worker that ran for this long was healthy: its replacement counts as the first one.
-const REPLACEMENT_WINDOW: Duration = Duration::from_secs(600);
+/// Failed starts of a worker in a row after which its version is given up.
+const FAILED_STARTS_MAX: u32 = 3;
+/// Restarts of a worker within a minute that are not delayed.
+const RESTARTS_MAX: usize = 5;
+/// First and longest delay of further restarts.
+const RESTART_DELAY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// Times that the execution limit of a worker is extended because the worker got little processor time.
+const EXTENSIONS_MAX: u32 = 9;
+/// The reason for the replacement of a worker that takes too long.
+const OVERDUE: &str = "the execution limit was exceeded";
 /// Longest time that [`Deployment::stop`] waits for the jobs that are executed.
-const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+const STOP_TIMEOUT: Duration = Duration::from_millis(1500);
 /// The dispatcher looks after everything at least this often.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// Starts a worker of one version. Called again when the worker has to be replaced.
-pub type WorkerFactory = Box<dyn Fn(ReplySink) -> io::Result<Box<dyn Worker>> + Send + Sync>;
+/// Starts a worker of one version. Called again when the worker has to be replaced. It may block.
+pub type WorkerFactory = Box<dyn Fn(EventSink) -> Result<Box<dyn Worker>, StartError> + Send + Sync>;
+
+/// Records a fault of the model, with its description. Returns a reason where the version is to be given up. It may block.
+pub type FaultRecorder = Box<dyn Fn(&str) -> Option<String> + Send + Sync>;
 
 /// A version to serve.
 pub struct VersionSpec {
-    /// What results say of the version.
-    pub info: Arc<ModelInfo>,
+    /// What results say of the version. The engine is that of the worker.
+    pub info: ModelInfo,
     /// Its share of new jobs, relative to the other versions.
     pub weight: u32,
     /// Batching and limits.
     pub policy: BatchPolicy,
     /// Starts its worker.
     pub worker: WorkerFactory,
+    /// Records that the version made its worker end or hang.
+    pub on_fault: FaultRecorder,
 }
 
 /// A model's place on this node. It outlives the versions that serve in it.
@@ -75,12 +98,33 @@ struct State {
 }
 
 struct LiveWorker {
-    worker: Box<dyn Worker>,
-    factory: WorkerFactory,
+    /// `None` while it is replaced.
+    worker: Option<Arc<dyn Worker>>,
+    /// Counts the workers of the version; events of earlier workers are ignored.
+    generation: u64,
+    version: Arc<ServedVersion>,
+    budget: RestartBudget,
+    /// Processor time at the last look at a worker that takes long, and the number of looks.
+    looks: (Option<Duration>, u32),
+}
+
+/// What does not change while a version serves.
+struct ServedVersion {
+    id: VersionId,
     info: Arc<ModelInfo>,
-    /// Replacements that followed each other within [`REPLACEMENT_WINDOW`].
-    replacements: u32,
-    replaced_at: Option<Instant>,
+    execution_limit: Duration,
+    factory: WorkerFactory,
+    on_fault: FaultRecorder,
+}
+
+/// A worker that has to be replaced.
+struct Replacement {
+    version: Arc<ServedVersion>,
+    worker: Option<Arc<dyn Worker>>,
+    fault: Fault,
+    why: String,
+    delay: Duration,
+    generation: u64,
 }
 
 impl Deployment {
@@ -152,33 +196,46 @@ impl Deployment {
         Ok(())
     }
 
-    /// Starts a version beside those that serve.
+    /// Starts a version beside those that serve. Blocks until its worker is ready.
     ///
     /// # Errors
     /// When its worker cannot be started.
-    pub fn add(&self, spec: VersionSpec) -> io::Result<VersionId> {
-        let (id, _) = self.start_version(spec, false)?;
-        Ok(id)
+    pub fn add(&self, spec: VersionSpec) -> Result<VersionId, StartError> {
+        let (version, _) = self.start_version(spec, false)?;
+        Ok(version.id)
     }
 
     /// Starts a version's worker and adds the version. With `takes_over`, the weight of the others becomes 0 in the same step:
     /// whoever sees the new stable version can be sure that no later job goes to another one. Returns the others.
-    fn start_version(&self, spec: VersionSpec, takes_over: bool) -> io::Result<(VersionId, Vec<VersionId>)> {
-        let VersionSpec { info, weight, policy, worker: factory } = spec;
+    fn start_version(
+        &self,
+        spec: VersionSpec,
+        takes_over: bool,
+    ) -> Result<(Arc<ServedVersion>, Vec<VersionId>), StartError> {
+        let VersionSpec { info, weight, policy, worker: factory, on_fault } = spec;
         let id = self.shared.state.lock().dispatcher.reserve();
-        let worker = factory(self.shared.reply_sink(id))?;
+        let worker: Arc<dyn Worker> = factory(self.shared.event_sink(id, 0))?.into();
+        let info = Arc::new(ModelInfo { engine: worker.engine().to_owned(), ..info });
+        let execution_limit = policy.execution_limit;
+        let version = Arc::new(ServedVersion { id, info, execution_limit, factory, on_fault });
         let mut state = self.shared.state.lock();
         let others = state.dispatcher.versions();
-        let capacity = worker.capacity();
-        state
-            .workers
-            .insert(id, LiveWorker { worker, factory, info: info.clone(), replacements: 0, replaced_at: None });
-        state.dispatcher.add(id, info, weight, policy, capacity);
+        let size = WorkerSize { capacity: worker.capacity(), instances: worker.instances() };
+        let (first, cap) = RESTART_DELAY;
+        let live = LiveWorker {
+            worker: Some(worker),
+            generation: 0,
+            version: version.clone(),
+            budget: RestartBudget::new(RESTARTS_MAX, Backoff::new(first, cap)),
+            looks: (None, 0),
+        };
+        state.workers.insert(id, live);
+        state.dispatcher.add(id, version.info.clone(), weight, policy, size);
         if takes_over {
             others.iter().for_each(|other| state.dispatcher.set_weight(*other, 0));
         }
         self.shared.publish(&state);
-        Ok((id, others))
+        Ok((version, others))
     }
 
     /// Changes the share of new jobs that a version takes.
@@ -193,10 +250,10 @@ impl Deployment {
     ///
     /// # Errors
     /// When the worker cannot be started; then the versions before serve on.
-    pub fn replace(&self, spec: VersionSpec) -> io::Result<VersionId> {
-        let (id, others) = self.start_version(VersionSpec { weight: spec.weight.max(1), ..spec }, true)?;
+    pub fn replace(&self, spec: VersionSpec) -> Result<(VersionId, Arc<ModelInfo>), StartError> {
+        let (version, others) = self.start_version(VersionSpec { weight: spec.weight.max(1), ..spec }, true)?;
         self.retire(&others, None);
-        Ok(id)
+        Ok((version.id, version.info.clone()))
     }
 
     /// Stops serving. Blocks until the jobs that are executed have ended, at most [`STOP_TIMEOUT`]: then they fail. Waiting jobs
@@ -236,13 +293,13 @@ impl Deployment {
                     continue;
                 };
                 if shared.idle.wait_until(&mut state, deadline).timed_out() {
-                    abandoned.extend(state.dispatcher.abandon(*id, "it did not end before the deployment was stopped"));
+                    abandoned.extend(state.dispatcher.abandon(*id, "the deployment was stopped first"));
                     break;
                 }
             }
             retired.extend(state.workers.remove(id));
             state.failed.remove(id);
-            drop(state.dispatcher.remove(*id));
+            abandoned.extend(state.dispatcher.remove(*id));
         }
         drop(state);
         shared.count(&abandoned);
@@ -274,13 +331,21 @@ impl Drop for Deployment {
 }
 
 impl Shared {
-    /// Where a worker of a version sends its replies. It does not keep the deployment alive.
-    fn reply_sink(self: &Arc<Self>, id: VersionId) -> ReplySink {
+    /// Where a worker of a version sends its events. It does not keep the deployment alive.
+    fn event_sink(self: &Arc<Self>, id: VersionId, generation: u64) -> EventSink {
         let shared: Weak<Self> = Arc::downgrade(self);
-        Box::new(move |reply| {
+        Box::new(move |event| {
             let Some(shared) = shared.upgrade() else { return };
             let mut state = shared.state.lock();
-            let ended = state.dispatcher.on_reply(id, reply);
+            if state.workers.get(&id).is_none_or(|live| live.generation != generation) {
+                return;
+            }
+            let ended = match event {
+                WorkerEvent::Reply(reply) => state.dispatcher.on_reply(id, reply, Instant::now()),
+                WorkerEvent::Ended { reason, is_external } => {
+                    shared.begin_replacement(&mut state, id, is_external, &reason)
+                }
+            };
             *state.delivering.entry(id).or_default() += 1;
             drop(state);
             shared.work.notify_one();
@@ -317,17 +382,23 @@ impl Shared {
         let mut state = self.state.lock();
         while !state.is_stopped {
             let now = Instant::now();
-            let Actions { batches, mut ended, hung, wake_at } = state.dispatcher.poll(now);
-            let is_idle = batches.is_empty() && ended.is_empty() && hung.is_empty();
+            let Actions { batches, mut ended, overdue, wake_at } = state.dispatcher.poll(now);
+            let is_idle = batches.is_empty() && ended.is_empty() && overdue.is_empty();
             for (id, batch, items) in batches {
                 self.metrics.batch_size.observe(items.len() as f64);
-                let submitted = state.workers.get(&id).map(|live| live.worker.submit(batch, items));
-                if let Some(Err(error)) = submitted {
-                    ended.extend(self.replace_worker(&mut state, id, &error.to_string()));
+                let worker = state.workers.get(&id).and_then(|live| live.worker.clone());
+                match worker.map(|worker| worker.submit(batch, items)) {
+                    Some(Err(error)) if error.kind() == WorkErrorKind::Frame => {
+                        ended.extend(state.dispatcher.on_refused(id, batch, &error));
+                    }
+                    Some(Err(error)) => {
+                        ended.extend(self.begin_replacement(&mut state, id, false, &error.to_string()));
+                    }
+                    Some(Ok(())) | None => {}
                 }
             }
-            for id in hung {
-                ended.extend(self.replace_worker(&mut state, id, "the execution limit was exceeded"));
+            for id in overdue {
+                ended.extend(self.on_overdue(&mut state, id, now));
             }
             self.metrics.set_waiting(state.dispatcher.waiting());
             if is_idle {
@@ -343,33 +414,143 @@ impl Shared {
         }
     }
 
-    /// Replaces the worker of a version. The batch it executes fails. After [`REPLACEMENTS_MAX`] the version is given up and
-    /// all its jobs fail.
-    fn replace_worker(self: &Arc<Self>, state: &mut State, id: VersionId, why: &str) -> Vec<(Job, JobOutcome)> {
-        let mut ended = state.dispatcher.abandon(id, why);
-        let Some(live) = state.workers.get_mut(&id) else { return ended };
-        let is_recent = live.replaced_at.is_some_and(|at| at.elapsed() < REPLACEMENT_WINDOW);
-        live.replacements = if is_recent { live.replacements + 1 } else { 1 };
-        live.replaced_at = Some(Instant::now());
-        let (model, version) = (&self.model, live.info.version);
-        self.metrics.count_replacement(&live.info);
-        tracing::error!(event = "worker_replaced", model, version, reason = why, "Worker is replaced");
-        let started = match live.replacements > REPLACEMENTS_MAX {
-            true => Err(format!("{why}, {} times", live.replacements)),
-            false => (live.factory)(self.reply_sink(id)).map_err(|error| error.to_string()),
-        };
-        match started {
-            Ok(worker) => live.worker = worker,
-            Err(reason) => {
-                tracing::error!(event = "version_given_up", model, version, reason, "Version is given up");
-                state.workers.remove(&id);
-                ended.extend(state.dispatcher.remove(id));
-                state.failed.insert(id, reason);
-                self.publish(state);
+    /// A worker has executed a batch for longer than its limit. On a node that is overloaded, or throttled by its cgroup, a
+    /// worker that got less than half of the processor time is given the limit again, some times.
+    fn on_overdue(self: &Arc<Self>, state: &mut State, id: VersionId, now: Instant) -> Vec<(Job, JobOutcome)> {
+        let used = state.workers.get(&id).and_then(|live| live.worker.as_ref()).map(|worker| worker.cpu_time());
+        if let (Some(live), Some(Some(used))) = (state.workers.get_mut(&id), used) {
+            let (before, looks) = live.looks;
+            let limit = live.version.execution_limit;
+            let has_run = before.is_some_and(|before| used.saturating_sub(before) >= limit / 2);
+            if !has_run && looks < EXTENSIONS_MAX {
+                live.looks = (Some(used), looks + 1);
+                state.dispatcher.extend_limit(id, now);
+                return Vec::new();
             }
+        }
+        self.begin_replacement(state, id, false, OVERDUE)
+    }
+
+    /// Takes the worker of a version away and starts a thread that replaces it. Returns the jobs that have failed.
+    fn begin_replacement(
+        self: &Arc<Self>,
+        state: &mut State,
+        id: VersionId,
+        is_external: bool,
+        why: &str,
+    ) -> Vec<(Job, JobOutcome)> {
+        let Some(live) = state.workers.get_mut(&id) else { return Vec::new() };
+        let Some(worker) = live.worker.take() else { return Vec::new() };
+        live.generation += 1;
+        live.looks = (None, 0);
+        let (mut ended, fault) = state.dispatcher.on_worker_ended(id, &worker.activity(), is_external, why);
+        let version = live.version.clone();
+        let replacement = Replacement {
+            version: version.clone(),
+            worker: Some(worker),
+            fault,
+            why: why.to_owned(),
+            delay: live.budget.next_delay(Instant::now()),
+            generation: live.generation,
+        };
+        self.metrics.count_replacement(&version.info);
+        let (shared, name) = (Arc::downgrade(self), format!("r-{}", self.model));
+        let thread = std::thread::Builder::new().name(name).spawn(move || replace_worker(&shared, replacement));
+        if let Err(error) = thread {
+            ended.extend(self.give_up(state, &version, format!("its worker cannot be replaced: {error}")));
         }
         ended
     }
+
+    /// Removes a version whose worker cannot be replaced.
+    fn give_up(&self, state: &mut State, version: &ServedVersion, reason: String) -> Vec<(Job, JobOutcome)> {
+        let (model, number) = (&self.model, version.info.version);
+        tracing::error!(event = "version_given_up", model, version = number, reason, "Version is given up");
+        state.workers.remove(&version.id);
+        let ended = state.dispatcher.remove(version.id);
+        state.failed.insert(version.id, reason);
+        self.publish(state);
+        ended
+    }
+
+    /// Puts a new worker into its place, or gives the version up.
+    fn end_replacement(&self, version: &ServedVersion, outcome: Result<Arc<dyn Worker>, String>) {
+        let mut state = self.state.lock();
+        let mut unused = None;
+        let ended = match outcome {
+            Ok(worker) => {
+                let size = WorkerSize { capacity: worker.capacity(), instances: worker.instances() };
+                match state.workers.get_mut(&version.id) {
+                    Some(live) => {
+                        live.worker = Some(worker);
+                        state.dispatcher.on_worker_started(version.id, size);
+                    }
+                    None => unused = Some(worker),
+                }
+                Vec::new()
+            }
+            Err(reason) if state.workers.contains_key(&version.id) => self.give_up(&mut state, version, reason),
+            Err(_) => Vec::new(),
+        };
+        drop(state);
+        drop(unused);
+        self.count(&ended);
+        deliver(ended);
+        self.work.notify_one();
+        self.idle.notify_all();
+    }
+}
+
+/// Replaces a worker, on a thread of its own. It does not keep the deployment alive.
+fn replace_worker(shared: &Weak<Shared>, replacement: Replacement) {
+    let Replacement { version, worker, fault, why, delay, generation } = replacement;
+    let (model, number) = (&version.info.name, version.info.version);
+    tracing::error!(
+        event = "worker_replaced",
+        model,
+        version = number,
+        reason = why,
+        fault = fault.name(),
+        delay_ms = delay.as_millis() as u64,
+        "Worker is replaced"
+    );
+    // This kills the process of a worker that hangs.
+    drop(worker);
+    let given_up = if fault == Fault::Model { (version.on_fault)(&why) } else { None };
+    let outcome = match given_up {
+        Some(reason) => Err(reason),
+        None => start_again(shared, &version, delay, generation),
+    };
+    if let (Some(shared), Some(outcome)) = (shared.upgrade(), outcome.transpose()) {
+        shared.end_replacement(&version, outcome);
+    }
+}
+
+/// Starts a worker after a delay. `None` when the version is not wanted any more.
+fn start_again(
+    shared: &Weak<Shared>,
+    version: &ServedVersion,
+    delay: Duration,
+    generation: u64,
+) -> Result<Option<Arc<dyn Worker>>, String> {
+    let (first, cap) = RESTART_DELAY;
+    let mut backoff = Backoff::new(first, cap);
+    let mut delay = delay;
+    for attempt in 1.. {
+        std::thread::sleep(delay);
+        let Some(sink) = shared.upgrade().and_then(|shared| {
+            let is_wanted = shared.state.lock().workers.contains_key(&version.id);
+            is_wanted.then(|| shared.event_sink(version.id, generation))
+        }) else {
+            return Ok(None);
+        };
+        match (version.factory)(sink) {
+            Ok(worker) => return Ok(Some(worker.into())),
+            Err(error) if attempt >= FAILED_STARTS_MAX => return Err(format!("its worker cannot be started: {error}")),
+            Err(_) => delay = backoff.next_delay(),
+        }
+    }
+    Ok(None)
 }
 
 /// Hands outcomes to their clients. A client that panics costs its own job and no other.
@@ -389,13 +570,13 @@ mod tests {
     use lineside_api::prediction::{Inspection, Prediction, Timings};
     use lineside_common::metrics::Registrar;
     use lineside_ipc::frame::Frame;
-    use lineside_worker::{BatchId, BatchReply, WorkError, WorkItem};
+    use lineside_worker::{Activity, BatchId, BatchReply, Stage, WorkError, WorkItem};
 
     use super::*;
     use crate::job::Priority;
 
     /// A worker that the test plays: batches come out of a channel, and replies are given by hand.
-    struct ManualWorker(Sender<(BatchId, usize)>);
+    struct ManualWorker(Sender<(BatchId, usize)>, Arc<Mutex<Vec<Activity>>>);
 
     impl Worker for ManualWorker {
         fn submit(&self, batch: BatchId, items: Vec<WorkItem>) -> Result<(), WorkError> {
@@ -407,12 +588,29 @@ mod tests {
         fn capacity(&self) -> usize {
             2
         }
+
+        fn instances(&self) -> usize {
+            1
+        }
+
+        fn engine(&self) -> &str {
+            "test"
+        }
+
+        fn activity(&self) -> Vec<Activity> {
+            self.1.lock().clone()
+        }
+
+        fn cpu_time(&self) -> Option<Duration> {
+            None
+        }
     }
 
     /// The batches of a version, and the sinks of its workers, the newest last.
     struct Played {
         batches: Receiver<(BatchId, usize)>,
-        sinks: Arc<Mutex<Vec<ReplySink>>>,
+        sinks: Arc<Mutex<Vec<EventSink>>>,
+        activity: Arc<Mutex<Vec<Activity>>>,
     }
 
     impl Played {
@@ -426,29 +624,37 @@ mod tests {
                 width: 1,
                 height: 1,
                 timings: Timings::default(),
+                rule: None,
             };
             let results = (0..size).map(|_| Ok(inspection())).collect();
-            self.sinks.lock().last().unwrap()(BatchReply { batch, results });
+            self.sinks.lock().last().unwrap()(WorkerEvent::Reply(BatchReply { batch, results }));
         }
     }
 
     fn version(number: u64, execution_limit: Duration) -> (VersionSpec, Played) {
         let (send, batches) = channel();
-        let sinks: Arc<Mutex<Vec<ReplySink>>> = Arc::default();
-        let kept = sinks.clone();
+        let sinks: Arc<Mutex<Vec<EventSink>>> = Arc::default();
+        let activity: Arc<Mutex<Vec<Activity>>> = Arc::default();
+        let (kept, stated) = (sinks.clone(), activity.clone());
         let worker: WorkerFactory = Box::new(move |sink| {
             kept.lock().push(sink);
-            Ok(Box::new(ManualWorker(send.clone())))
+            Ok(Box::new(ManualWorker(send.clone(), stated.clone())))
         });
         let info = ModelInfo {
             name: "m".into(),
             version: number,
             digest: String::new(),
-            engine: "test".into(),
+            engine: String::new(),
             device: "cpu".into(),
         };
         let policy = BatchPolicy { execution_limit, ..BatchPolicy::default() };
-        (VersionSpec { info: Arc::new(info), weight: 1, policy, worker }, Played { batches, sinks })
+        let faults = Mutex::new(0);
+        let on_fault: FaultRecorder = Box::new(move |why| {
+            let mut faults = faults.lock();
+            *faults += 1;
+            (*faults >= 3).then(|| format!("{why}, {faults} times"))
+        });
+        (VersionSpec { info, weight: 1, policy, worker, on_fault }, Played { batches, sinks, activity })
     }
 
     fn deployment() -> (Arc<Deployment>, Registrar) {
@@ -511,17 +717,54 @@ mod tests {
         let (spec, played) = version(1, Duration::from_millis(1));
         let id = deployment.add(spec).unwrap();
         let (outcome, outcomes) = channel();
-        for replacement in 0..=REPLACEMENTS_MAX {
+        for replacement in 1..=3 {
             submit(&deployment, &outcome);
-            played.next();
-            assert_eq!(outcomes.recv().unwrap(), "failed: the execution limit was exceeded", "{replacement}");
+            let mut held = played.next();
+            loop {
+                // The limit of a millisecond may pass before the activity is stated: then the job is executed again.
+                *played.activity.lock() = vec![Activity { batch: held.0, item: 0, stage: Stage::Infer }];
+                match outcomes.recv_timeout(Duration::from_millis(50)) {
+                    Ok(text) => {
+                        assert_eq!(
+                            text, "failed: inference ended the worker: the execution limit was exceeded",
+                            "{replacement}"
+                        );
+                        break;
+                    }
+                    Err(_) => held = played.batches.try_recv().unwrap_or(held),
+                }
+            }
         }
         let mut stable = deployment.stable();
         while stable.borrow_and_update().is_some() {
             std::thread::yield_now();
         }
         assert!(deployment.failure(id).is_some_and(|reason| reason.contains("execution limit")));
-        assert_eq!(played.sinks.lock().len(), 1 + REPLACEMENTS_MAX as usize);
+    }
+
+    #[test]
+    fn the_jobs_of_a_worker_that_ends_are_executed_by_the_next_one() {
+        let (deployment, _) = deployment();
+        let (spec, played) = version(1, LONG);
+        deployment.add(spec).unwrap();
+        let (outcome, outcomes) = channel();
+        (0..3).for_each(|_| submit(&deployment, &outcome));
+        let (first, _second) = (played.next(), played.next());
+        *played.activity.lock() = vec![Activity { batch: first.0, item: 0, stage: Stage::Decode }];
+        let ended = || WorkerEvent::Ended { reason: "signal 11".to_owned(), is_external: false };
+        played.sinks.lock()[0](ended());
+        assert_eq!(outcomes.recv().unwrap(), "failed: decoding the frame ended the worker: signal 11");
+        for _ in 0..2 {
+            let batch = played.next();
+            played.reply(batch);
+            assert_eq!(outcomes.recv().unwrap(), "answered by 1");
+        }
+        // The end of a worker that was replaced already changes nothing.
+        played.sinks.lock()[0](ended());
+        submit(&deployment, &outcome);
+        played.reply(played.next());
+        assert_eq!(outcomes.recv().unwrap(), "answered by 1");
+        assert_eq!(played.sinks.lock().len(), 2);
     }
 
     #[test]

@@ -9,17 +9,26 @@
 //! - Every job ends exactly once.
 //! - A batch holds jobs of one version only, and each answer goes to its own job.
 //! - Waiting jobs never exceed `queue_max`.
-//! - A worker that exceeds its execution limit loses the batch it executes and no other.
+//! - When a worker ends, at most the job that caused it fails; see [`fault`](crate::fault).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lineside_api::message::ModelInfo;
-use lineside_worker::{BatchId, BatchReply, WorkError, WorkErrorKind, WorkItem};
+use lineside_api::prediction::Inspection;
+use lineside_api::verdict::RuleOutcome;
+use lineside_worker::{Activity, BatchId, BatchReply, Stage, WorkError, WorkErrorKind, WorkItem};
 
+use crate::fault::{Fate, Fault, attribute};
 use crate::job::{Answer, Job, JobOutcome, Priority};
 use crate::queue::JobQueue;
+
+/// Rules that are remembered because they ended a worker. A rule that was forgotten may end one more.
+const BARRED_RULES_MAX: usize = 256;
+/// The result of a rule that is not evaluated any more.
+const BARRED_RULE: &str =
+    "the rule exceeded the limits of the worker process and is not evaluated any more; make it simpler";
 
 /// Identifies a version of a deployment. Never reused within a deployment.
 pub type VersionId = u64;
@@ -31,7 +40,8 @@ pub struct BatchPolicy {
     pub max_batch_size: usize,
     /// How long the oldest job waits for a batch to fill.
     pub max_queue_delay: Duration,
-    /// A batch that takes longer than this from its start is given up, and the worker replaced.
+    /// A batch that executes for longer than this is given up, and the worker replaced. The time that it waits in the worker for
+    /// the batch before it does not count.
     pub execution_limit: Duration,
 }
 
@@ -48,8 +58,8 @@ pub(crate) struct Actions {
     pub(crate) batches: Vec<(VersionId, BatchId, Vec<WorkItem>)>,
     /// Jobs that have ended.
     pub(crate) ended: Vec<(Job, JobOutcome)>,
-    /// Versions whose worker is to be replaced.
-    pub(crate) hung: Vec<VersionId>,
+    /// Versions whose worker has exceeded its execution limit.
+    pub(crate) overdue: Vec<VersionId>,
     /// When to ask again, if nothing happens before.
     pub(crate) wake_at: Option<Instant>,
 }
@@ -69,14 +79,49 @@ struct LiveVersion {
     weight: u32,
     /// State of the smooth weighted round robin.
     credit: i64,
-    capacity: usize,
+    size: WorkerSize,
+    /// Whether a worker takes batches; not while it is replaced.
+    has_worker: bool,
     queue: JobQueue,
-    in_flight: BTreeMap<BatchId, Executing>,
+    /// Jobs that are executed alone.
+    suspects: VecDeque<Job>,
+    in_flight: BTreeMap<BatchId, InFlight>,
 }
 
-struct Executing {
+/// How much a worker takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WorkerSize {
+    /// Batches that it holds.
+    pub(crate) capacity: usize,
+    /// Batches that it executes at once.
+    pub(crate) instances: usize,
+}
+
+struct InFlight {
     jobs: Vec<Job>,
-    started: Instant,
+    dispatched: Instant,
+    /// When the worker began to execute it: at most as many batches as it has instances, oldest first.
+    executing_since: Option<Instant>,
+}
+
+impl LiveVersion {
+    fn waiting(&self) -> usize {
+        self.queue.len() + self.suspects.len()
+    }
+
+    fn mark_executing(&mut self, now: Instant) {
+        for batch in self.in_flight.values_mut().take(self.size.instances) {
+            batch.executing_since.get_or_insert(now);
+        }
+    }
+
+    /// The jobs of the next batch: a suspect alone, or those of the queue.
+    fn next_jobs(&mut self) -> Vec<Job> {
+        match self.suspects.pop_front() {
+            Some(suspect) => vec![suspect],
+            None => std::iter::from_fn(|| self.queue.pop()).take(self.policy.max_batch_size.max(1)).collect(),
+        }
+    }
 }
 
 /// The state of one deployment.
@@ -85,11 +130,13 @@ pub(crate) struct Dispatcher {
     versions: BTreeMap<VersionId, LiveVersion>,
     next_version: VersionId,
     next_batch: BatchId,
+    /// Rules that ended a worker.
+    barred_rules: BTreeSet<Arc<str>>,
 }
 
 impl Dispatcher {
     pub(crate) fn new(queue_max: usize) -> Self {
-        Self { queue_max, versions: BTreeMap::new(), next_version: 0, next_batch: 0 }
+        Self { queue_max, versions: BTreeMap::new(), next_version: 0, next_batch: 0, barred_rules: BTreeSet::new() }
     }
 
     /// Reserves the id of the next version, which a worker needs to know before the version can take jobs.
@@ -105,15 +152,17 @@ impl Dispatcher {
         info: Arc<ModelInfo>,
         weight: u32,
         policy: BatchPolicy,
-        capacity: usize,
+        size: WorkerSize,
     ) {
         let version = LiveVersion {
             info,
             policy,
             weight,
             credit: 0,
-            capacity,
+            size,
+            has_worker: true,
             queue: JobQueue::default(),
+            suspects: VecDeque::new(),
             in_flight: BTreeMap::new(),
         };
         self.versions.insert(id, version);
@@ -139,12 +188,12 @@ impl Dispatcher {
 
     /// Jobs that wait for a worker.
     pub(crate) fn waiting(&self) -> usize {
-        self.versions.values().map(|version| version.queue.len()).sum()
+        self.versions.values().map(LiveVersion::waiting).sum()
     }
 
     /// Whether a version executes nothing and holds no job.
     pub(crate) fn is_idle(&self, id: VersionId) -> bool {
-        self.versions.get(&id).is_none_or(|version| version.in_flight.is_empty() && version.queue.len() == 0)
+        self.versions.get(&id).is_none_or(|version| version.in_flight.is_empty() && version.waiting() == 0)
     }
 
     /// Accepts a job. A full queue drops its least urgent job for a more urgent one.
@@ -191,30 +240,50 @@ impl Dispatcher {
         let mut actions = Actions::default();
         let mut wake_at: Option<Instant> = None;
         let mut wake = |at: Instant| wake_at = Some(wake_at.map_or(at, |known| known.min(at)));
+        let barred_rules = &self.barred_rules;
         for (id, version) in &mut self.versions {
-            actions.ended.extend(version.queue.take_expired(now).into_iter().map(|job| (job, JobOutcome::Expired)));
-            if let Some(started) = version.in_flight.values().map(|executing| executing.started).min() {
-                let limit = started + version.policy.execution_limit;
+            let mut expired = version.queue.take_expired(now);
+            let (late, suspects) = version.suspects.drain(..).partition::<Vec<_>, _>(|job| job.is_expired(now));
+            (version.suspects, _) = (suspects.into(), expired.extend(late));
+            actions.ended.extend(expired.into_iter().map(|job| (job, JobOutcome::Expired)));
+            if let Some(since) = version.in_flight.values().filter_map(|batch| batch.executing_since).min() {
+                let limit = since + version.policy.execution_limit;
                 if limit <= now {
-                    actions.hung.push(*id);
+                    actions.overdue.push(*id);
                 } else {
                     wake(limit);
                 }
             }
-            while version.in_flight.len() < version.capacity {
-                let Some(oldest) = version.queue.oldest() else { break };
-                let full_at = oldest + version.policy.max_queue_delay;
-                if version.queue.len() < version.policy.max_batch_size && full_at > now {
-                    wake(full_at);
+            while version.has_worker && version.in_flight.len() < version.size.capacity {
+                if !version.suspects.is_empty() {
+                    if !version.in_flight.is_empty() {
+                        break;
+                    }
+                } else if let Some(oldest) = version.queue.oldest() {
+                    let full_at = oldest + version.policy.max_queue_delay;
+                    if version.queue.len() < version.policy.max_batch_size && full_at > now {
+                        wake(full_at);
+                        break;
+                    }
+                } else {
                     break;
                 }
-                let jobs: Vec<Job> =
-                    std::iter::from_fn(|| version.queue.pop()).take(version.policy.max_batch_size.max(1)).collect();
-                let items =
-                    jobs.iter().map(|job| WorkItem { frame: job.frame.clone(), deadline: job.deadline }).collect();
+                let is_alone = !version.suspects.is_empty();
+                let jobs = version.next_jobs();
+                let items = jobs.iter().map(|job| {
+                    let rule = job.rule.clone().filter(|rule| !barred_rules.contains(rule));
+                    WorkItem { frame: job.frame.clone(), deadline: job.deadline, rule }
+                });
+                let items = items.collect();
                 self.next_batch += 1;
-                version.in_flight.insert(self.next_batch, Executing { jobs, started: now });
+                let batch = InFlight { jobs, dispatched: now, executing_since: None };
+                version.in_flight.insert(self.next_batch, batch);
+                version.mark_executing(now);
+                wake(now + version.policy.execution_limit);
                 actions.batches.push((*id, self.next_batch, items));
+                if is_alone {
+                    break;
+                }
             }
             if let Some(deadline) = version.queue.next_deadline() {
                 wake(deadline);
@@ -225,19 +294,23 @@ impl Dispatcher {
     }
 
     /// Takes the reply of a worker. A batch that was given up before is unknown by now, and its reply is dropped.
-    pub(crate) fn on_reply(&mut self, id: VersionId, reply: BatchReply) -> Vec<(Job, JobOutcome)> {
+    pub(crate) fn on_reply(&mut self, id: VersionId, reply: BatchReply, now: Instant) -> Vec<(Job, JobOutcome)> {
         let Some(version) = self.versions.get_mut(&id) else { return Vec::new() };
-        let Some(Executing { jobs, started }) = version.in_flight.remove(&reply.batch) else { return Vec::new() };
+        let Some(InFlight { jobs, dispatched, .. }) = version.in_flight.remove(&reply.batch) else { return Vec::new() };
+        version.mark_executing(now);
         let mut results = reply.results.into_iter();
         let info = &version.info;
+        let answer = |job: &Job, mut inspection: Inspection| {
+            if inspection.rule.is_none() && job.rule.is_some() {
+                inspection.rule = Some(RuleOutcome::Failed(BARRED_RULE.to_owned()));
+            }
+            let queued = dispatched.saturating_duration_since(job.submitted);
+            JobOutcome::Answered(Answer { inspection, model: info.clone(), queued })
+        };
         jobs.into_iter()
             .map(|job| {
                 let outcome = match results.next() {
-                    Some(Ok(inspection)) => JobOutcome::Answered(Answer {
-                        inspection,
-                        model: info.clone(),
-                        queued: started.saturating_duration_since(job.submitted),
-                    }),
+                    Some(Ok(inspection)) => answer(&job, inspection),
                     Some(Err(error)) if error.kind() == WorkErrorKind::Expired => JobOutcome::Expired,
                     Some(Err(error)) => JobOutcome::Failed(info.clone(), error),
                     None => JobOutcome::Failed(info.clone(), lost("the worker's reply is too short")),
@@ -247,27 +320,78 @@ impl Dispatcher {
             .collect()
     }
 
-    /// A worker hangs or has ended. The batch that it executes, its oldest, fails with `why`; the others are assigned again.
+    /// A batch could not be handed over because of one of its frames.
+    pub(crate) fn on_refused(&mut self, id: VersionId, batch: BatchId, error: &WorkError) -> Vec<(Job, JobOutcome)> {
+        let Some(version) = self.versions.get_mut(&id) else { return Vec::new() };
+        let jobs = version.in_flight.remove(&batch).map(|batch| batch.jobs).unwrap_or_default();
+        jobs.into_iter().map(|job| (job, JobOutcome::Failed(version.info.clone(), error.clone()))).collect()
+    }
+
+    /// The worker of a version has processor time left to use: its batches get the execution limit once more.
+    pub(crate) fn extend_limit(&mut self, id: VersionId, now: Instant) {
+        if let Some(version) = self.versions.get_mut(&id) {
+            version.in_flight.values_mut().filter_map(|batch| batch.executing_since.as_mut()).for_each(|at| *at = now);
+        }
+    }
+
+    /// The worker of a version has ended. Nothing is dispatched to the version until [`Dispatcher::on_worker_started`].
+    /// Returns the jobs that fail, and the cause.
+    pub(crate) fn on_worker_ended(
+        &mut self,
+        id: VersionId,
+        activity: &[Activity],
+        is_external: bool,
+        why: &str,
+    ) -> (Vec<(Job, JobOutcome)>, Fault) {
+        let Some(version) = self.versions.get_mut(&id) else { return (Vec::new(), Fault::Unknown) };
+        version.has_worker = false;
+        let batches = std::mem::take(&mut version.in_flight).into_iter().map(|(id, batch)| (id, batch.jobs)).collect();
+        let (fault, jobs) = attribute(batches, activity, is_external);
+        if let Fault::Rule(rule) = &fault {
+            if self.barred_rules.len() >= BARRED_RULES_MAX {
+                self.barred_rules.clear();
+            }
+            self.barred_rules.insert(rule.clone());
+        }
+        let mut ended = Vec::new();
+        for (job, fate) in jobs {
+            match fate {
+                Fate::Retry => version.queue.push(job),
+                Fate::RetryAlone => version.suspects.push_back(job),
+                Fate::Failed(stage) => {
+                    let error = match stage {
+                        Some(Stage::Decode) => WorkError::new(WorkErrorKind::Frame, during(Stage::Decode, why)),
+                        Some(stage) => WorkError::new(WorkErrorKind::Model, during(stage, why)),
+                        None => lost(why),
+                    };
+                    ended.push((job, JobOutcome::Failed(version.info.clone(), error)));
+                }
+            }
+        }
+        (ended, fault)
+    }
+
+    /// A version has a worker again.
+    pub(crate) fn on_worker_started(&mut self, id: VersionId, size: WorkerSize) {
+        if let Some(version) = self.versions.get_mut(&id) {
+            (version.size, version.has_worker) = (size, true);
+        }
+    }
+
+    /// The worker of a version is given up for good: everything that it holds fails.
     pub(crate) fn abandon(&mut self, id: VersionId, why: &str) -> Vec<(Job, JobOutcome)> {
         let Some(version) = self.versions.get_mut(&id) else { return Vec::new() };
-        let mut batches = std::mem::take(&mut version.in_flight).into_iter();
-        let mut ended: Vec<(Job, JobOutcome)> = Vec::new();
-        if let Some((_, executing)) = batches.next() {
-            let info = &version.info;
-            ended.extend(executing.jobs.into_iter().map(|job| (job, JobOutcome::Failed(info.clone(), lost(why)))));
-        }
-        for (_, waiting) in batches {
-            waiting.jobs.into_iter().for_each(|job| version.queue.push(job));
-        }
-        ended
+        let batches = std::mem::take(&mut version.in_flight);
+        let jobs = batches.into_values().flat_map(|batch| batch.jobs);
+        jobs.map(|job| (job, JobOutcome::Failed(version.info.clone(), lost(why)))).collect()
     }
 
     /// Takes a version out. Its waiting jobs go to the versions that remain, and end as cancelled where there are none.
     pub(crate) fn remove(&mut self, id: VersionId) -> Vec<(Job, JobOutcome)> {
         let Some(version) = self.versions.remove(&id) else { return Vec::new() };
-        let executing = version.in_flight.into_values().flat_map(|executing| executing.jobs);
+        let executing = version.in_flight.into_values().flat_map(|batch| batch.jobs);
         let mut ended: Vec<(Job, JobOutcome)> = executing.map(|job| (job, JobOutcome::Cancelled)).collect();
-        ended.extend(self.assign_again(version.queue));
+        ended.extend(self.assign_again(version.queue, version.suspects));
         ended
     }
 
@@ -275,23 +399,30 @@ impl Dispatcher {
     pub(crate) fn move_waiting(&mut self, id: VersionId) -> Vec<(Job, JobOutcome)> {
         match self.versions.get_mut(&id) {
             Some(version) if version.weight == 0 => {
-                let queue = std::mem::take(&mut version.queue);
-                self.assign_again(queue)
+                let (queue, suspects) = (std::mem::take(&mut version.queue), std::mem::take(&mut version.suspects));
+                self.assign_again(queue, suspects)
             }
             _ => Vec::new(),
         }
     }
 
-    fn assign_again(&mut self, mut queue: JobQueue) -> Vec<(Job, JobOutcome)> {
+    /// Suspects remain suspects: the next version may be the same file.
+    fn assign_again(&mut self, mut queue: JobQueue, suspects: VecDeque<Job>) -> Vec<(Job, JobOutcome)> {
         let mut ended = Vec::new();
-        for job in queue.drain() {
+        let queued = queue.drain().into_iter().map(|job| (job, false));
+        for (job, is_suspect) in queued.chain(suspects.into_iter().map(|job| (job, true))) {
             match self.assign().and_then(|id| self.versions.get_mut(&id)) {
+                Some(version) if is_suspect => version.suspects.push_back(job),
                 Some(version) => version.queue.push(job),
                 None => ended.push((job, JobOutcome::Cancelled)),
             }
         }
         ended
     }
+}
+
+fn during(stage: Stage, why: &str) -> String {
+    format!("{} ended the worker: {why}", stage.name())
 }
 
 fn lost(why: &str) -> WorkError {
@@ -346,9 +477,14 @@ mod tests {
         let results = items.iter().map(|item| {
             let score = item.frame.name.as_deref().unwrap().parse().unwrap();
             let prediction = Prediction::Anomaly { score, map: None };
-            Ok(Inspection { prediction, width: 1, height: 1, timings: Timings::default() })
+            Ok(Inspection { prediction, width: 1, height: 1, timings: Timings::default(), rule: None })
         });
         BatchReply { batch, results: results.collect() }
+    }
+
+    /// A worker of one instance.
+    fn size(capacity: usize) -> WorkerSize {
+        WorkerSize { capacity, instances: 1 }
     }
 
     fn end(ended: Vec<(Job, JobOutcome)>) {
@@ -377,7 +513,7 @@ mod tests {
                             max_queue_delay: Duration::from_millis(random.u64(0..40)),
                             execution_limit: Duration::from_millis(200),
                         };
-                        dispatcher.add(id, info(id), random.u32(0..4), policy, random.usize(1..4));
+                        dispatcher.add(id, info(id), random.u32(0..4), policy, size(random.usize(1..4)));
                     }
                     1 => {
                         let versions = dispatcher.versions();
@@ -409,9 +545,9 @@ mod tests {
                     }
                     _ if random.u8(0..4) > 0 && !executing.is_empty() => {
                         let (id, batch, items) = executing.swap_remove(random.usize(0..executing.len()));
-                        end(dispatcher.on_reply(id, reply(batch, &items)));
+                        end(dispatcher.on_reply(id, reply(batch, &items), now));
                         // A worker that replies twice changes nothing.
-                        end(dispatcher.on_reply(id, reply(batch, &items)));
+                        end(dispatcher.on_reply(id, reply(batch, &items), now));
                     }
                     _ => {}
                 }
@@ -421,8 +557,24 @@ mod tests {
                     executing.push((id, batch, items));
                 }
                 end(actions.ended);
-                for id in actions.hung {
-                    end(dispatcher.abandon(id, "hung"));
+                for id in actions.overdue {
+                    if random.bool() {
+                        dispatcher.extend_limit(id, now);
+                        continue;
+                    }
+                    // What the worker holds in truth, some of it, or nonsense.
+                    let mut held = Vec::new();
+                    for (_, batch, items) in executing.iter().filter(|(version, ..)| *version == id) {
+                        if random.bool() {
+                            let stage = [Stage::Decode, Stage::Infer, Stage::Rule][random.usize(0..3)];
+                            held.push(Activity { batch: *batch, item: random.usize(0..items.len()), stage });
+                        }
+                    }
+                    end(dispatcher.on_worker_ended(id, &held, random.u8(0..4) == 0, "hung").0);
+                    executing.retain(|(version, ..)| *version != id || random.u8(0..4) == 0);
+                    if random.bool() {
+                        dispatcher.on_worker_started(id, size(random.usize(1..4)));
+                    }
                 }
                 assert!(dispatcher.waiting() <= 40, "seed {seed}");
             }
@@ -449,7 +601,7 @@ mod tests {
         let mut ids = Vec::new();
         for weight in weights {
             let id = dispatcher.reserve();
-            dispatcher.add(id, info(id), weight, BatchPolicy::default(), 1);
+            dispatcher.add(id, info(id), weight, BatchPolicy::default(), size(1));
             ids.push(id);
         }
         let mut counts: HashMap<VersionId, u32> = HashMap::new();
@@ -457,7 +609,7 @@ mod tests {
             assert!(dispatcher.submit(job(&number.to_string(), Priority::Stream, None, &log)).is_ok());
             for (id, batch, items) in dispatcher.poll(now).batches {
                 *counts.entry(id).or_default() += items.len() as u32;
-                end(dispatcher.on_reply(id, reply(batch, &items)));
+                end(dispatcher.on_reply(id, reply(batch, &items), now));
             }
         }
         for (id, weight) in ids.iter().zip(weights) {
@@ -473,7 +625,7 @@ mod tests {
         let id = dispatcher.reserve();
         let delay = Duration::from_secs(5);
         let policy = BatchPolicy { max_batch_size: 3, max_queue_delay: delay, ..BatchPolicy::default() };
-        dispatcher.add(id, info(1), 1, policy, 10);
+        dispatcher.add(id, info(1), 1, policy, size(10));
         let submit = |dispatcher: &mut Dispatcher, name: &str| {
             assert!(dispatcher.submit(job(name, Priority::Stream, None, &log)).is_ok());
         };
@@ -488,31 +640,110 @@ mod tests {
         assert_eq!(dispatcher.poll(start + 2 * delay).batches[0].2.len(), 1, "waited long enough");
     }
 
-    #[test]
-    fn a_hung_worker_loses_the_batch_it_executes_and_no_other() {
-        let (log, start) = (Log::default(), Instant::now());
+    /// A version with three jobs, of which the worker holds two.
+    fn with_worker_that_holds_two(log: &Log) -> (Dispatcher, VersionId, Vec<BatchId>) {
         let mut dispatcher = Dispatcher::new(100);
         let id = dispatcher.reserve();
-        dispatcher.add(id, info(1), 1, BatchPolicy::default(), 2);
+        dispatcher.add(id, info(1), 1, BatchPolicy::default(), size(2));
         for name in ["1", "2", "3"] {
-            assert!(dispatcher.submit(job(name, Priority::Stream, None, &log)).is_ok());
+            let job = job(name, Priority::Stream, None, log).with_rule(Some("rule".into()));
+            assert!(dispatcher.submit(job).is_ok());
         }
-        let hung = dispatcher.poll(start).batches;
-        assert_eq!(hung.len(), 2);
-        let late = start + BatchPolicy::default().execution_limit;
-        assert_eq!(dispatcher.poll(late).hung, [id]);
-        end(dispatcher.abandon(id, "the execution limit was exceeded"));
-        for (id, batch, items) in dispatcher.poll(late).batches {
-            end(dispatcher.on_reply(id, reply(batch, &items)));
+        let batches = dispatcher.poll(Instant::now()).batches.into_iter().map(|(_, batch, _)| batch).collect();
+        (dispatcher, id, batches)
+    }
+
+    fn answer_all(dispatcher: &mut Dispatcher, now: Instant) {
+        loop {
+            let batches = dispatcher.poll(now).batches;
+            if batches.is_empty() {
+                return;
+            }
+            for (id, batch, items) in batches {
+                end(dispatcher.on_reply(id, reply(batch, &items), now));
+            }
         }
-        for (id, batch, items) in dispatcher.poll(late).batches {
-            end(dispatcher.on_reply(id, reply(batch, &items)));
-        }
-        // The hung worker answers after all: its batch was given up.
-        end(dispatcher.on_reply(id, reply(hung[0].1, &hung[0].2)));
+    }
+
+    #[test]
+    fn an_ended_worker_loses_the_job_that_it_executed_and_no_other() {
+        let (log, now) = (Log::default(), Instant::now());
+        let (mut dispatcher, id, batches) = with_worker_that_holds_two(&log);
+        let activity = Activity { batch: batches[0], item: 0, stage: Stage::Infer };
+        let (ended, fault) = dispatcher.on_worker_ended(id, &[activity], false, "signal 6");
+        assert_eq!(fault, Fault::Model);
+        end(ended);
+        assert!(dispatcher.poll(now).batches.is_empty(), "it has no worker");
+        dispatcher.on_worker_started(id, size(2));
+        answer_all(&mut dispatcher, now);
         let log = log.lock();
-        assert_eq!(log["1"], ["failed by 1: the execution limit was exceeded"]);
+        assert_eq!(log["1"], ["failed by 1: inference ended the worker: signal 6"]);
         assert_eq!((&log["2"], &log["3"]), (&vec!["answered 2 by 1".into()], &vec!["answered 3 by 1".into()]));
+    }
+
+    #[test]
+    fn suspects_are_executed_alone_until_the_cause_is_known() {
+        let (log, now) = (Log::default(), Instant::now());
+        let (mut dispatcher, id, batches) = with_worker_that_holds_two(&log);
+        let activity = [
+            Activity { batch: batches[0], item: 0, stage: Stage::Infer },
+            Activity { batch: batches[1], item: 0, stage: Stage::Decode },
+        ];
+        let (ended, fault) = dispatcher.on_worker_ended(id, &activity, false, "signal 11");
+        assert_eq!((ended.len(), fault), (0, Fault::Unknown));
+        dispatcher.on_worker_started(id, size(2));
+        let first = dispatcher.poll(now).batches;
+        assert_eq!(first.len(), 1, "alone");
+        assert!(dispatcher.poll(now).batches.is_empty(), "alone");
+        end(dispatcher.on_reply(id, reply(first[0].1, &first[0].2), now));
+        let second = dispatcher.poll(now).batches;
+        assert_eq!(second.len(), 1);
+        let activity = [Activity { batch: second[0].1, item: 0, stage: Stage::Decode }];
+        let (ended, fault) = dispatcher.on_worker_ended(id, &activity, false, "signal 11");
+        assert_eq!(fault, Fault::Frame);
+        end(ended);
+        dispatcher.on_worker_started(id, size(2));
+        answer_all(&mut dispatcher, now);
+        let log = log.lock();
+        assert_eq!(log["2"], ["failed by 1: decoding the frame ended the worker: signal 11"]);
+        assert_eq!((&log["1"], &log["3"]), (&vec!["answered 1 by 1".into()], &vec!["answered 3 by 1".into()]));
+    }
+
+    #[test]
+    fn a_rule_that_ends_a_worker_is_not_evaluated_any_more() {
+        let (log, now) = (Log::default(), Instant::now());
+        let (mut dispatcher, id, batches) = with_worker_that_holds_two(&log);
+        let activity = [Activity { batch: batches[0], item: 0, stage: Stage::Rule }];
+        let (ended, fault) = dispatcher.on_worker_ended(id, &activity, false, "the execution limit was exceeded");
+        assert_eq!((ended.len(), fault), (0, Fault::Rule("rule".into())));
+        dispatcher.on_worker_started(id, size(1));
+        let (_, batch, items) = dispatcher.poll(now).batches.remove(0);
+        assert_eq!(items[0].rule, None);
+        let ended = dispatcher.on_reply(id, reply(batch, &items), now);
+        assert!(
+            matches!(&ended[0].1, JobOutcome::Answered(Answer { inspection: Inspection { rule: Some(RuleOutcome::Failed(reason)), .. }, .. }) if reason == BARRED_RULE)
+        );
+        end(ended);
+        answer_all(&mut dispatcher, now);
+        assert_eq!(log.lock().len(), 3);
+    }
+
+    #[test]
+    fn the_execution_limit_begins_when_a_batch_is_executed() {
+        let (log, start) = (Log::default(), Instant::now());
+        let (mut dispatcher, id, batches) = with_worker_that_holds_two(&log);
+        let limit = BatchPolicy::default().execution_limit;
+        let half = limit / 2 + Duration::from_secs(1);
+        let items = |name: &str| {
+            vec![WorkItem { frame: Frame::encoded(Bytes::new(), Some(name.into()), false), deadline: None, rule: None }]
+        };
+        end(dispatcher.on_reply(id, reply(batches[0], &items("1")), start + half));
+        assert!(dispatcher.poll(start + 2 * half).overdue.is_empty(), "the second batch waited for the first");
+        assert_eq!(dispatcher.poll(start + 3 * half).overdue, [id]);
+        dispatcher.extend_limit(id, start + 3 * half);
+        assert!(dispatcher.poll(start + 4 * half).overdue.is_empty());
+        assert_eq!(dispatcher.poll(start + 6 * half).overdue, [id]);
+        end(dispatcher.remove(id));
     }
 
     #[test]
@@ -520,21 +751,21 @@ mod tests {
         let (log, now) = (Log::default(), Instant::now());
         let mut dispatcher = Dispatcher::new(100);
         let old = dispatcher.reserve();
-        dispatcher.add(old, info(1), 1, BatchPolicy::default(), 1);
+        dispatcher.add(old, info(1), 1, BatchPolicy::default(), size(1));
         for name in ["1", "2"] {
             assert!(dispatcher.submit(job(name, Priority::Stream, None, &log)).is_ok());
         }
         let executing = dispatcher.poll(now).batches.remove(0);
         let new = dispatcher.reserve();
-        dispatcher.add(new, info(2), 1, BatchPolicy::default(), 1);
+        dispatcher.add(new, info(2), 1, BatchPolicy::default(), size(1));
         dispatcher.set_weight(old, 0);
         end(dispatcher.move_waiting(old));
         assert!(!dispatcher.is_idle(old), "it still executes a job");
-        end(dispatcher.on_reply(old, reply(executing.1, &executing.2)));
+        end(dispatcher.on_reply(old, reply(executing.1, &executing.2), now));
         assert!(dispatcher.is_idle(old));
         end(dispatcher.remove(old));
         for (id, batch, items) in dispatcher.poll(now).batches {
-            end(dispatcher.on_reply(id, reply(batch, &items)));
+            end(dispatcher.on_reply(id, reply(batch, &items), now));
         }
         let log = log.lock();
         assert_eq!((log["1"][0].as_str(), log["2"][0].as_str()), ("answered 1 by 1", "answered 2 by 2"));
@@ -549,7 +780,7 @@ mod tests {
             Err((_, SubmitErrorKind::NotServing))
         ));
         let id = dispatcher.reserve();
-        dispatcher.add(id, info(1), 1, BatchPolicy::default(), 1);
+        dispatcher.add(id, info(1), 1, BatchPolicy::default(), size(1));
         assert!(matches!(dispatcher.submit(job("1", Priority::Batch, None, &log)), Ok(None)));
         let refused = dispatcher.submit(job("2", Priority::Batch, None, &log));
         assert!(matches!(refused, Err((_, SubmitErrorKind::QueueFull))));

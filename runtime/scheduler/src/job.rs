@@ -70,13 +70,24 @@ pub struct Job {
     pub deadline: Option<Instant>,
     /// When the job was created, for the queue time.
     pub submitted: Instant,
+    /// The verdict rule to evaluate on the prediction.
+    pub(crate) rule: Option<Arc<str>>,
+    /// Times that the job was executed again because its worker ended.
+    pub(crate) retries: u32,
     pub(crate) sink: Sink,
 }
 
 impl Job {
     /// A job whose outcome goes to `sink`.
     pub fn new(frame: Frame, priority: Priority, deadline: Option<Instant>, sink: JobSink) -> Self {
-        Self { frame, priority, deadline, submitted: Instant::now(), sink: Sink(Some(sink)) }
+        let sink = Sink(Some(sink));
+        Self { frame, priority, deadline, submitted: Instant::now(), rule: None, retries: 0, sink }
+    }
+
+    /// The same job with a verdict rule, which is evaluated on the prediction.
+    #[must_use]
+    pub fn with_rule(self, rule: Option<Arc<str>>) -> Self {
+        Self { rule, ..self }
     }
 
     /// Ends the job.

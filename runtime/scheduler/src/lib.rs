@@ -13,11 +13,13 @@
 
 mod deployment;
 mod dispatcher;
+mod fault;
 mod job;
 mod metrics;
 mod queue;
 
-pub use deployment::{Deployment, QUEUE_MAX, VersionSpec, WorkerFactory};
+pub use deployment::{Deployment, FaultRecorder, QUEUE_MAX, VersionSpec, WorkerFactory};
 pub use dispatcher::{BatchPolicy, SubmitErrorKind, VersionId};
+pub use fault::Fault;
 pub use job::{Answer, Job, JobOutcome, JobSink, Priority};
 pub use metrics::SchedulerMetrics;

@@ -75,6 +75,9 @@ enum Command {
     /// Admit a model version. The agent starts this command as its child process.
     #[command(name = admission::SUBCOMMAND, hide = true)]
     AdmissionChild,
+    /// Serve a model version. The agent starts this command as its child process.
+    #[command(name = lineside_worker::SUBCOMMAND, hide = true)]
+    WorkerChild,
     /// Open the index of the store. The agent starts this command as its child process.
     #[command(name = app::INDEX_SUBCOMMAND, hide = true)]
     IndexChild {
@@ -120,6 +123,7 @@ pub fn main() -> ExitCode {
         Command::Keygen(arguments) => sign::keygen(&arguments),
         Command::Schema(arguments) => schema::run(arguments),
         Command::AdmissionChild => admission::child_main().map_err(|error| Failure::Failed(error.into())),
+        Command::WorkerChild => lineside_worker::child_main().map_err(|error| Failure::Failed(error.into())),
         Command::IndexChild { folder } => probe(&folder).map_err(|error| Failure::Failed(error.into())),
     });
     match outcome {

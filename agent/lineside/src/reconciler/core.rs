@@ -417,17 +417,31 @@ impl Core {
         model.failed = Some((manifest, retry_at));
     }
 
-    /// The scheduler gave up the version that serves: its workers hang or end. It counts as a failed load, and the last-good
-    /// version is restored where it is another one.
+    /// The scheduler gave up the version that serves: its workers hang or end. It counts as a failed load, and the version that
+    /// served before it is restored.
     pub(super) fn on_given_up(&mut self, name: &str, reason: &str, now: Instant) {
         self.serving.remove(name);
         let Some(manifest) = self.observed.models.get_mut(name).and_then(|model| model.serving.take()) else { return };
         let failure = LoadFailure { reason: reason.to_owned(), quarantined_after: None, digest: None };
-        let name = manifest.name.clone();
+        let before = self.last_good.fall_back(name).unwrap_or_else(|error| {
+            let reason = error_chain(&error);
+            tracing::error!(
+                event = "last_good_not_written",
+                model = name,
+                reason,
+                "The last-good file cannot be written"
+            );
+            self.last_good.get(name).cloned()
+        });
+        let before = before.filter(|before| (self.has_blob)(&before.digest)).map(|before| before.manifest);
         self.on_failed(manifest, ModelState::Ready, failure, now);
-        // The version that hung is also the last-good version: it is not restored at once, or it would hang again at once.
-        if let Some(model) = self.observed.models.get_mut(&name)
-            && let (Some(last_good), Some((failed, Some(retry_at)))) = (&model.last_good, &model.failed)
+        let Some(model) = self.observed.models.get_mut(name) else { return };
+        if let Some(before) = before {
+            model.last_good = Some(before);
+            model.restore_at = None;
+        }
+        // Where the version that hung is the last-good version itself, it is not restored at once: it would hang again at once.
+        if let (Some(last_good), Some((failed, Some(retry_at)))) = (&model.last_good, &model.failed)
             && last_good == failed
         {
             model.restore_at = Some(*retry_at);

@@ -22,24 +22,24 @@ use lineside_api::state::ModelState;
 use lineside_api::status::Download;
 use lineside_common::digest::Digest;
 use lineside_common::{clock, error_chain};
-use lineside_inference::pipeline::{Pipeline, engine_for};
 use lineside_models::AdmissionMetrics;
 use lineside_models::admission::{Admission, AdmissionLimits, AdmissionRecord, Benchmark, Rejection};
 use lineside_models::fetch::{FetchError, Fetcher, Progress};
 use lineside_models::signing::{Keyring, Statement, has_expired};
 use lineside_models::store::{DigestRecordKind, FailureRecord, Store, StoreError, VersionRecord};
-use lineside_scheduler::{BatchPolicy, Deployment, VersionId, VersionSpec, WorkerFactory};
-use lineside_worker::{InProcessWorker, Worker};
+use lineside_scheduler::{Deployment, VersionId};
+use lineside_worker::{StartError, StartErrorKind};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::memory_budget::MemoryBudget;
+use super::worker_factory::{Admitted, version_spec};
+
 /// Failures of one digest in a row after which it is quarantined.
 const FAILURES_MAX: u32 = 3;
-/// Shortest execution limit of a batch. A worker that exceeds its limit is replaced.
-const EXECUTION_LIMIT_MIN: Duration = Duration::from_secs(10);
-/// The execution limit as a multiple of the 99th percentile that admission measured.
-const EXECUTION_LIMIT_P99: f64 = 20.0;
+/// Least memory of the admission child, in bytes.
+const ADMISSION_BYTES_MIN: u64 = 64 << 20;
 
 /// Loads versions. The reconciler's tests have one of their own.
 pub trait VersionLoader: Send + Sync {
@@ -62,6 +62,8 @@ pub struct LoadContext {
     pub limits: AdmissionLimits,
     /// Counts admissions that failed.
     pub metrics: AdmissionMetrics,
+    /// The memory that all workers share.
+    pub memory: Arc<MemoryBudget>,
     /// Held from `Verifying` on.
     pub turn: Arc<Semaphore>,
 }
@@ -282,7 +284,10 @@ fn admit_and_serve(
     }
     // Whatever fails from here on is a fault of the model, its manifest or its golden samples.
     progress.set(ModelState::Vetting);
-    let admission = Admission::new(manifest, digest, context.limits)
+    // A child that is allowed more than the node has makes the system kill the agent instead.
+    let free_bytes = context.memory.free_bytes().unwrap_or(u64::MAX).max(ADMISSION_BYTES_MIN);
+    let limits = AdmissionLimits { memory_bytes: context.limits.memory_bytes.min(free_bytes), ..context.limits };
+    let admission = Admission::new(manifest, digest, limits)
         .map_err(|rejection| refused(context, request, digest, None, rejection))?;
     let record: FailureRecord = context.store.read_digest_record(digest).unwrap_or_default();
     if record.quarantined && record.key.as_ref() == Some(admission.key()) {
@@ -319,28 +324,39 @@ fn admit_and_serve(
         );
         deployment.stop();
     }
-    let loaded = version_spec(manifest, digest, &bytes, &benchmark);
-    drop(bytes);
-    let spec = match loaded {
-        Ok(spec) => spec,
+    let instances = manifest.spec.runtime.instances.unwrap_or(1);
+    let reservation =
+        context.memory.reserve(benchmark.peak_memory_bytes, instances).map_err(|error| error.to_string())?;
+    let admitted = Admitted { manifest, digest: *digest, key: *admission.key(), benchmark: &benchmark, model: bytes };
+    let spec = version_spec(admitted, &context.store, reservation);
+    let (id, info) = match deployment.replace(spec) {
+        Ok(replaced) => replaced,
         Err(error) => {
-            let rejection = Rejection::Model(error.to_string());
+            let rejection = rejection(&error);
             return Err(refused(context, request, digest, Some(admission.key()), rejection));
         }
     };
-    // A success clears the failures of this manifest; those of another manifest are kept.
-    match record.key.is_none() || record.key.as_ref() == Some(admission.key()) {
+    // A success clears the failures of this manifest; those of another manifest are kept, and so are faults while serving.
+    let after: FailureRecord = context.store.read_digest_record(digest).unwrap_or_default();
+    let is_own = record.key.is_none() || record.key.as_ref() == Some(admission.key());
+    let kept = if is_own { FailureRecord::default() } else { FailureRecord { unfinished_loads: 0, ..record } };
+    let kept = FailureRecord { faults: after.faults, ..kept };
+    match kept == FailureRecord::default() {
         true => context.store.delete_digest_record(DigestRecordKind::Failure, digest).map(drop)?,
-        false => context.store.write_digest_record(digest, &FailureRecord { unfinished_loads: 0, ..record })?,
+        false => context.store.write_digest_record(digest, &kept)?,
     }
-    if is_superseded() {
-        return Ok(None);
-    }
-    let info = spec.info.clone();
-    let id = deployment.replace(spec).map_err(|error| format!("the worker cannot be started: {error}"))?;
     context.store.touch(digest);
     let expires = statement.and_then(|statement| statement.expiry().ok().flatten());
     Ok(Some(LoadedVersion { info, id, digest: *digest, benchmark, expires, took: Duration::ZERO }))
+}
+
+/// Why a worker that could not be started counts against the model, or does not.
+fn rejection(error: &StartError) -> Rejection {
+    match error.kind() {
+        StartErrorKind::Model => Rejection::Model(error_chain(error)),
+        StartErrorKind::Manifest => Rejection::Manifest(error_chain(error)),
+        StartErrorKind::Node => Rejection::Unavailable { message: error_chain(error), source: None },
+    }
 }
 
 fn run_admission(
@@ -419,6 +435,7 @@ fn record_failure(
         quarantined: failures >= FAILURES_MAX,
         key: key.copied(),
         unfinished_loads: 0,
+        faults: Vec::new(),
     };
     if let Err(error) = context.store.write_digest_record(digest, &record) {
         tracing::error!(event = "failure_not_recorded", %error, "A failure cannot be recorded");
@@ -435,41 +452,4 @@ fn quarantined(record: &FailureRecord, digest: &Digest) -> LoadFailure {
         record.failures, record.reason
     );
     LoadFailure { reason, quarantined_after: Some(record.failures), digest: Some(*digest) }
-}
-
-/// Loads a model. Its first worker gets the warm pipeline; a worker that replaces it gets forks.
-fn version_spec(
-    manifest: &ModelManifest,
-    digest: &Digest,
-    bytes: &[u8],
-    benchmark: &Benchmark,
-) -> lineside_inference::Result<VersionSpec> {
-    let engine = engine_for(&manifest.spec)?;
-    let first = Pipeline::load(engine, bytes, &manifest.spec)?;
-    let info = ModelInfo {
-        name: manifest.name.clone(),
-        version: manifest.version,
-        digest: digest.to_string(),
-        engine: first.engine().to_owned(),
-        device: "cpu".to_owned(),
-    };
-    let pipelines = Mutex::new((first.fork()?, Some(first)));
-    let (name, instances) = (manifest.name.clone(), manifest.instances);
-    let worker: WorkerFactory = Box::new(move |sink| {
-        let mut pipelines = pipelines.lock();
-        let warm = pipelines.1.take();
-        let missing = instances.saturating_sub(u32::from(warm.is_some()));
-        let forks = (0..missing).map(|_| pipelines.0.fork().map_err(std::io::Error::other));
-        let all: Vec<Pipeline> = warm.into_iter().map(Ok).chain(forks).collect::<std::io::Result<_>>()?;
-        Ok(Box::new(InProcessWorker::start(&name, all, sink)?) as Box<dyn Worker>)
-    });
-    let runtime = &manifest.spec.runtime;
-    let delay = runtime.max_queue_delay_microseconds.unwrap_or(0);
-    let measured = Duration::from_secs_f64((benchmark.p99_ms * EXECUTION_LIMIT_P99 / 1e3).clamp(0.0, 86_400.0));
-    let policy = BatchPolicy {
-        max_batch_size: runtime.max_batch_size.unwrap_or(1) as usize,
-        max_queue_delay: Duration::from_micros(u64::from(delay)),
-        execution_limit: EXECUTION_LIMIT_MIN.max(measured),
-    };
-    Ok(VersionSpec { info: Arc::new(info), weight: 1, policy, worker })
 }

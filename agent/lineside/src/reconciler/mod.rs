@@ -16,10 +16,12 @@ mod core;
 #[cfg(test)]
 mod core_tests;
 mod load_task;
+mod memory_budget;
 mod plan;
 mod publish;
 mod snapshot;
 mod status_builder;
+mod worker_factory;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -35,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::core::{Action, Core, LoadOutcome};
 pub use self::load_task::{LoadContext, LoadFailure, LoadFuture, LoadRequest, LoadedVersion, VersionLoader};
+pub use self::memory_budget::MemoryBudget;
 pub use self::publish::{ModelMetrics, Published, StatePublisher};
 use crate::desired::{DesiredState, Node};
 use crate::stream_runner::StreamRunner;

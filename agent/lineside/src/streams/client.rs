@@ -25,7 +25,7 @@ const IN_FLIGHT_MAX: usize = 2;
 /// Delay before a frame that must be kept is submitted again to a full queue.
 const RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Longest time that a stopped client waits for its frames in flight.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What belongs to a frame in flight. Dropping it makes room for the next one.
 struct Pending {
@@ -114,7 +114,8 @@ impl StreamClient {
                 shared.on_outcome(number, pending, outcome);
             }
         });
-        match self.deployment.submit(Job::new(frame, Priority::Stream, deadline, sink)) {
+        let job = Job::new(frame, Priority::Stream, deadline, sink).with_rule(self.shared.inspector.rule());
+        match self.deployment.submit(job) {
             Ok(()) => {}
             Err((job, kind)) => {
                 let Some(pending) = slot.lock().take() else { return };

@@ -10,10 +10,9 @@ use lineside_api::kinds::StreamManifest;
 use lineside_api::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultMessage};
 use lineside_api::prediction::{Inspection, Prediction};
 use lineside_api::spec::Task;
-use lineside_api::verdict::Verdict;
+use lineside_api::verdict::{RuleOutcome, Verdict};
 use lineside_common::clock;
 use lineside_ipc::frame::Frame;
-use lineside_rules::{FrameFacts, Rule};
 use lineside_scheduler::Answer;
 use lineside_spool::{AppendOutcome, RECORD_BYTES_MAX};
 use lineside_worker::WorkError;
@@ -31,7 +30,7 @@ const REASONS_MAX: usize = 8;
 /// Judges and reports the frames of one stream.
 pub(super) struct Inspector {
     stream: String,
-    rule: Option<Rule>,
+    rule: Option<Arc<str>>,
     age_max: Option<Duration>,
     metrics: StreamChildren,
     messages: Arc<MessageWriter>,
@@ -50,11 +49,11 @@ struct State {
 }
 
 impl Inspector {
-    /// The inspector of a stream. Its rule was checked when the manifest was read.
+    /// The inspector of a stream.
     pub(super) fn new(manifest: &StreamManifest, metrics: StreamChildren, messages: Arc<MessageWriter>) -> Self {
         Self {
             stream: manifest.name.clone(),
-            rule: manifest.verdict.as_deref().and_then(|rule| Rule::compile(rule).ok()),
+            rule: manifest.verdict.as_deref().map(Arc::from),
             age_max: manifest.age_max,
             metrics,
             messages,
@@ -65,6 +64,11 @@ impl Inspector {
     /// Frames of a live source that are older than this are dropped.
     pub(super) fn age_max(&self) -> Option<Duration> {
         self.age_max
+    }
+
+    /// The verdict rule, which the worker evaluates.
+    pub(super) fn rule(&self) -> Option<Arc<str>> {
+        self.rule.clone()
     }
 
     /// Counts a frame that found no version or no room.
@@ -94,7 +98,7 @@ impl Inspector {
         let mut state = self.state.lock();
         self.note_good_frame(&mut state);
         let task = task_of(&inspection.prediction);
-        let verdict = self.judge(&mut state, task, &inspection, frame.name.as_deref());
+        let verdict = self.verdict(&mut state, inspection.rule.as_ref());
         self.metrics.count(verdict);
         let is_reported = state
             .filter
@@ -106,7 +110,7 @@ impl Inspector {
             return;
         }
         let now = SystemTime::now();
-        let Inspection { prediction, width, height, timings } = inspection;
+        let Inspection { prediction, width, height, timings, .. } = inspection;
         let body = ResultMessage {
             ts: clock::rfc3339(now),
             site: self.messages.site(),
@@ -154,20 +158,20 @@ impl Inspector {
         }
     }
 
-    fn judge(&self, state: &mut State, task: Task, inspection: &Inspection, name: Option<&str>) -> Verdict {
-        let Some(rule) = &self.rule else { return Verdict::None };
-        let facts = FrameFacts { width: inspection.width, height: inspection.height, name };
-        match rule.evaluate(task.name(), &inspection.prediction, facts) {
-            Ok(verdict) => {
+    /// The verdict of the rule. A rule that failed is logged once until it succeeds again.
+    fn verdict(&self, state: &mut State, outcome: Option<&RuleOutcome>) -> Verdict {
+        match outcome {
+            None => Verdict::None,
+            Some(RuleOutcome::Verdict(verdict)) => {
                 state.rule_fails = false;
-                verdict
+                *verdict
             }
-            Err(error) => {
+            Some(RuleOutcome::Failed(reason)) => {
                 if !std::mem::replace(&mut state.rule_fails, true) {
                     tracing::warn!(
                         event = "rule_failed",
                         stream = self.stream,
-                        reason = %error,
+                        reason,
                         "The verdict rule failed; the verdict is none"
                     );
                 }

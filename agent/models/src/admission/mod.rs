@@ -46,7 +46,7 @@ const STDERR_CHARACTERS_MAX: usize = 300;
 /// The limits of an admission process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AdmissionLimits {
-    /// Address space in bytes.
+    /// Memory that it may allocate, in bytes.
     pub memory_bytes: u64,
     /// Processor time and wall time in seconds.
     pub seconds: u64,

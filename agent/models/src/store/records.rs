@@ -81,6 +81,9 @@ pub struct FailureRecord {
     /// Number of consecutive times the agent ended while it was loading this file. Default: 0.
     #[serde(default)]
     pub unfinished_loads: u32,
+    /// When the model made its worker end or hang within the last hour, in seconds since the epoch. Default: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub faults: Vec<u64>,
 }
 
 impl DigestRecord for FailureRecord {

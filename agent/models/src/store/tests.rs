@@ -249,6 +249,7 @@ fn records_of_an_earlier_build_are_read() {
         quarantined: true,
         key: None,
         unfinished_loads: 0,
+        faults: vec![],
     };
     assert_eq!(store.read_digest_record::<FailureRecord>(&digest), Some(expected));
 }

@@ -1,0 +1,345 @@
+//! The agent's side of a worker process.
+//!
+//! Starting it blocks until the child has loaded and warmed its model. A thread receives the replies; it reports the end of the
+//! child once, with the exit status and the last output. Dropping the worker kills the child, so a version is drained before it
+//! is dropped.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lineside_api::spec::ModelSpec;
+use lineside_common::child_process::{ChildExit, ProcessLimits};
+use lineside_common::supervised_child::{ChildError, ChildOptions, SupervisedChild};
+use lineside_ipc::channel::{ChannelError, receive, send, send_descriptor};
+use lineside_ipc::shared_memory::{self, FrameSlots, SlotLayout};
+use parking_lot::Mutex;
+
+use crate::activity::{Activity, FileBoard};
+use crate::in_process::{BATCHES_PER_INSTANCE, THREADS_PER_INSTANCE};
+use crate::protocol::{HANDSHAKE, Item, Request, Response, Start};
+use crate::rule_cache::RULES_MAX;
+use crate::{BatchId, EventSink, SUBCOMMAND, WorkError, WorkErrorKind, WorkItem, Worker, WorkerEvent};
+
+/// Bytes of a frame slot: the largest encoded frame of a source, and an uncompressed picture of 32 megapixels.
+const SLOT_BYTES: usize = 96 << 20;
+/// Time from the start of the process to its handshake, before it loads the model.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+/// SIGKILL. The limits of the process end it by other signals.
+const KILL: i32 = 9;
+/// Time from the closing of its socket to the end of the process.
+const END_GRACE: Duration = Duration::from_secs(1);
+
+/// How a worker process is started.
+#[derive(Debug, Clone)]
+pub struct ProcessOptions {
+    /// The program; it is started with the subcommand [`SUBCOMMAND`].
+    pub program: PathBuf,
+    /// Name of the model, for logs and threads.
+    pub model: String,
+    /// The manifest's settings.
+    pub spec: ModelSpec,
+    /// Limits of the process.
+    pub limits: ProcessLimits,
+    /// Time to load and warm the model.
+    pub load_deadline: Duration,
+}
+
+/// Why a worker process could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The process cannot be started or does not speak the protocol.
+    #[error(transparent)]
+    Child(#[from] ChildError),
+    /// Shared memory or the socket cannot be set up.
+    #[error("the worker process cannot be set up")]
+    SetUp(#[from] io::Error),
+    /// The process ended or broke the protocol while it loaded the model.
+    #[error("the worker process ended while it loaded the model: {reason}")]
+    Ended {
+        /// How it ended.
+        reason: String,
+    },
+    /// The model was not loaded within the deadline.
+    #[error("the worker process did not load the model within {0:?}")]
+    Deadline(Duration),
+    /// The manifest does not fit the model.
+    #[error("{0}")]
+    Manifest(String),
+    /// The model cannot be loaded.
+    #[error("{0}")]
+    Model(String),
+}
+
+/// The kind of a [`StartError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartErrorKind {
+    /// The node is the reason: no process, no memory, no socket.
+    Node,
+    /// The manifest is the reason.
+    Manifest,
+    /// The model is the reason: it cannot be loaded, or ends or delays its process.
+    Model,
+}
+
+impl StartError {
+    /// The kind, to branch on.
+    pub fn kind(&self) -> StartErrorKind {
+        match self {
+            Self::Child(_) | Self::SetUp(_) => StartErrorKind::Node,
+            Self::Manifest(_) => StartErrorKind::Manifest,
+            Self::Ended { .. } | Self::Deadline(_) | Self::Model(_) => StartErrorKind::Model,
+        }
+    }
+}
+
+/// A version that is served by a process of its own.
+pub struct ProcessWorker {
+    shared: Arc<Shared>,
+    board: FileBoard,
+    engine: String,
+    instances: usize,
+}
+
+struct Shared {
+    socket: UnixStream,
+    sending: Mutex<Sending>,
+    child: Mutex<SupervisedChild>,
+    pid: i32,
+}
+
+/// What belongs to the frames that the child holds.
+struct Sending {
+    slots: FrameSlots,
+    free: Vec<usize>,
+    /// Slot and length of each frame, by batch.
+    batches: HashMap<BatchId, Vec<(usize, usize)>>,
+    rules: HashMap<Arc<str>, u32>,
+}
+
+impl ProcessWorker {
+    /// Starts a process and waits until it has loaded the model.
+    ///
+    /// # Errors
+    /// [`StartErrorKind`]; the process has ended then.
+    pub fn start(options: &ProcessOptions, model: &[u8], events: EventSink) -> Result<Self, StartError> {
+        let mut command = Command::new(&options.program);
+        command.arg(SUBCOMMAND).env_clear().env("RUST_BACKTRACE", "1");
+        let child = ChildOptions {
+            name: format!("worker {}", options.model),
+            limits: options.limits,
+            handshake: HANDSHAKE,
+            handshake_deadline: HANDSHAKE_DEADLINE,
+            stop_grace: END_GRACE,
+        };
+        let (child, socket) = SupervisedChild::start_with_socket(command, &child)?;
+        Self::connect(options, model, child, socket, events)
+    }
+
+    fn connect(
+        options: &ProcessOptions,
+        model: &[u8],
+        child: SupervisedChild,
+        socket: UnixStream,
+        events: EventSink,
+    ) -> Result<Self, StartError> {
+        let runtime = &options.spec.runtime;
+        let instances = runtime.instances.unwrap_or(1).max(1) as usize;
+        let frames = instances * BATCHES_PER_INSTANCE * runtime.max_batch_size.unwrap_or(1).max(1) as usize;
+        let layout = SlotLayout { slots: frames, slot_bytes: SLOT_BYTES };
+        let slots = FrameSlots::new("lineside-frames", layout)?;
+        let board = FileBoard::new(shared_memory::anonymous_file("lineside-activity")?);
+        let start = Start {
+            name: options.model.clone(),
+            spec: serde_json::to_string(&options.spec).map_err(io::Error::from)?,
+            model_bytes: model.len(),
+            instances,
+            slots: layout.slots,
+            slot_bytes: layout.slot_bytes,
+        };
+        let pid = child.pid();
+        let shared = Arc::new(Shared {
+            socket,
+            sending: Mutex::new(Sending {
+                slots,
+                free: (0..layout.slots).rev().collect(),
+                batches: HashMap::new(),
+                rules: HashMap::new(),
+            }),
+            child: Mutex::new(child),
+            pid,
+        });
+        let engine = shared.load(&start, model, &board, options.load_deadline)?;
+        let receiving = shared.clone();
+        std::thread::Builder::new().name(format!("w-{}", options.model)).spawn(move || {
+            let (reason, is_external) = receiving.receive_replies(&events);
+            events(WorkerEvent::Ended { reason, is_external });
+        })?;
+        Ok(Self { shared, board, engine, instances })
+    }
+
+    /// Process id of the worker.
+    pub fn pid(&self) -> i32 {
+        self.shared.pid
+    }
+}
+
+impl Worker for ProcessWorker {
+    fn submit(&self, batch: BatchId, items: Vec<WorkItem>) -> Result<(), WorkError> {
+        if let Some(bytes) = items.iter().map(|item| item.frame.data.len()).find(|bytes| *bytes > SLOT_BYTES) {
+            return Err(WorkError::new(
+                WorkErrorKind::Frame,
+                format!("the frame has {bytes} bytes; at most {SLOT_BYTES} fit"),
+            ));
+        }
+        self.shared
+            .submit(batch, &items)
+            .map_err(|error| WorkError::new(WorkErrorKind::Worker, lineside_common::error_chain(&error)))
+    }
+
+    fn capacity(&self) -> usize {
+        self.instances * BATCHES_PER_INSTANCE
+    }
+
+    fn instances(&self) -> usize {
+        self.instances
+    }
+
+    fn engine(&self) -> &str {
+        &self.engine
+    }
+
+    fn activity(&self) -> Vec<Activity> {
+        self.board.read(self.instances * THREADS_PER_INSTANCE)
+    }
+
+    fn cpu_time(&self) -> Option<Duration> {
+        lineside_common::process_stats::cpu_time(self.shared.pid)
+    }
+}
+
+impl Drop for ProcessWorker {
+    fn drop(&mut self) {
+        // The thread that receives replies sees the end of the child and ends.
+        self.shared.end(Duration::ZERO);
+    }
+}
+
+impl Shared {
+    /// Hands the descriptors and the model to the child and waits until it is ready. Returns the name of the engine.
+    fn load(&self, start: &Start, model: &[u8], board: &FileBoard, deadline: Duration) -> Result<String, StartError> {
+        let ended = |_| StartError::Ended { reason: self.end(END_GRACE).0 };
+        let mut file = FrameSlots::new("lineside-model", SlotLayout { slots: 1, slot_bytes: model.len() })?;
+        file.write(0, model)?;
+        let frames = self.sending.lock().slots.read_only_descriptor()?;
+        send_descriptor(&self.socket, frames.as_fd()).map_err(ChannelError::Io).map_err(ended)?;
+        send_descriptor(&self.socket, file.read_only_descriptor()?.as_fd()).map_err(ChannelError::Io).map_err(ended)?;
+        send_descriptor(&self.socket, board.file().as_fd()).map_err(ChannelError::Io).map_err(ended)?;
+        send(&self.socket, start).map_err(ended)?;
+        self.socket.set_read_timeout(Some(deadline))?;
+        let started = Instant::now();
+        let response = match receive::<Response>(&self.socket) {
+            Err(_) if started.elapsed() >= deadline => {
+                self.end(Duration::ZERO);
+                return Err(StartError::Deadline(deadline));
+            }
+            response => response.map_err(ended)?,
+        };
+        self.socket.set_read_timeout(None)?;
+        match response {
+            Some(Response::Ready { engine }) => Ok(engine),
+            Some(Response::Failed { is_manifest: true, reason }) => Err(StartError::Manifest(reason)),
+            Some(Response::Failed { is_manifest: false, reason }) => Err(StartError::Model(reason)),
+            Some(Response::Reply(_)) | None => Err(StartError::Ended { reason: self.end(END_GRACE).0 }),
+        }
+    }
+
+    fn submit(&self, batch: BatchId, items: &[WorkItem]) -> Result<(), ChannelError> {
+        let mut sending = self.sending.lock();
+        let mut used: Vec<(usize, usize)> = Vec::with_capacity(items.len());
+        let mut wire = Vec::with_capacity(items.len());
+        let now = Instant::now();
+        for item in items {
+            let rule = item.rule.as_ref().map(|rule| sending.rule_id(rule, &self.socket)).transpose()?;
+            let bytes = &item.frame.data;
+            let slot = sending.free.pop().ok_or_else(|| io::Error::other("the worker holds too many frames"))?;
+            used.push((slot, bytes.len()));
+            sending.slots.write(slot, bytes)?;
+            wire.push(Item {
+                slot,
+                length: bytes.len(),
+                format: item.frame.format.into(),
+                name: item.frame.name.clone(),
+                remaining_us: item.deadline.map(|at| at.saturating_duration_since(now).as_micros() as u64),
+                rule,
+            });
+        }
+        sending.batches.insert(batch, used);
+        send(&self.socket, &Request::Batch { batch, items: wire })
+    }
+
+    /// Receives replies until the child has ended. Returns why, and whether it was killed from outside.
+    fn receive_replies(&self, events: &EventSink) -> (String, bool) {
+        loop {
+            match receive::<Response>(&self.socket) {
+                Ok(Some(Response::Reply(reply))) => {
+                    self.sending.lock().release(reply.batch);
+                    events(WorkerEvent::Reply(reply));
+                }
+                Ok(Some(_)) => {
+                    self.end(Duration::ZERO);
+                    return ("the worker process sent an unexpected message".to_owned(), false);
+                }
+                Ok(None) | Err(_) => return self.end(END_GRACE),
+            }
+        }
+    }
+
+    /// Waits for the end of the child, and kills it after the grace period. Returns how it ended, and whether something else
+    /// had killed it.
+    fn end(&self, grace: Duration) -> (String, bool) {
+        // The child may be writing a large reply; from here on both sides see the end of the connection.
+        self.socket.shutdown(std::net::Shutdown::Both).ok();
+        let mut child = self.child.lock();
+        let own_end = child.wait(grace);
+        let is_external = matches!(own_end, Ok(Some(ChildExit::Signal(signal))) if signal == KILL);
+        match child.finish(Duration::ZERO) {
+            Ok(exit) => {
+                let output = child.stderr();
+                let separator = if output.is_empty() { "" } else { ": " };
+                (format!("the worker process ended with {exit}{separator}{output}"), is_external)
+            }
+            Err(error) => (format!("the worker process cannot be ended: {error}"), false),
+        }
+    }
+}
+
+impl Sending {
+    /// The id of a rule in the child, which is sent first where the child does not know it.
+    fn rule_id(&mut self, rule: &Arc<str>, socket: &UnixStream) -> Result<u32, ChannelError> {
+        if let Some(id) = self.rules.get(rule) {
+            return Ok(*id);
+        }
+        if self.rules.len() >= RULES_MAX {
+            // Batches that the child received before have their rules already.
+            send(socket, &Request::ClearRules)?;
+            self.rules.clear();
+        }
+        let id = self.rules.len() as u32;
+        send(socket, &Request::Rule { id, text: rule.to_string() })?;
+        self.rules.insert(rule.clone(), id);
+        Ok(id)
+    }
+
+    fn release(&mut self, batch: BatchId) {
+        for (slot, length) in self.batches.remove(&batch).unwrap_or_default() {
+            self.slots.release(slot, length);
+            self.free.push(slot);
+        }
+    }
+}

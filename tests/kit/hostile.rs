@@ -11,6 +11,8 @@ const WRAPS: u64 = 1 << 32;
 const CHAIN: usize = 50_000;
 /// The nesting depth of graphs.
 const DEPTH: usize = 1_000;
+/// The matrix products of a model that takes minutes; each takes some 2 GFLOP.
+const PRODUCTS: usize = 6_000;
 /// `AttributeProto.AttributeType.GRAPH`.
 const GRAPH: u8 = 5;
 /// `TensorProto.DataType.BOOL`.
@@ -58,6 +60,51 @@ pub fn hostile_models() -> Vec<(&'static str, Vec<u8>)> {
         ("nested-ifs", nested_ifs()),
         ("nan", image().floats("w", &[1, 3, 8, 8], &[f32::NAN; 192]).node("Mul", &["x", "w"], &["y"], &[]).build()),
     ]
+}
+
+/// What a model does to its process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outburst {
+    /// It asks for 8 GiB.
+    Memory,
+    /// It multiplies matrices for minutes.
+    Time,
+}
+
+/// A model that returns its input, except for a green frame: then it misbehaves. No synthetic frame of the admission is green.
+pub fn hostile_on_green(outburst: Outburst) -> Vec<u8> {
+    let mut then = Vec::new();
+    let expanded = |shape: &str| node_with("Expand", &["mean", shape], "n0", &[]);
+    let sum = |last: &str| {
+        let keep = [0x0A, 8].into_iter().chain(*b"keepdims").chain([0x18, 0, 0xA0, 0x01, 2]).collect();
+        [node_with("ReduceMean", &[last], "s", &[keep]), node_with("Add", &["x", "s"], "y", &[])]
+    };
+    match outburst {
+        Outburst::Memory => {
+            then.push(expanded("huge"));
+            then.extend(sum("n0"));
+        }
+        Outburst::Time => {
+            then.push(expanded("square"));
+            for index in 0..PRODUCTS {
+                let (from, to) = (format!("n{index}"), format!("n{}", index + 1));
+                then.push(node_with("MatMul", &[&from, &from], &to, &[]));
+            }
+            then.extend(sum(&format!("n{PRODUCTS}")));
+        }
+    }
+    let then: Vec<u8> = then.iter().flat_map(|node| field(1, node)).collect();
+    let then = [then, field(2, b"then"), field(12, &field(1, b"y"))].concat();
+    let branches = [attribute("then_branch", &then), attribute("else_branch", &branch(&node("Identity", "x", &[])))];
+    let head = image()
+        .floats("green", &[1, 3, 1, 1], &[-1.0, 1.0, -1.0])
+        .floats("threshold", &[], &[0.9])
+        .integers("huge", &[2], &[1 << 16, 1 << 15])
+        .integers("square", &[2], &[1 << 10, 1 << 10])
+        .node("Conv", &["x", "green"], &["difference"], &[])
+        .node("ReduceMean", &["difference"], &["mean"], &[Attribute::Int("keepdims", 0)])
+        .node("Greater", &["mean", "threshold"], &["is_green"], &[]);
+    [head.build(), field(7, &field(1, &node("If", "is_green", &branches)))].concat()
 }
 
 /// Mutated copies of a file: changed bytes, flipped bits, inserted bytes, rotated content or a truncated end. The same
@@ -135,6 +182,14 @@ fn nested_ifs() -> Vec<u8> {
         innermost = node("If", "yes", &branches);
     }
     [head.build(), field(7, &field(1, &innermost))].concat()
+}
+
+/// A `NodeProto` with these inputs and one output.
+fn node_with(operator: &str, inputs: &[&str], output: &str, attributes: &[Vec<u8>]) -> Vec<u8> {
+    let inputs = inputs.iter().flat_map(|input| field(1, input.as_bytes()));
+    let attributes = attributes.iter().flat_map(|attribute| field(5, attribute));
+    let output = field(2, output.as_bytes()).into_iter().chain(field(4, operator.as_bytes()));
+    inputs.chain(output).chain(attributes).collect()
 }
 
 /// A `NodeProto` with one input and the output `y`.

@@ -17,6 +17,7 @@ pub mod http;
 pub mod lab;
 pub mod onnx;
 pub mod paho;
+pub mod png;
 pub mod process;
 pub mod relay;
 pub mod scripted_api;

@@ -10,8 +10,8 @@ use lineside::config::settings::{Config, ConfigLayers};
 use lineside_api::names::ConfigErrors;
 use lineside_tests::http;
 use lineside_tests::site::TestSite;
-use lineside_tests::utf8;
 use lineside_tests::wait::{until, until_long};
+use lineside_tests::{model_manifest, utf8};
 use serde_json::Value;
 
 /// The tasks of an agent that reads a folder of manifests with one stream, and whether each is restarted.
@@ -49,7 +49,9 @@ fn restarts(http: &str, task: &str) -> f64 {
 #[test]
 fn a_panic_of_any_task_is_survived_or_ends_the_process_and_no_result_is_lost() {
     let site = TestSite::with_broker_and_stream(10);
-    // The program admits the model. In the test's own process there is no admission child.
+    // The program admits the model. The test's own process can be neither an admission child nor a worker.
+    let isolation = "  runtime: {isolation: inProcess}\n";
+    site.apply("model.yaml", &model_manifest("parts", 1, "file:../parts.onnx", isolation));
     let mut admitting = site.start(&[]);
     site.wait_for_new_results(1);
     assert!(admitting.terminate().success());

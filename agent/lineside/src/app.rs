@@ -24,7 +24,7 @@ use lineside_mqtt::command::SetLevel;
 use lineside_mqtt::metrics::MqttMetrics;
 use lineside_mqtt::publisher::{Publisher, PublisherContext};
 use lineside_scheduler::SchedulerMetrics;
-use lineside_spool::{Options, Spool, SpoolMetrics};
+use lineside_spool::{Options, RECORD_BYTES_MAX, Spool, SpoolMetrics};
 use parking_lot::Mutex;
 use prometheus::IntCounter;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
@@ -158,6 +158,7 @@ impl App {
             limits: AdmissionLimits {
                 memory_bytes: config.models.admission_memory_bytes,
                 seconds: config.models.admission_seconds,
+                result_bytes: RECORD_BYTES_MAX as u64,
             },
             metrics: AdmissionMetrics::register(&shared.registrar)?,
             memory: MemoryBudget::of_node(),

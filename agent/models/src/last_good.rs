@@ -228,10 +228,26 @@ mod tests {
         let mut reread = LastGoodVersions::read(folder.path());
         let expected = LastGoodVersion { manifest: manifest(2), digest: Digest::of(b"2") };
         assert_eq!(reread.get("m"), Some(&expected));
-        assert_eq!((reread.highest_version("m"), reread.digests().len()), (Some(3), 1));
+        assert_eq!((reread.highest_version("m"), reread.digests().len()), (Some(3), 2));
         reread.remove("m").unwrap();
         let reread = LastGoodVersions::read(folder.path());
         assert_eq!((reread.get("m"), reread.highest_version("m")), (None, Some(3)));
+    }
+
+    #[test]
+    fn the_version_before_can_become_the_last_good_version_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut versions = LastGoodVersions::read(folder.path());
+        assert_eq!(versions.fall_back("m").unwrap(), None);
+        versions.record(&manifest(1), Digest::of(b"1")).unwrap();
+        versions.record(&manifest(2), Digest::of(b"2")).unwrap();
+        versions.record(&manifest(2), Digest::of(b"2")).unwrap();
+        let mut reread = LastGoodVersions::read(folder.path());
+        let before = LastGoodVersion { manifest: manifest(1), digest: Digest::of(b"1") };
+        assert_eq!(reread.fall_back("m").unwrap(), Some(before.clone()));
+        assert_eq!(reread.fall_back("m").unwrap(), None);
+        let reread = LastGoodVersions::read(folder.path());
+        assert_eq!((reread.get("m"), reread.digests().len()), (Some(&before), 1));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use lineside_inference::{Error, ErrorKind};
 use super::Benchmark;
 use super::golden;
 use super::protocol::{GoldenSample, Request, Response};
+use super::synthetic;
 
 /// Upper bound of the measured inferences.
 const RUNS_MAX: u32 = 100;
@@ -22,6 +23,11 @@ const RUNS_MAX: u32 = 100;
 const RUNS_MIN: u32 = 5;
 /// The measurement ends after this time, once the lower bound is reached.
 const MEASUREMENT_TIME: Duration = Duration::from_millis(500);
+
+/// Width and height of a picture of a common camera, in pixels.
+const CAMERA_SIZE: (u32, u32) = (1920, 1080);
+/// Bytes of a result message beside its prediction.
+const MESSAGE_BYTES: u64 = 2048;
 
 /// Why the admission process ends without a response.
 #[derive(Debug, thiserror::Error)]
@@ -69,16 +75,19 @@ fn admit(request: &Request, model: &[u8]) -> Result<Benchmark, Error> {
     let mut pipeline = Pipeline::load(engine_for(&request.spec)?, model, &request.spec)?;
     let load_ms = milliseconds(started.elapsed());
     let (width, height) = (pipeline.input().width, pipeline.input().height);
-    let bytes = width as usize * height as usize * 3;
-    let mut random = fastrand::Rng::with_seed(7);
-    let noise: Vec<u8> = (0..bytes).map(|_| random.u8(..)).collect();
-    for image in [vec![128; bytes], vec![0; bytes], noise.clone()] {
-        check_finite(&run_picture(&mut pipeline, &Picture::from_rgb(width, height, image)?)?.prediction)?;
+    for picture in
+        [(width, height), CAMERA_SIZE].into_iter().flat_map(|(width, height)| synthetic::pictures(width, height))
+    {
+        let inference = run_picture(&mut pipeline, &Picture::from_rgb(picture.width, picture.height, picture.rgb)?)
+            .map_err(|error| Error::new(error.kind(), format!("on a {} picture: {error}", picture.name)))?;
+        check_finite(&inference.prediction)?;
+        check_size(inference.prediction, request.limits.result_bytes)?;
     }
     for sample in &request.samples {
         check_sample(&mut pipeline, sample)?;
     }
-    let picture = Picture::from_rgb(width, height, noise)?;
+    let natural = synthetic::natural(width, height);
+    let picture = Picture::from_rgb(width, height, natural)?;
     let mut times_ms = Vec::new();
     let started = Instant::now();
     while times_ms.len() < RUNS_MIN as usize
@@ -127,6 +136,23 @@ fn check_sample(pipeline: &mut Pipeline, sample: &GoldenSample) -> Result<(), Er
         .map_err(|reason| error(ErrorKind::BadOutput, reason.to_string()))?;
     golden::compare(&sample.expected, actual, sample.tolerance, inference.image_size)
         .map_err(|reason| error(ErrorKind::BadOutput, reason.to_string()))
+}
+
+/// Checks that the result of a frame can be sent. The rest of the message is small, and counted generously.
+fn check_size(prediction: Prediction, result_bytes: u64) -> Result<(), Error> {
+    let encoded = serde_json::to_vec(&PredictionInfo::from(prediction))
+        .map_err(|reason| Error::new(ErrorKind::BadOutput, reason.to_string()))?;
+    let bytes = encoded.len() as u64 + MESSAGE_BYTES;
+    if bytes > result_bytes {
+        return Err(Error::new(
+            ErrorKind::BadSpec,
+            format!(
+                "a result has {bytes} bytes, and at most {result_bytes} can be sent; reduce it by spec.output.topK, \
+                 spec.output.map: false, or another spec.task"
+            ),
+        ));
+    }
+    Ok(())
 }
 
 /// Checks raw tensors for NaN and infinity. The other tasks reject NaN themselves.

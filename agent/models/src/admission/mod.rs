@@ -16,6 +16,7 @@
 mod child;
 mod golden;
 mod protocol;
+mod synthetic;
 
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
@@ -50,6 +51,8 @@ pub struct AdmissionLimits {
     pub memory_bytes: u64,
     /// Processor time and wall time in seconds.
     pub seconds: u64,
+    /// Largest result message in bytes.
+    pub result_bytes: u64,
 }
 
 impl AdmissionLimits {
@@ -209,7 +212,7 @@ fn rejection_without_response(output: &ChildOutput, limits: AdmissionLimits) -> 
     if signal == Some(Signal::KILL.as_raw()) {
         return Rejection::unavailable("the admission process was killed, possibly because the node is out of memory");
     }
-    let AdmissionLimits { memory_bytes, seconds } = limits;
+    let AdmissionLimits { memory_bytes, seconds, .. } = limits;
     // A failed allocation aborts the process, as other faults do; only the message of the standard library
     // distinguishes them. It selects the wording, not the outcome.
     if output.stderr.contains("memory allocation of") {
@@ -248,7 +251,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: AdmissionLimits = AdmissionLimits { memory_bytes: 64 << 20, seconds: 7 };
+    const LIMITS: AdmissionLimits = AdmissionLimits { memory_bytes: 64 << 20, seconds: 7, result_bytes: 1 << 20 };
 
     fn request(expected: &str, limits: AdmissionLimits) -> Request {
         let sample =
@@ -263,7 +266,7 @@ mod tests {
     #[test]
     fn the_key_covers_model_samples_and_processor_but_not_the_limits() {
         let key = admission_key(&Digest::of(b"a"), &request("{}", LIMITS), "x");
-        let other_limits = AdmissionLimits { memory_bytes: 1, seconds: 1 };
+        let other_limits = AdmissionLimits { memory_bytes: 1, seconds: 1, result_bytes: 1 };
         assert_eq!(admission_key(&Digest::of(b"a"), &request("{}", other_limits), "x"), key);
         assert_ne!(admission_key(&Digest::of(b"b"), &request("{}", LIMITS), "x"), key);
         assert_ne!(admission_key(&Digest::of(b"a"), &request("[]", LIMITS), "x"), key);

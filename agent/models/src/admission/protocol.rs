@@ -58,7 +58,7 @@ mod tests {
     fn a_request_is_one_line() {
         let sample =
             GoldenSample { name: "a\nb".into(), image: "AA==".into(), expected: "{\n}".into(), tolerance: 0.01 };
-        let limits = AdmissionLimits { memory_bytes: 1, seconds: 2 };
+        let limits = AdmissionLimits { memory_bytes: 1, seconds: 2, result_bytes: 3 };
         let line = Request { spec: ModelSpec::default(), limits, samples: vec![sample] }.to_line().unwrap();
         assert_eq!(line.iter().position(|byte| *byte == b'\n'), Some(line.len() - 1));
         let request: Request = serde_json::from_slice(&line).unwrap();

@@ -1,0 +1,3 @@
+//! Attacks on a running agent: hostile models, rules, pictures, manifests and peers.
+
+mod workers;

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measures a built agent as a whole process: size, memory at rest and under load, time to the first result, frames per second.
 
-It starts a real mosquitto and the given program, repeats a JPEG (SIZE, default 1920x1080) as fast as the model allows, and reads the
-kernel's counters and the agent's metrics. The figures compare two builds on one machine in one run; nothing is
-asserted.
+It starts a real mosquitto and the given program, repeats a JPEG (SIZE, default 1920x1080) as fast as the model allows in STREAMS
+streams (default 1), and reads the kernel's counters of the agent and its child processes, the agent's metrics, and the results.
+ISOLATION=inProcess runs the models in the agent's process. The figures compare two builds or two settings on one machine in one
+run; nothing is asserted.
 
     .venv/bin/python tests/figures.py target/release/lineside [MODEL.onnx ...]
 """
@@ -27,6 +28,8 @@ EXAMPLE = ROOT / "examples" / "surface-defects"
 REST_SECONDS = 3
 WARM_UP_SECONDS = 2
 MEASURE_SECONDS = 8
+STREAMS = int(os.environ.get("STREAMS", "1"))
+ISOLATION = os.environ.get("ISOLATION")
 # Width and height of the JPEG in pixels.
 SIZE = tuple(int(number) for number in os.environ.get("SIZE", "1920x1080").split("x"))
 
@@ -52,14 +55,30 @@ def listening(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def processes(pid):
+    """A process and its children."""
+    tasks = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    children = {int(child) for task in tasks for child in task.read_text().split()}
+    return [pid, *children]
+
+
 def memory_mib(pid, key="VmRSS"):
-    text = pathlib.Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(rf"{key}:\s+(\d+)", text).group(1)) / 1024
+    """Memory of a process and its children, in MiB. What they share is counted for each."""
+    texts = (pathlib.Path(f"/proc/{one}/status").read_text() for one in processes(pid))
+    return sum(int(re.search(rf"{key}:\s+(\d+)", text).group(1)) for text in texts) / 1024
 
 
 def cpu_seconds(pid):
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    texts = (pathlib.Path(f"/proc/{one}/stat").read_text() for one in processes(pid))
+    fields = [text.rsplit(")", 1)[1].split() for text in texts]
+    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def latencies_ms(port, count):
+    """Total latencies of results, sorted."""
+    command = ["mosquitto_sub", "-p", str(port), "-C", str(count), "-t", "lineside/v1/+/+/line-1/result"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return sorted(json.loads(line)["latency_ms"]["total"] for line in lines)
 
 
 def duration_series(text, suffix):
@@ -93,8 +112,8 @@ class Agent:
             return answer.read().decode()
 
     def processed(self):
-        found = re.search(r'lineside_frames_total\{outcome="processed",stream="line-1"\} (\d+)', self.metrics())
-        return int(found.group(1)) if found else 0
+        found = re.findall(r'lineside_frames_total\{outcome="processed",stream="line-\d+"\} (\d+)', self.metrics())
+        return sum(int(count) for count in found)
 
     def stop(self):
         self.process.terminate()
@@ -107,11 +126,13 @@ def write_site(folder, model, mean, std):
     Image.open(EXAMPLE / "frames" / "part-012-scratch.jpg").resize(SIZE).save(frames / "frame.jpg", quality=90)
     head = "apiVersion: lineside.dev/v1alpha1\n"
     (folder / "manifests").mkdir()
+    runtime = f"  runtime: {{isolation: {ISOLATION}}}\n" if ISOLATION else ""
+    streams = "".join(
+        f"---\n{head}kind: CameraStream\nmetadata: {{name: line-{index + 1}}}\nspec:\n"
+        f"  source: {{uri: 'dir:../frames?loop=true'}}\n  model: m\n  fps: 0\n" for index in range(STREAMS))
     (folder / "manifests" / "all.yaml").write_text(
         f"{head}kind: EdgeModel\nmetadata: {{name: m}}\nspec:\n  version: 1\n  source: {{uri: 'file://{model}'}}\n"
-        f"  task: classify\n  input: {{mean: [{mean}], std: [{std}]}}\n---\n"
-        f"{head}kind: CameraStream\nmetadata: {{name: line-1}}\nspec:\n"
-        f"  source: {{uri: 'dir:../frames?loop=true'}}\n  model: m\n  fps: 0\n")
+        f"  task: classify\n  input: {{mean: [{mean}], std: [{std}]}}\n{runtime}{streams}")
 
 
 def main():
@@ -150,7 +171,10 @@ def main():
                 seconds = time.monotonic() - started
                 print(f"frames per second           {frames / seconds:.1f}")
                 print(f"frames per second of CPU    {frames / cpu:.1f}")
-                print(f"RSS under load              {memory_mib(agent.pid):.1f} MiB (peak {memory_mib(agent.pid, 'VmHWM'):.1f})")
+                agent_only = int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{agent.pid}/status").read_text()).group(1)) / 1024
+                print(f"RSS under load              {memory_mib(agent.pid):.1f} MiB (the agent {agent_only:.1f})")
+                sample = latencies_ms(port, 200)
+                print(f"latency of a frame          P50 {sample[100]:.1f} ms, P99 {sample[198]:.1f} ms")
                 text = agent.metrics()
                 for phase in ["decode", "preprocess", "infer", "postprocess"]:
                     total, count = (duration_series(text, f"{part}{{model=\"m\",phase=\"{phase}\",version=\"1\"}}")

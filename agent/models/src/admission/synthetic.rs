@@ -1,6 +1,9 @@
 //! The synthetic pictures of an admission: grey, dark, bright, noisy, and one with the statistics of a photo. A model that fails
 //! on one of them would fail on a camera that is covered, dazzled, or looks at a part.
 
+/// A natural picture is drawn at this fraction of its size.
+const SCALE: u32 = 4;
+
 /// A picture of 3 bytes per pixel.
 pub(super) struct Synthetic {
     /// Name for messages.
@@ -28,8 +31,25 @@ pub(super) fn pictures(width: u32, height: u32) -> impl Iterator<Item = Syntheti
 }
 
 /// A picture like a photo of a part: a background that changes slowly, discs with sharp edges in front of it, and the noise of a
-/// sensor.
+/// sensor. It is drawn at a quarter of the size and enlarged, because a camera's picture has millions of pixels.
 pub(super) fn natural(width: u32, height: u32) -> Vec<u8> {
+    let (columns, rows) = (width.div_ceil(SCALE), height.div_ceil(SCALE));
+    let small = drawing(columns, rows);
+    let mut random = fastrand::Rng::with_seed(13);
+    let mut rgb = Vec::with_capacity(width as usize * height as usize * 3);
+    for y in 0..height {
+        let row = (y / SCALE * columns) as usize * 3;
+        for x in 0..width {
+            let at = row + (x / SCALE) as usize * 3;
+            let noise = random.u8(0..12);
+            rgb.extend(small[at..at + 3].iter().map(|value| value.saturating_add(noise)));
+        }
+    }
+    rgb
+}
+
+/// Background and discs.
+fn drawing(width: u32, height: u32) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(11);
     let side = width.min(height).max(1) as f32;
     let discs: Vec<([f32; 2], f32, [f32; 3])> = (0..12)
@@ -44,11 +64,10 @@ pub(super) fn natural(width: u32, height: u32) -> Vec<u8> {
         for x in 0..width {
             let (x, y) = (x as f32, y as f32);
             let disc = discs.iter().find(|([left, top], radius, _)| (x - left).hypot(y - top) < *radius);
-            let noise = random.f32() * 12.0 - 6.0;
             for channel in 0..3 {
-                let slow = 128.0 + 50.0 * (x / side * 2.0 + channel as f32).sin() * (y / side * 3.0).cos();
+                let slow = 122.0 + 50.0 * (x / side * 2.0 + channel as f32).sin() * (y / side * 3.0).cos();
                 let front = disc.map_or(0.0, |(_, _, colour)| colour[channel]);
-                rgb.push((slow + front + noise).clamp(0.0, 255.0) as u8);
+                rgb.push((slow + front).clamp(0.0, 255.0) as u8);
             }
         }
     }

@@ -46,12 +46,15 @@ const EDGES: [(&str, &str, &[&str]); 14] = [
 ];
 
 /// The only place that may name each crate: a file, or a folder with everything in it.
-const DOORS: [(&str, &str); 19] = [
+const DOORS: [(&str, &str); 22] = [
     ("kube", "agent/kube/src"),
     ("k8s_openapi", "agent/kube/src"),
     ("tract_onnx", "runtime/inference/src/engine/tract"),
     ("image", "runtime/inference/src/decode.rs"),
     ("fast_image_resize", "runtime/inference/src/preprocess.rs"),
+    ("landlock", "runtime/common/src/sandbox.rs"),
+    ("libc", "runtime/common/src/sandbox.rs"),
+    ("seccompiler", "runtime/common/src/sandbox.rs"),
     ("memmap2", "runtime/ipc/src/shared_memory.rs"),
     ("postcard", "runtime/ipc/src/channel.rs"),
     ("rumqttc", "agent/mqtt/src"),

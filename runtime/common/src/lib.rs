@@ -12,6 +12,7 @@ mod log_on_change;
 pub mod metrics;
 pub mod node_memory;
 pub mod process_stats;
+pub mod sandbox;
 pub mod secrets;
 pub mod shutdown;
 pub mod supervised_child;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lineside_api::spec::ModelSpec;
+use lineside_common::sandbox::restrict_myself;
 use lineside_common::supervised_child::limit_from_environment;
 use lineside_inference::ErrorKind;
 use lineside_inference::pipeline::{Pipeline, engine_for};
@@ -47,6 +48,7 @@ pub enum WorkerChildError {
 /// [`WorkerChildError`].
 pub fn main() -> Result<(), WorkerChildError> {
     limit_from_environment()?;
+    restrict_myself();
     let mut stdout = io::stdout();
     stdout.write_all(format!("{HANDSHAKE}\n").as_bytes())?;
     stdout.flush()?;

@@ -8,6 +8,7 @@ use lineside_api::message::PredictionInfo;
 use lineside_api::prediction::Prediction;
 use lineside_common::child_process::limit_myself;
 use lineside_common::process_stats::{memory_bytes, p50_p99};
+use lineside_common::sandbox::restrict_myself;
 use lineside_inference::picture::Picture;
 use lineside_inference::pipeline::{Pipeline, engine_for};
 use lineside_inference::{Error, ErrorKind};
@@ -54,6 +55,7 @@ pub fn main() -> Result<(), AdmissionChildError> {
     let request: Request = serde_json::from_slice(&line)?;
     drop(line);
     limit_myself(&request.limits.of_process())?;
+    restrict_myself();
     let mut model = Vec::new();
     stdin.read_to_end(&mut model)?;
     // The agent loads and runs models on threads, so the stack must be as small here as there.

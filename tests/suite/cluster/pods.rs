@@ -4,8 +4,10 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use lineside_tests::hostile::{Outburst, hostile_on_green};
 use lineside_tests::lab::{Lab, NAMESPACE, NODE};
 use lineside_tests::paho::{Gap, Paho, SequenceSummary, check_sequence};
+use lineside_tests::png;
 use lineside_tests::process::{Process, command};
 use serde_json::{Value, json};
 
@@ -242,4 +244,36 @@ fn the_standby_controller_takes_over_without_changing_the_status() {
     lab.until("a third leader", || holder().filter(|holder| *holder != second));
     eprintln!("a terminated leader was replaced after {:.1} s", started.elapsed().as_secs_f64());
     lab.wait_for_rollouts();
+}
+
+#[test]
+fn a_model_that_hangs_in_a_pod_is_quarantined_and_the_pod_is_not_restarted() {
+    let Some(lab) = Lab::exclusive_local() else { return };
+    lab.install();
+    let subscriber = lab.subscribe("hostile");
+    lab.apply_samples();
+    wait_for_results(&lab, &subscriber, 5);
+    let pod = lab.agent_pod();
+    let folder = lab.data().join("hostile");
+    std::fs::create_dir_all(folder.join("frames")).unwrap();
+    std::fs::write(folder.join("model.onnx"), hostile_on_green(Outburst::Time)).unwrap();
+    for (index, pixel) in [[90; 3], [0, 255, 0], [90; 3]].into_iter().enumerate() {
+        std::fs::write(folder.join(format!("frames/{index}.png")), png::flat(8, 8, pixel)).unwrap();
+    }
+    let node = lab.node();
+    lab.apply_ok(&format!(
+        "apiVersion: lineside.dev/v1alpha1\nkind: EdgeModel\nmetadata: {{name: hostile, namespace: {NAMESPACE}}}\n\
+         spec: {{version: 1, task: tensor, source: {{uri: 'file:///var/lib/lineside/hostile/model.onnx'}}}}\n---\n\
+         apiVersion: lineside.dev/v1alpha1\nkind: CameraStream\nmetadata: {{name: line-2, namespace: {NAMESPACE}}}\n\
+         spec: {{source: {{uri: 'dir:///var/lib/lineside/hostile/frames?loop=true'}}, nodeName: {node}, model: hostile, fps: 20}}\n"
+    ));
+    lab.until(&format!("the quarantine: {}", lab.edge_node()["models"]), || {
+        let models = lab.edge_node()["models"].as_array()?.clone();
+        models.into_iter().find(|model| model["name"] == "hostile" && model["state"] == "Quarantined")
+    });
+    wait_for_results(&lab, &subscriber, 5);
+    check_gaps(&subscriber.results());
+    let restarts = |pod: &Value| pod["status"]["containerStatuses"][0]["restartCount"].clone();
+    assert_eq!(pod["metadata"]["uid"], lab.agent_pod()["metadata"]["uid"]);
+    assert_eq!(restarts(&pod), restarts(&lab.agent_pod()));
 }

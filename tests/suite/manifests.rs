@@ -86,7 +86,8 @@ fn manifest_changes_are_applied_without_restarting_other_streams() {
         let expected = if result["model"]["version"] == 2 { 1 } else { 4 };
         assert_eq!(result["classes"].as_array().unwrap().len(), expected, "a result of the wrong version");
     }
-    assert_eq!(site.agent.metric("lineside_model_state{model=\"parts\",state=\"Ready\",version=\"2\"}"), 1.0);
+    // The new version answers before the old one has finished and the status is written.
+    site.agent.wait_for_metric_value("lineside_model_state{model=\"parts\",state=\"Ready\",version=\"2\"}", 1.0);
     assert_eq!(site.agent.metric("lineside_model_state{model=\"parts\",state=\"Ready\",version=\"1\"}"), 0.0);
 
     // A removal.

@@ -206,7 +206,7 @@ impl Deployment {
     }
 
     /// Starts a version's worker and adds the version. With `takes_over`, the weight of the others becomes 0 in the same step:
-    /// whoever sees the new stable version can be sure that no later job goes to another one. Returns the others.
+    /// once the new stable version is published, no later job goes to another one. Returns the others.
     fn start_version(
         &self,
         spec: VersionSpec,

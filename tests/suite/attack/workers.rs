@@ -159,9 +159,11 @@ fn a_worker_that_is_killed_is_replaced_and_no_result_is_lost() {
     for signal in ["SEGV", "KILL", "ABRT"] {
         site.wait_for_new_results(5);
         let pid = worker_of(&agent, "parts");
-        let status = std::process::Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status();
-        assert!(status.unwrap().success());
-        until_true("another worker", || worker_of(&agent, "parts") != pid);
+        until_true("another worker", || {
+            // Rust's handler takes the first SIGSEGV that is not a fault of the processor. The process may be gone already.
+            let kill = std::process::Command::new("kill").args([format!("-{signal}"), pid.to_string()]).output();
+            kill.is_ok() && worker_of(&agent, "parts") != pid
+        });
     }
     until_long("all results", || (site.results().len() + failed(&agent, "line-1") as usize >= COUNT).then_some(()));
     let results = site.results();
@@ -176,14 +178,14 @@ fn a_worker_that_is_killed_is_replaced_and_no_result_is_lost() {
 #[test]
 fn sigterm_ends_the_agent_while_a_model_hangs() {
     let (site, frames) = site_with_hostile_model(Outburst::Time);
+    for index in 0..10 {
+        fs::write(frames.join(format!("{index}.png")), png::flat(8, 8, GREEN)).unwrap();
+    }
     let mut agent = site.start(&[]);
     wait_until_serving(&agent, "parts", 1);
     inspect(&site, &frames);
-    wait_until_serving(&agent, "hostile", 1);
-    // The green frame is the sixth; the model hangs in it until the execution limit has passed.
-    until_long("five results", || {
-        (agent.metric("lineside_frames_total{outcome=\"processed\",stream=\"line-2\"}") >= 5.0).then_some(())
-    });
+    // From here on the model hangs in one green frame after the other.
+    agent.wait_for_event("worker_replaced");
     assert!(agent.terminate().success());
     assert_eq!(workers(&agent), [], "no worker is left");
 }

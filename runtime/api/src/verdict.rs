@@ -11,7 +11,7 @@ pub enum Verdict {
     Pass,
     /// The part is to be removed.
     Reject,
-    /// The stream has no verdict rule, or the rule could not be evaluated.
+    /// The stream has no verdict rule, or the rule could not be evaluated and `onError` is `none`.
     None,
 }
 
@@ -22,6 +22,27 @@ impl Verdict {
             Self::Pass => "pass",
             Self::Reject => "reject",
             Self::None => "none",
+        }
+    }
+}
+
+/// The verdict on a part for which the verdict rule fails or exceeds its bounds: `onError` of a stream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// The verdict is none.
+    #[default]
+    None,
+    /// The part is to be removed.
+    Reject,
+}
+
+impl OnError {
+    /// The verdict.
+    pub fn verdict(self) -> Verdict {
+        match self {
+            Self::None => Verdict::None,
+            Self::Reject => Verdict::Reject,
         }
     }
 }

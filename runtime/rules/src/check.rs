@@ -12,8 +12,9 @@ use cel::common::ast::{Expr, LiteralValue};
 use cel::{ExecutionError, IdedExpr, Value};
 use lineside_api::prediction::{Class, Detection, Prediction};
 
+use crate::cost::{self, COST_MAX};
 use crate::names::{text_literal, visit_all};
-use crate::{Failure, FrameFacts, Rule, RuleError, one_line, verdict_of};
+use crate::{Failure, FrameFacts, Rule, RuleError, items, one_line, verdict_of, wrong_type};
 
 /// Most labels of the samples. They are the text literals of the expression, so that the samples reach what is written for
 /// one label.
@@ -22,12 +23,14 @@ const LABELS_MAX: usize = 8;
 const OTHER_LABEL: &str = "lineside sample";
 /// Length of the long lists of the samples.
 const MANY: usize = 100;
+/// Most steps of all samples together: about 1 s.
+const STEPS_MAX: u64 = 4 * COST_MAX;
 /// Operators whose value is true or false.
 const CONDITIONS: [&str; 10] =
     [EQUALS, NOT_EQUALS, LESS, LESS_EQUALS, GREATER, GREATER_EQUALS, IN, LOGICAL_AND, LOGICAL_OR, LOGICAL_NOT];
 
-/// Checks a rule as far as it can be checked without a model. It may take seconds and 100 MiB, which is why it runs in a child
-/// process.
+/// Checks a rule as far as it can be checked without a model. It may take a second and 100 MiB, and a rule may break the
+/// interpreter, which is why it runs in a child process.
 ///
 /// # Errors
 /// Those of [`Rule::compile`], [`crate::RuleErrorKind::Type`] and [`crate::RuleErrorKind::WrongType`].
@@ -36,10 +39,15 @@ pub fn check(source: &str) -> Result<(), RuleError> {
     let expression = rule.program.expression();
     check_results(expression)?;
     let texts = texts(expression);
+    let mut budget = STEPS_MAX;
     for (task, prediction) in samples(&texts) {
-        // The long lists take the time, and the name of the frame does not depend on them.
-        let names = if is_long(&prediction) { &[Some("part-0001.jpg")][..] } else { &[None, Some("part-0001.jpg")] };
-        for name in names.iter().copied() {
+        for name in [Some("part-0001.jpg"), None] {
+            // A rule near the limit of one evaluation is evaluated for the first samples only.
+            let steps = cost::estimate(expression, items(&prediction));
+            if steps > budget {
+                continue;
+            }
+            budget -= steps;
             let frame = FrameFacts { width: 1920, height: 1080, name };
             let failure = match rule.execute(task, &prediction, frame) {
                 Ok(value) => check_value(&value, &texts).err(),
@@ -86,7 +94,7 @@ fn check_value(value: &Value, texts: &[&str]) -> Result<(), RuleError> {
     match value {
         Value::String(text) if texts.contains(&text.as_str()) => verdict_of(text).map(drop),
         Value::String(_) => Ok(()),
-        other => Err(RuleError::WrongType { value: one_line(&format!("{other:?}")) }),
+        other => Err(wrong_type(other)),
     }
 }
 
@@ -132,15 +140,15 @@ fn texts(expression: &IdedExpr) -> Vec<&str> {
     texts
 }
 
-/// Predictions of each task: none, one and many classes or detections, with low and high scores.
+/// Predictions of each task: none, many and one classes or detections, with low and high scores.
 fn samples(texts: &[&str]) -> Vec<(&'static str, Prediction)> {
     let labels: Vec<&str> = texts.iter().copied().take(LABELS_MAX).chain([OTHER_LABEL]).collect();
-    let mut lists = vec![Vec::new()];
+    let many = labels.iter().cycle().take(MANY).enumerate();
+    let many = many.map(|(index, label)| class(label, index as u32, 1.0 - index as f32 / MANY as f32)).collect();
+    let mut lists = vec![Vec::new(), many];
     for label in &labels {
         lists.extend([0.05, 0.95].map(|score| vec![class(label, 0, score)]));
     }
-    let many = labels.iter().cycle().take(MANY).enumerate();
-    lists.push(many.map(|(index, label)| class(label, index as u32, 1.0 - index as f32 / MANY as f32)).collect());
 
     let detection = |class: &Class| {
         let left = class.class as f32 * 10.0;
@@ -154,14 +162,6 @@ fn samples(texts: &[&str]) -> Vec<(&'static str, Prediction)> {
     samples.extend([0.0, 0.5, 1000.0].map(|score| ("anomaly", Prediction::Anomaly { score, map: None })));
     samples.push(("tensor", Prediction::Tensors(Vec::new())));
     samples
-}
-
-fn is_long(prediction: &Prediction) -> bool {
-    match prediction {
-        Prediction::Classes(list) => list.len() == MANY,
-        Prediction::Detections(list) => list.len() == MANY,
-        Prediction::Anomaly { .. } | Prediction::Tensors(_) => false,
-    }
 }
 
 fn class(label: &str, index: u32, score: f32) -> Class {
@@ -236,6 +236,16 @@ mod tests {
             assert_eq!(refused(source).0, RuleErrorKind::WrongType, "{source}");
         }
         assert!(refused("score > 0.5").1.contains("? \"reject\" : \"pass\""));
+    }
+
+    #[test]
+    fn a_rule_near_the_limit_of_cost_is_checked_with_some_samples() {
+        let list = vec!["1"; 100].join(",");
+        let source = format!("[{list}].all(a, [{list}].all(b, a == b || a != b && a < b)) ? \"pass\" : \"none\"");
+        let steps = cost::estimate(Rule::compile(&source).unwrap().program.expression(), 0);
+        let evaluations = 2 * samples(&["pass", "none"]).len() as u64;
+        assert!(steps * evaluations > STEPS_MAX, "all samples together would exceed the limit: {steps}");
+        assert_eq!(check(&source), Ok(()));
     }
 
     #[test]

@@ -113,16 +113,12 @@ impl Rule {
     pub fn evaluate(&self, task: &str, prediction: &Prediction, frame: FrameFacts<'_>) -> Result<Verdict, RuleError> {
         match self.execute(task, prediction, frame)? {
             Value::String(text) => verdict_of(&text),
-            other => Err(RuleError::WrongType { value: one_line(&format!("{other:?}")) }),
+            other => Err(wrong_type(&other)),
         }
     }
 
     fn execute(&self, task: &str, prediction: &Prediction, frame: FrameFacts<'_>) -> Result<Value, Failure> {
-        let items = match prediction {
-            Prediction::Classes(list) => list.len(),
-            Prediction::Detections(list) => list.len(),
-            Prediction::Anomaly { .. } | Prediction::Tensors(_) => 0,
-        } as u64;
+        let items = items(prediction);
         if items > cost::ITEMS {
             cost::check(self.program.expression(), items).map_err(Failure::Rule)?;
         }
@@ -149,6 +145,31 @@ fn check_patterns(expression: &IdedExpr) -> Result<(), RuleError> {
     });
     let reason = || "the pattern of matches() must be a text in quotes".to_owned();
     if is_literal { Ok(()) } else { Err(RuleError::Type { reason: reason() }) }
+}
+
+/// The number of classes or detections.
+fn items(prediction: &Prediction) -> u64 {
+    let items = match prediction {
+        Prediction::Classes(list) => list.len(),
+        Prediction::Detections(list) => list.len(),
+        Prediction::Anomaly { .. } | Prediction::Tensors(_) => 0,
+    };
+    items as u64
+}
+
+/// The error for a value that is no text.
+fn wrong_type(value: &Value) -> RuleError {
+    let value = match value {
+        Value::Bool(_) => "true or false".to_owned(),
+        Value::Int(number) => format!("the number {number}"),
+        Value::UInt(number) => format!("the number {number}"),
+        Value::Float(number) => format!("the number {number}"),
+        Value::List(_) => "a list".to_owned(),
+        Value::Map(_) => "a map".to_owned(),
+        Value::Null => "null".to_owned(),
+        _ => "no text".to_owned(),
+    };
+    RuleError::WrongType { value }
 }
 
 /// The verdict with this name.

@@ -201,7 +201,7 @@ fn run(source: &str) -> bool {
         Err(error) => assert!(!error.to_string().contains("token recognition error"), "{error}"),
     }
     let elapsed = started.elapsed();
-    assert!(elapsed < Duration::from_secs(10), "{elapsed:?}: {source}");
+    assert!(elapsed < Duration::from_secs(60), "{elapsed:?}: {source}");
     true
 }
 

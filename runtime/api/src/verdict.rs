@@ -26,7 +26,7 @@ impl Verdict {
     }
 }
 
-/// The verdict on a part for which the verdict rule fails or exceeds its bounds: `onError` of a stream.
+/// The verdict on a part for which the verdict rule fails or exceeds its bounds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnError {

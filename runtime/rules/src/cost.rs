@@ -2,8 +2,8 @@
 //!
 //! A step is one node of the expression that is evaluated, about 0.3 microseconds. The estimate follows the sizes of values,
 //! because a comprehension copies each element, and `map(s, s + s)` doubles what it is applied to: a step is also charged for
-//! every [`COPY_BYTES`] that are copied, and for every [`COMPARE_BYTES`] that are compared. The bound of the steps is therefore a bound of the allocated memory too.
-//! Both branches of a condition are charged, and every element of a list.
+//! every [`COPY_BYTES`] that are copied, and for every [`COMPARE_BYTES`] that are compared. The bound of the steps is therefore
+//! a bound of the allocated memory too. Both branches of a condition are charged, and every element of a list.
 //!
 //! The estimate recurses on the expression, whose depth [`crate::bounds`] limits. All sums saturate.
 

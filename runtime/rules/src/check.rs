@@ -122,6 +122,18 @@ fn refusal(error: &ExecutionError, expression: &IdedExpr) -> Option<RuleError> {
                  width, height and name"
             );
         }
+        ExecutionError::NoSuchOverload(overload) => {
+            let types = overload.argument_types();
+            reason = match (overload.function(), types.first().map(String::as_str)) {
+                ("_._", Some("list")) => {
+                    "a list has no fields; write detections.exists(d, d.label == \"scratch\") to look at each detection"
+                        .to_owned()
+                }
+                (operator, _) => {
+                    format!("`{}` cannot be applied to {}", operator.trim_matches(['_', '@']), types.join(" and "))
+                }
+            };
+        }
         ExecutionError::UnsupportedBinaryOperator(_, Value::Int(_), Value::Float(_))
         | ExecutionError::UnsupportedBinaryOperator(_, Value::Float(_), Value::Int(_)) => {
             reason.push_str("; convert the whole number with double(), or write it as 2.0");
@@ -203,14 +215,17 @@ mod tests {
     #[test]
     fn type_errors_are_refused_although_no_model_is_known() {
         for (source, expected) in [
-            (r#"detections.exists(d, d.score > "x") ? "reject" : "pass""#, "(double, string)"),
-            (r#"detections.exists(d, d.label == "scratch" && d.score > "x") ? "reject" : "pass""#, "(double, string)"),
+            (
+                r#"detections.exists(d, d.score > "x") ? "reject" : "pass""#,
+                "`>` cannot be applied to double and string",
+            ),
+            (r#"detections.exists(d, d.label == "scratch" && d.score > "x") ? "reject" : "pass""#, "double and string"),
             (r#"classes[0].labell == "x" ? "reject" : "pass""#, "no field `labell`; a class has label"),
             (r#"frame.width * 0.5 > 100.0 ? "pass" : "none""#, "double()"),
-            (r#"detections.label == "x" ? "pass" : "none""#, "matching overload"),
+            (r#"detections.label == "x" ? "pass" : "none""#, "a list has no fields"),
             (r#"frame.name.matches("(") ? "pass" : "none""#, "regex"),
             (r#"size(1) > 0 ? "pass" : "none""#, "size"),
-            (r#"frame.name && true ? "pass" : "none""#, "matching overload"),
+            (r#"frame.name && true ? "pass" : "none""#, "`&&` cannot be applied to string and bool"),
         ] {
             let (kind, message) = refused(source);
             assert_eq!(kind, RuleErrorKind::Type, "{source}: {message}");

@@ -26,6 +26,7 @@ use kube::{Api, Client, Config};
 use lineside::desired::cluster::ClusterSync;
 use lineside::desired::{DesiredState, Node};
 use lineside::http::status_store::{NodeState, StatusStore};
+use lineside::rules_child::RuleChecker;
 use lineside_api::condition::{Condition, ConditionType, Reason};
 use lineside_api::kinds::manifest::Object;
 use lineside_api::state::ModelState;
@@ -207,6 +208,7 @@ async fn run(kubeconfig: &Path, agents: usize, idle_time: Duration) {
             status: status_store,
             watch_failures: metrics.cluster_watch_failures.clone(),
             state: ClusterStatePublisher::new(metrics, std::time::Instant::now()),
+            rules: Arc::new(RuleChecker::new(|| Err(std::io::Error::other("the simulated agents have no rules")))),
         };
         supervised.extend(sync.start(&supervisor));
     }
@@ -272,6 +274,7 @@ async fn watch_many_objects(kubeconfig: &Path, objects: usize, updates_per_secon
         status: Arc::new(StatusStore::new("sim-0", "sim", 1, store)),
         watch_failures: metrics.cluster_watch_failures.clone(),
         state: ClusterStatePublisher::new(metrics, std::time::Instant::now()),
+        rules: Arc::new(RuleChecker::new(|| Err(std::io::Error::other("the simulated agents have no rules")))),
     };
     let tasks = sync.start(&supervisor());
     desired_state

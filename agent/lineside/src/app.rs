@@ -41,6 +41,7 @@ use crate::metrics_publisher::publish_metrics;
 use crate::reconciler::{
     LoadContext, MemoryBudget, ModelMetrics, Published, Reconciler, ReconcilerParts, StatePublisher, VersionLoader,
 };
+use crate::rules_child::RuleChecker;
 use crate::streams::{RunningStreams, StreamContext, StreamMetrics, StreamRegistry};
 
 /// The file in the data folder that counts the starts of the agent.
@@ -289,6 +290,7 @@ impl Shared {
                     desired,
                     reread: self.relist.clone(),
                     metrics: FolderMetrics::register(&self.registrar)?,
+                    rules: Arc::new(RuleChecker::of_this_program()),
                 });
                 let task = self.supervisor.spawn("manifest-watcher", OnFailure::Restart, move |stop| {
                     let watcher = watcher.clone();
@@ -308,6 +310,7 @@ impl Shared {
                     status: self.status.clone(),
                     watch_failures: metrics.cluster_watch_failures.clone(),
                     state: ClusterStatePublisher::new(metrics, Instant::now()),
+                    rules: Arc::new(RuleChecker::of_this_program()),
                 };
                 let state = sync.state.subscribe();
                 Ok((sync.start(&self.supervisor), Some(state)))

@@ -11,7 +11,7 @@ pub enum Verdict {
     Pass,
     /// The part is to be removed.
     Reject,
-    /// The stream has no verdict rule, or the rule could not be evaluated.
+    /// The stream has no verdict rule, or the rule could not be evaluated and `onError` is `none`.
     None,
 }
 
@@ -33,4 +33,25 @@ pub enum RuleOutcome {
     Verdict(Verdict),
     /// The rule failed or exceeded its bounds; the reason, in one line. The verdict is the `onError` of the stream.
     Failed(String),
+}
+
+/// The verdict on a part for which the verdict rule fails or exceeds its bounds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// The verdict is none.
+    #[default]
+    None,
+    /// The part is to be removed.
+    Reject,
+}
+
+impl OnError {
+    /// The verdict.
+    pub fn verdict(self) -> Verdict {
+        match self {
+            Self::None => Verdict::None,
+            Self::Reject => Verdict::Reject,
+        }
+    }
 }

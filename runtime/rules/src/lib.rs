@@ -14,80 +14,27 @@
 //! A list that does not belong to the task is empty, and the score is 0.0 for other tasks than anomaly, so that one expression
 //! can serve models of several tasks.
 
+//!
+//! A rule is a program from outside. [`bounds`] bounds its text before it is parsed, [`Rule::compile`] its names and its cost,
+//! and [`check`] refuses one that cannot be evaluated. The agent itself only scans; a child process compiles and checks rules,
+//! and the process of the model evaluates them.
+
+pub mod bounds;
+mod check;
+mod cost;
+mod error;
+mod names;
+
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use cel::{Context, Program, Value};
+use cel::{Context, ExecutionError, IdedExpr, Program, Value};
 use lineside_api::prediction::{Class, Detection, Prediction};
 use lineside_api::verdict::Verdict;
 
-/// Longest expression in bytes.
-const EXPRESSION_BYTES_MAX: usize = 4096;
-/// The variables of an expression.
-const VARIABLES: [&str; 5] = ["task", "classes", "detections", "score", "frame"];
-
-/// Why a rule cannot be compiled or evaluated. Every message is a single line.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RuleError {
-    /// The expression is longer than the limit.
-    #[error("the expression has {bytes} bytes; at most {EXPRESSION_BYTES_MAX} are accepted")]
-    TooLong {
-        /// Length of the expression in bytes.
-        bytes: usize,
-    },
-    /// The expression is not valid CEL.
-    #[error("{reason}")]
-    Syntax {
-        /// Message of the parser.
-        reason: String,
-    },
-    /// The expression uses an unknown variable.
-    #[error("unknown name `{name}`; the expression may use task, classes, detections, score and frame")]
-    UnknownName {
-        /// The unknown variable.
-        name: String,
-    },
-    /// The evaluation failed, such as for an index outside of a list.
-    #[error("{reason}")]
-    Evaluation {
-        /// Message of the interpreter.
-        reason: String,
-    },
-    /// The value of the expression is not a verdict.
-    #[error("the value of the expression is {value}; it must be \"pass\", \"reject\" or \"none\"")]
-    WrongType {
-        /// The value.
-        value: String,
-    },
-}
-
-/// The kind of a [`RuleError`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RuleErrorKind {
-    /// The expression is longer than the limit.
-    TooLong,
-    /// The expression is not valid CEL.
-    Syntax,
-    /// The expression uses an unknown variable.
-    UnknownName,
-    /// The evaluation failed.
-    Evaluation,
-    /// The value of the expression is not a verdict.
-    WrongType,
-}
-
-impl RuleError {
-    /// The kind, to branch on.
-    pub fn kind(&self) -> RuleErrorKind {
-        match self {
-            Self::TooLong { .. } => RuleErrorKind::TooLong,
-            Self::Syntax { .. } => RuleErrorKind::Syntax,
-            Self::UnknownName { .. } => RuleErrorKind::UnknownName,
-            Self::Evaluation { .. } => RuleErrorKind::Evaluation,
-            Self::WrongType { .. } => RuleErrorKind::WrongType,
-        }
-    }
-}
+pub use check::check;
+use error::one_line;
+pub use error::{RuleError, RuleErrorKind};
 
 /// A compiled rule. Two rules are equal when their expressions are.
 pub struct Rule {
@@ -118,58 +65,120 @@ pub struct FrameFacts<'a> {
     pub name: Option<&'a str>,
 }
 
+/// Why an evaluation has no value.
+enum Failure {
+    /// The interpreter ended with an error.
+    Execution(ExecutionError),
+    /// The interpreter was not started, or panicked.
+    Rule(RuleError),
+}
+
+impl From<Failure> for RuleError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Execution(error) => Self::Evaluation { reason: one_line(&error.to_string()) },
+            Failure::Rule(error) => error,
+        }
+    }
+}
+
 impl Rule {
-    /// Compiles an expression and checks the names of its variables.
+    /// Compiles an expression and checks its names and its cost. An expression that [`bounds::scan`] accepts needs less than
+    /// 512 KiB of stack here and in [`Rule::evaluate`].
     ///
     /// # Errors
-    /// [`RuleErrorKind::TooLong`], [`RuleErrorKind::Syntax`] and [`RuleErrorKind::UnknownName`].
+    /// Those of [`bounds::scan`], [`RuleErrorKind::Syntax`], [`RuleErrorKind::UnknownName`],
+    /// [`RuleErrorKind::UnknownFunction`], [`RuleErrorKind::TooCostly`] and [`RuleErrorKind::Type`].
     pub fn compile(source: &str) -> Result<Self, RuleError> {
-        if source.len() > EXPRESSION_BYTES_MAX {
-            return Err(RuleError::TooLong { bytes: source.len() });
-        }
-        let syntax = |reason: &str| RuleError::Syntax { reason: one_line(reason) };
-        // A panic of the parser, which is generated code, must not end the agent.
+        let scan = bounds::scan(source)?;
+        let syntax = |reason: &str| {
+            let advice = scan.advice.map(|advice| format!("; {advice}")).unwrap_or_default();
+            RuleError::Syntax { reason: one_line(reason) + &advice }
+        };
+        // A panic of the parser, which is generated code, must not end the process.
         let program = catch_unwind(|| Program::compile(source))
             .map_err(|_| syntax("the expression cannot be parsed"))?
             .map_err(|errors| syntax(&errors.to_string()))?;
-        let rule = Self { program, source: source.to_owned() };
-        let references = rule.program.references();
-        let unknown = references.variables().into_iter().find(|name| !rule.is_defined(name));
-        match unknown {
-            Some(name) => Err(RuleError::UnknownName { name: name.to_owned() }),
-            None => Ok(rule),
-        }
-    }
-
-    fn is_defined(&self, name: &str) -> bool {
-        VARIABLES.contains(&name) || self.is_bound_by_macro(name)
-    }
-
-    /// Whether a macro of the expression, such as `exists(d, ...)`, introduces this variable.
-    fn is_bound_by_macro(&self, name: &str) -> bool {
-        let spaceless: String = self.source.chars().filter(|character| !character.is_whitespace()).collect();
-        ["exists", "exists_one", "all", "map", "filter"]
-            .iter()
-            .any(|macro_name| spaceless.contains(&format!("{macro_name}({name},")))
+        names::check(program.expression())?;
+        check_patterns(program.expression())?;
+        cost::check(program.expression(), cost::ITEMS)?;
+        Ok(Self { program, source: source.to_owned() })
     }
 
     /// Evaluates the rule for one frame.
     ///
     /// # Errors
+    /// [`RuleErrorKind::TooCostly`], for more classes or detections than the rule was compiled for,
     /// [`RuleErrorKind::Evaluation`] and [`RuleErrorKind::WrongType`].
     pub fn evaluate(&self, task: &str, prediction: &Prediction, frame: FrameFacts<'_>) -> Result<Verdict, RuleError> {
-        let failure = |reason: &str| RuleError::Evaluation { reason: one_line(reason) };
-        let context = context(task, prediction, frame);
-        let value = catch_unwind(AssertUnwindSafe(|| self.program.execute(&context)))
-            .map_err(|_| failure("the expression cannot be evaluated"))?
-            .map_err(|error| failure(&error.to_string()))?;
-        let Value::String(text) = &value else { return Err(RuleError::WrongType { value: format!("{value:?}") }) };
-        match text.as_str() {
-            "pass" => Ok(Verdict::Pass),
-            "reject" => Ok(Verdict::Reject),
-            "none" => Ok(Verdict::None),
-            other => Err(RuleError::WrongType { value: format!("\"{other}\"") }),
+        match self.execute(task, prediction, frame)? {
+            Value::String(text) => verdict_of(&text),
+            other => Err(wrong_type(&other)),
         }
+    }
+
+    fn execute(&self, task: &str, prediction: &Prediction, frame: FrameFacts<'_>) -> Result<Value, Failure> {
+        let items = items(prediction);
+        if items > cost::ITEMS {
+            cost::check(self.program.expression(), items).map_err(Failure::Rule)?;
+        }
+        let context = context(task, prediction, frame);
+        match catch_unwind(AssertUnwindSafe(|| self.program.execute(&context))) {
+            Ok(value) => value.map_err(Failure::Execution),
+            Err(_) => {
+                let reason = "the expression cannot be evaluated".to_owned();
+                Err(Failure::Rule(RuleError::Evaluation { reason }))
+            }
+        }
+    }
+}
+
+/// Checks that every pattern of `matches` is a literal. Otherwise its cost would not be known.
+fn check_patterns(expression: &IdedExpr) -> Result<(), RuleError> {
+    let mut is_literal = true;
+    names::visit_all(expression, &mut |part| {
+        if let cel::common::ast::Expr::Call(call) = &part.expr
+            && call.func_name == "matches"
+        {
+            is_literal &= call.args.last().is_some_and(|pattern| names::text_literal(pattern).is_some());
+        }
+    });
+    let reason = || "the pattern of matches() must be a text in quotes".to_owned();
+    if is_literal { Ok(()) } else { Err(RuleError::Type { reason: reason() }) }
+}
+
+/// The number of classes or detections.
+fn items(prediction: &Prediction) -> u64 {
+    let items = match prediction {
+        Prediction::Classes(list) => list.len(),
+        Prediction::Detections(list) => list.len(),
+        Prediction::Anomaly { .. } | Prediction::Tensors(_) => 0,
+    };
+    items as u64
+}
+
+/// The error for a value that is no text.
+fn wrong_type(value: &Value) -> RuleError {
+    let value = match value {
+        Value::Bool(_) => "true or false".to_owned(),
+        Value::Int(number) => format!("the number {number}"),
+        Value::UInt(number) => format!("the number {number}"),
+        Value::Float(number) => format!("the number {number}"),
+        Value::List(_) => "a list".to_owned(),
+        Value::Map(_) => "a map".to_owned(),
+        Value::Null => "null".to_owned(),
+        _ => "no text".to_owned(),
+    };
+    RuleError::WrongType { value }
+}
+
+/// The verdict with this name.
+fn verdict_of(name: &str) -> Result<Verdict, RuleError> {
+    match name {
+        "pass" => Ok(Verdict::Pass),
+        "reject" => Ok(Verdict::Reject),
+        "none" => Ok(Verdict::None),
+        other => Err(RuleError::WrongType { value: one_line(&format!("\"{other}\"")) }),
     }
 }
 
@@ -221,10 +230,6 @@ fn map<const N: usize>(entries: [(&str, Value); N]) -> Value {
     entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect::<std::collections::HashMap<_, _>>().into()
 }
 
-fn one_line(message: &str) -> String {
-    message.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,6 +273,8 @@ mod tests {
             assert_eq!(kind(source), RuleErrorKind::Syntax, "{source}");
         }
         assert_eq!(kind(&"1+".repeat(4000)), RuleErrorKind::TooLong);
+        assert_eq!(kind("score.foo() ? \"pass\" : \"none\""), RuleErrorKind::UnknownFunction);
+        assert_eq!(kind("frame.name.matches(frame.name) ? \"pass\" : \"none\""), RuleErrorKind::Type);
         assert_eq!(kind("detection.size() > 0 ? \"a\" : \"b\""), RuleErrorKind::UnknownName);
         let error = Rule::compile("parts.size() > 0").unwrap_err();
         assert_eq!(error, RuleError::UnknownName { name: "parts".to_owned() });
@@ -283,5 +290,61 @@ mod tests {
         assert_eq!(evaluate("1 + 1", &empty).unwrap_err().kind(), RuleErrorKind::WrongType);
         let first = evaluate("classes[0].label", &empty).unwrap_err();
         assert_eq!(first.kind(), RuleErrorKind::Evaluation, "the list is empty");
+    }
+
+    #[test]
+    fn a_name_is_known_only_where_a_comprehension_binds_it() {
+        let unknown = |source: &str| match Rule::compile(source).unwrap_err() {
+            RuleError::UnknownName { name } => name,
+            other => panic!("{source}: {other}"),
+        };
+        for source in [
+            "detections.exists(d, true) && d.score > 0.5 ? \"reject\" : \"pass\"",
+            "d.exists(d, true) ? \"reject\" : \"pass\"",
+            "\"exists(d,\" == d ? \"reject\" : \"pass\"",
+            "d == 1 ? \"pass\" : \"none\" // all(d, true)",
+        ] {
+            assert_eq!(unknown(source), "d", "{source}");
+        }
+        for source in [
+            "detections . exists ( d , d.score > 0.5) ? \"reject\" : \"pass\"",
+            "detections.exists(// all of them\nd, d.score > 0.5) ? \"reject\" : \"pass\"",
+            "detections.exists(a, detections.exists(b, a.score > b.score)) ? \"reject\" : \"pass\"",
+        ] {
+            assert!(Rule::compile(source).is_ok(), "{source}");
+        }
+    }
+
+    #[test]
+    fn the_rules_of_the_attack_are_refused_when_they_are_compiled() {
+        let terms = format!("1{} > 0 ? \"pass\" : \"none\"", "+1".repeat(1360));
+        let doublings = format!("[\"a\"]{}.size() > 0 ? \"pass\" : \"none\"", ".map(s, s+s)".repeat(52));
+        let list = vec!["1"; 100].join(",");
+        let nested = (0..5).rev().fold("true".to_owned(), |inner, depth| format!("[{list}].all(v{depth}, {inner})"));
+        let nested = format!("{nested} ? \"pass\" : \"none\"");
+        for (source, measure) in [
+            (&terms, bounds::Measure::Tokens),
+            (&doublings, bounds::Measure::Comprehensions),
+            (&nested, bounds::Measure::ComprehensionDepth),
+        ] {
+            let error = bounds::scan(source).unwrap_err();
+            assert!(matches!(error, RuleError::TooComplex { measure: exceeded, .. } if exceeded == measure), "{error}");
+            assert_eq!(Rule::compile(source).unwrap_err(), error);
+        }
+        let short = "detections.all(a, detections.all(b, detections.all(c, true))) ? \"pass\" : \"none\"";
+        let error = bounds::scan(short).unwrap_err();
+        assert!(error.to_string().contains("inside each other"), "{error}");
+    }
+
+    #[test]
+    fn a_list_that_is_longer_than_checked_ends_the_evaluation_before_it_begins() {
+        let source = "detections.all(a, detections.all(b, a.score < b.score)) ? \"pass\" : \"reject\"";
+        let detections =
+            |count| Prediction::Detections(vec![Detection { class: class("a", 0.5), bbox: [0.0; 4] }; count]);
+        assert_eq!(evaluate(source, &detections(100)), Ok(Verdict::Reject));
+        let error = evaluate(source, &detections(100_000)).unwrap_err();
+        assert_eq!(error.kind(), RuleErrorKind::TooCostly);
+        let simple = "detections.exists(d, d.score > 0.6) ? \"reject\" : \"pass\"";
+        assert_eq!(evaluate(simple, &detections(1000)), Ok(Verdict::Pass));
     }
 }

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::telemetry::SetLevel;
-use crate::{app, telemetry};
+use crate::{app, rules_child, telemetry};
 use lineside_models::admission;
 use lineside_models::store::probe;
 
@@ -78,6 +78,9 @@ enum Command {
     /// Serve a model version. The agent starts this command as its child process.
     #[command(name = lineside_worker::SUBCOMMAND, hide = true)]
     WorkerChild,
+    /// Check verdict rules. The agent starts this command as its child process.
+    #[command(name = rules_child::SUBCOMMAND, hide = true)]
+    RulesChild,
     /// Open the index of the store. The agent starts this command as its child process.
     #[command(name = app::INDEX_SUBCOMMAND, hide = true)]
     IndexChild {
@@ -124,6 +127,7 @@ pub fn main() -> ExitCode {
         Command::Schema(arguments) => schema::run(arguments),
         Command::AdmissionChild => admission::child_main().map_err(|error| Failure::Failed(error.into())),
         Command::WorkerChild => lineside_worker::child_main().map_err(|error| Failure::Failed(error.into())),
+        Command::RulesChild => rules_child::child_main().map_err(|error| Failure::Failed(error.into())),
         Command::IndexChild { folder } => probe(&folder).map_err(|error| Failure::Failed(error.into())),
     });
     match outcome {

@@ -32,6 +32,7 @@ use super::desired_cache::{CachedState, DesiredCache};
 use super::object_set::{ApiObject, ObjectSet};
 use super::{DesiredState, Node};
 use crate::http::status_store::StatusStore;
+use crate::rules_child::RuleChecker;
 
 /// Watch events that wait for the follower. A full queue slows the watches down.
 const EVENTS_MAX: usize = 64;
@@ -66,6 +67,8 @@ pub struct ClusterSync {
     pub watch_failures: IntCounter,
     /// The state of the connection.
     pub state: ClusterStatePublisher,
+    /// Checks verdict rules.
+    pub rules: Arc<RuleChecker>,
 }
 
 /// What the tasks share.
@@ -175,7 +178,8 @@ impl ClusterFollower {
             let due = apply_at.unwrap_or_else(Instant::now);
             tokio::select! {
                 Some(event) = self.events.recv() => {
-                    if self.on_watch_event(event) && apply_at.is_none() {
+                    // The check of a rule waits for the rules child.
+                    if tokio::task::block_in_place(|| self.on_watch_event(event)) && apply_at.is_none() {
                         apply_at = Some(Instant::now() + DEBOUNCE);
                     }
                 }
@@ -228,9 +232,11 @@ impl ClusterFollower {
         let objects = cached.objects.len();
         self.labels = cached.labels;
         self.are_labels_known = true;
+        let rules = self.shared.sync.rules.clone();
         cached.objects.into_iter().for_each(|object| {
-            self.objects.put(object);
+            self.objects.put(object, &|rule| rules.check_rule(rule));
         });
+        rules.release();
         tracing::info!(event = "desired_state_restored", objects, "The desired state of the last run applies");
         self.send();
     }
@@ -243,6 +249,8 @@ impl ClusterFollower {
             self.context_generation = generation;
             self.listed.clear();
         }
+        let rules = self.shared.sync.rules.clone();
+        let check_rule = |rule: &str| rules.check_rule(rule);
         match event {
             WatchEvent::Bookmark(_) => false,
             WatchEvent::Failed(kind, error) => {
@@ -257,9 +265,9 @@ impl ClusterFollower {
                 }
                 let is_first = self.listed.insert(kind);
                 let all = resources.into_iter().map(|resource| api_object(kind, resource)).collect();
-                self.objects.replace(kind.name(), all) || is_first
+                self.objects.replace(kind.name(), all, &check_rule) || is_first
             }
-            WatchEvent::Updated(kind, resource) => self.objects.put(api_object(kind, resource)),
+            WatchEvent::Updated(kind, resource) => self.objects.put(api_object(kind, resource), &check_rule),
             WatchEvent::Deleted(kind, name) => self.objects.remove(kind.name(), &name),
         }
     }
@@ -331,6 +339,7 @@ impl ClusterFollower {
 
     /// Sends the desired state and writes it to disk, once all of it is known.
     fn apply(&mut self) {
+        tokio::task::block_in_place(|| self.shared.sync.rules.release());
         if self.listed.len() < KINDS.len() || !self.are_labels_known {
             return;
         }

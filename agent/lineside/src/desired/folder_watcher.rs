@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::manifest_folder::{Finding, ManifestFolder};
 use super::{DesiredObject, DesiredState, Identity};
+use crate::rules_child::RuleChecker;
 
 /// Interval of the scans.
 const SCAN_INTERVAL: Duration = Duration::from_millis(500);
@@ -46,6 +47,8 @@ pub struct FolderWatcher {
     pub reread: Arc<Notify>,
     /// The metrics of the folder.
     pub metrics: FolderMetrics,
+    /// Checks verdict rules.
+    pub rules: Arc<RuleChecker>,
 }
 
 impl FolderWatcher {
@@ -62,8 +65,10 @@ impl FolderWatcher {
                 _ = ticks.tick() => {}
                 () = self.reread.notified() => {}
             }
+            let rules = self.rules.clone();
             let scan = tokio::task::spawn_blocking(move || {
-                let findings = folder.scan();
+                let findings = folder.scan(&|rule| rules.check_rule(rule));
+                rules.release();
                 (folder, findings)
             });
             let scanned = tokio::select! {

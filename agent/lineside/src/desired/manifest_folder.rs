@@ -10,8 +10,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use lineside_api::kinds::manifest;
-use lineside_api::kinds::manifest::Object;
+use lineside_api::kinds::manifest::{self, Object, RuleCheck};
 use lineside_common::files::read_bounded;
 
 /// Maximum size of one manifest file, in bytes.
@@ -68,8 +67,8 @@ impl ManifestFolder {
         self.unreadable.is_none() && !self.files.values().any(|file| file.is_rejected)
     }
 
-    /// Scans the folder and applies its changes.
-    pub fn scan(&mut self) -> Vec<Finding> {
+    /// Scans the folder and applies its changes. `check_rule` checks verdict rules.
+    pub fn scan(&mut self, check_rule: RuleCheck<'_>) -> Vec<Finding> {
         let current = match signatures(&self.path) {
             Ok(signatures) => signatures,
             Err(error) => {
@@ -92,21 +91,20 @@ impl ManifestFolder {
         for (path, signature) in &current {
             let is_unchanged = self.files.get(path).is_some_and(|file| file.signature == *signature);
             if !is_unchanged && is_stable(path) {
-                findings.extend(self.read_file(path, *signature));
+                findings.extend(self.read_file(path, *signature, check_rule));
             }
         }
         findings
     }
 
     /// Reads a file that is new or has changed. `None` when it has been removed since the scan; the next scan reports that.
-    fn read_file(&mut self, path: &Path, signature: Signature) -> Option<Finding> {
+    fn read_file(&mut self, path: &Path, signature: Signature, check_rule: RuleCheck<'_>) -> Option<Finding> {
         let read = match read_bounded(path, FILE_BYTES_MAX) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
             Err(error) => Err(vec![error.to_string()]),
             Ok(bytes) => {
                 String::from_utf8(bytes).map_err(|_| vec!["the file is not valid UTF-8".to_owned()]).and_then(|text| {
-                    manifest::read(&text, &self.path, &crate::desired::check_rule)
-                        .map_err(manifest::ManifestErrors::into_list)
+                    manifest::read(&text, &self.path, check_rule).map_err(manifest::ManifestErrors::into_list)
                 })
             }
         };
@@ -179,20 +177,24 @@ mod tests {
         let path = root.path().join("a.yaml");
         fs::write(&path, stream("one")).unwrap();
         let mut folder = ManifestFolder::new(root.path());
-        assert_eq!(folder.scan(), [Finding::Accepted(path.clone(), 1)]);
-        assert_eq!(folder.scan(), []);
+        assert_eq!(folder.scan(&|_| Ok(())), [Finding::Accepted(path.clone(), 1)]);
+        assert_eq!(folder.scan(&|_| Ok(())), []);
 
         fs::write(&path, stream("two") + "---\n" + &stream("three")).unwrap();
-        assert_eq!((folder.scan().len(), names(&folder)), (0, vec!["one".to_owned()]), "the change is not stable yet");
-        assert_eq!(folder.scan(), [Finding::Accepted(path.clone(), 2)]);
+        assert_eq!(
+            (folder.scan(&|_| Ok(())).len(), names(&folder)),
+            (0, vec!["one".to_owned()]),
+            "the change is not stable yet"
+        );
+        assert_eq!(folder.scan(&|_| Ok(())), [Finding::Accepted(path.clone(), 2)]);
         assert_eq!(names(&folder), ["two", "three"]);
 
         fs::remove_file(&path).unwrap();
-        assert_eq!(folder.scan(), []);
-        assert_eq!(folder.scan(), [Finding::Removed(path.clone())]);
+        assert_eq!(folder.scan(&|_| Ok(())), []);
+        assert_eq!(folder.scan(&|_| Ok(())), [Finding::Removed(path.clone())]);
         assert!(names(&folder).is_empty());
         assert_eq!(
-            folder.read_file(&path, Signature::default()),
+            folder.read_file(&path, Signature::default(), &|_| Ok(())),
             None,
             "a file that is removed after the scan is not rejected"
         );
@@ -204,17 +206,17 @@ mod tests {
         let path = root.path().join("a.yaml");
         fs::write(&path, stream("one")).unwrap();
         let mut folder = ManifestFolder::new(root.path());
-        folder.scan();
+        folder.scan(&|_| Ok(()));
         for invalid in ["kind: [", "kind: Pod\n", "\u{0}", "speed: 3"] {
             fs::write(&path, invalid).unwrap();
-            let findings: Vec<Finding> = (0..4).flat_map(|_| folder.scan()).collect();
+            let findings: Vec<Finding> = (0..4).flat_map(|_| folder.scan(&|_| Ok(()))).collect();
             assert!(matches!(findings.as_slice(), [Finding::Rejected(..)]), "{invalid}: {findings:?}");
             assert_eq!(names(&folder), ["one"]);
         }
         fs::write(&path, [0xFF, 0xFE]).unwrap();
-        assert_eq!((0..3).flat_map(|_| folder.scan()).count(), 1);
+        assert_eq!((0..3).flat_map(|_| folder.scan(&|_| Ok(()))).count(), 1);
         fs::write(&path, stream("two")).unwrap();
-        assert_eq!((0..3).flat_map(|_| folder.scan()).collect::<Vec<_>>(), [Finding::Accepted(path, 1)]);
+        assert_eq!((0..3).flat_map(|_| folder.scan(&|_| Ok(()))).collect::<Vec<_>>(), [Finding::Accepted(path, 1)]);
     }
 
     #[test]
@@ -224,10 +226,10 @@ mod tests {
         fs::create_dir(&inner).unwrap();
         fs::write(inner.join("a.yaml"), stream("one")).unwrap();
         let mut folder = ManifestFolder::new(&inner);
-        folder.scan();
+        folder.scan(&|_| Ok(()));
         fs::rename(&inner, root.path().join("away")).unwrap();
-        assert!(matches!(folder.scan().as_slice(), [Finding::Unreadable(_)]));
-        assert_eq!((folder.scan(), names(&folder)), (vec![], vec!["one".to_owned()]));
+        assert!(matches!(folder.scan(&|_| Ok(())).as_slice(), [Finding::Unreadable(_)]));
+        assert_eq!((folder.scan(&|_| Ok(())), names(&folder)), (vec![], vec!["one".to_owned()]));
     }
 
     #[test]
@@ -243,11 +245,11 @@ mod tests {
         link("nowhere", "b.yaml");
         fs::write(root.path().join(".a.yaml.swp"), "x").unwrap();
         let mut folder = ManifestFolder::new(root.path());
-        folder.scan();
+        folder.scan(&|_| Ok(()));
         assert_eq!(names(&folder), ["one"]);
         fs::remove_file(root.path().join("..data")).unwrap();
         link("..2", "..data");
-        (0..2).for_each(|_| drop(folder.scan()));
+        (0..2).for_each(|_| drop(folder.scan(&|_| Ok(()))));
         assert_eq!(names(&folder), ["two"]);
     }
 }

@@ -16,14 +16,6 @@ use serde_json::Value;
 use lineside_api::kinds::manifest::Object;
 use lineside_api::kinds::{ModelManifest, StreamManifest, selects};
 
-/// Compiles a verdict rule to validate it while a manifest is read.
-///
-/// # Errors
-/// [`lineside_rules::RuleError`] when the rule does not compile.
-pub fn check_rule(rule: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    Ok(lineside_rules::Rule::compile(rule).map(drop)?)
-}
-
 /// The node that node selectors are matched against.
 #[derive(Debug, Clone)]
 pub struct Node {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Assignment, DesiredObject, DesiredState, Identity, Node, Refused};
-use lineside_api::kinds::manifest::{Object, read_object};
+use lineside_api::kinds::manifest::{Object, RuleCheck, read_object};
 
 /// One object as the API server returns it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -51,8 +51,8 @@ struct Entry {
 }
 
 impl ObjectSet {
-    /// Inserts or updates an object. Returns `true` when the set has changed.
-    pub fn put(&mut self, object: ApiObject) -> bool {
+    /// Inserts or updates an object, whose verdict rule `check_rule` checks. Returns `true` when the set has changed.
+    pub fn put(&mut self, object: ApiObject, check_rule: RuleCheck<'_>) -> bool {
         let key = (object.kind.clone(), object.name.clone());
         let previous = self.objects.get(&key).filter(|entry| entry.uid == object.uid);
         let last_valid = match previous {
@@ -66,13 +66,19 @@ impl ObjectSet {
             // The previous entry stays in the set while the new content is parsed.
             previous => previous.and_then(|entry| entry.last_valid.clone()),
         };
-        self.parse(key, object, last_valid)
+        self.parse(key, object, last_valid, check_rule)
     }
 
     /// Parses the content of an object. Keeps `last_valid` when the content is invalid.
-    fn parse(&mut self, key: (String, String), object: ApiObject, last_valid: Option<(ApiObject, Object)>) -> bool {
+    fn parse(
+        &mut self,
+        key: (String, String),
+        object: ApiObject,
+        last_valid: Option<(ApiObject, Object)>,
+        check_rule: RuleCheck<'_>,
+    ) -> bool {
         let (uid, generation) = (object.uid.clone(), object.generation);
-        let entry = match read_object(object.document.clone(), &super::check_rule) {
+        let entry = match read_object(object.document.clone(), check_rule) {
             Ok(parsed) => Entry { uid, generation, last_valid: Some((object, parsed)), refused: None },
             Err(errors) => {
                 let reasons = errors.into_list();
@@ -90,11 +96,11 @@ impl ObjectSet {
     }
 
     /// Replaces all objects of a kind with those of a full list. Returns `true` when the set has changed.
-    pub fn replace(&mut self, kind: &str, all: Vec<ApiObject>) -> bool {
+    pub fn replace(&mut self, kind: &str, all: Vec<ApiObject>, check_rule: RuleCheck<'_>) -> bool {
         let count = self.objects.len();
         self.objects.retain(|(other, name), _| other != kind || all.iter().any(|object| object.name == *name));
         let has_fewer = self.objects.len() != count;
-        all.into_iter().fold(has_fewer, |changed, object| self.put(object) || changed)
+        all.into_iter().fold(has_fewer, |changed, object| self.put(object, check_rule) || changed)
     }
 
     /// The uid of an object.
@@ -173,34 +179,33 @@ mod tests {
     #[test]
     fn an_invalid_edit_is_reported_and_the_last_valid_content_remains_in_effect() {
         let mut objects = ObjectSet::default();
-        assert!(objects.put(stream("cam", "u1", 1, valid_spec(5))));
-        assert!(!objects.put(stream("cam", "u1", 1, valid_spec(5))), "the object has not changed");
-        assert!(objects.put(stream("cam", "u1", 2, json!({"fps": "many", "nodeName": "edge-1"}))));
+        assert!(objects.put(stream("cam", "u1", 1, valid_spec(5)), &|_| Ok(())));
+        assert!(!objects.put(stream("cam", "u1", 1, valid_spec(5)), &|_| Ok(())), "the object has not changed");
+        assert!(objects.put(stream("cam", "u1", 2, json!({"fps": "many", "nodeName": "edge-1"})), &|_| Ok(())));
         assert_eq!(generations(&objects), (vec![1], vec![2]));
-        assert!(objects.put(stream("cam", "u1", 3, valid_spec(6))));
+        assert!(objects.put(stream("cam", "u1", 3, valid_spec(6)), &|_| Ok(())));
         assert_eq!(generations(&objects), (vec![3], vec![]));
     }
 
     #[test]
     fn a_recreated_object_does_not_inherit_the_content_of_its_predecessor() {
         let mut objects = ObjectSet::default();
-        objects.put(stream("cam", "u1", 1, valid_spec(5)));
-        objects.put(stream("cam", "u2", 1, json!({"fps": "many"})));
+        objects.put(stream("cam", "u1", 1, valid_spec(5)), &|_| Ok(()));
+        objects.put(stream("cam", "u2", 1, json!({"fps": "many"})), &|_| Ok(()));
         assert_eq!(generations(&objects), (vec![], vec![1]));
     }
 
     #[test]
     fn a_full_list_removes_missing_objects_of_its_kind_only() {
         let mut objects = ObjectSet::default();
-        objects.put(stream("a", "u1", 1, valid_spec(5)));
-        objects.put(stream("b", "u2", 2, valid_spec(5)));
-        assert!(!objects.replace("EdgeModel", Vec::new()));
-        assert!(
-            objects.replace(
-                "CameraStream",
-                vec![stream("b", "u2", 2, valid_spec(5)), stream("c", "u3", 3, valid_spec(5))]
-            )
-        );
+        objects.put(stream("a", "u1", 1, valid_spec(5)), &|_| Ok(()));
+        objects.put(stream("b", "u2", 2, valid_spec(5)), &|_| Ok(()));
+        assert!(!objects.replace("EdgeModel", Vec::new(), &|_| Ok(())));
+        assert!(objects.replace(
+            "CameraStream",
+            vec![stream("b", "u2", 2, valid_spec(5)), stream("c", "u3", 3, valid_spec(5))],
+            &|_| Ok(())
+        ));
         assert_eq!(generations(&objects), (vec![2, 3], vec![]));
         assert_eq!(objects.uid("CameraStream", "c"), Some("u3"));
         assert!(objects.remove("CameraStream", "b") && !objects.remove("CameraStream", "b"));
@@ -209,7 +214,7 @@ mod tests {
     #[test]
     fn only_objects_that_select_the_node_are_desired_and_cached() {
         let mut objects = ObjectSet::default();
-        objects.put(stream("a", "u1", 1, valid_spec(5)));
+        objects.put(stream("a", "u1", 1, valid_spec(5)), &|_| Ok(()));
         assert_eq!(objects.cacheable(&node("edge-1")).len(), 1);
         assert!(objects.cacheable(&node("edge-2")).is_empty());
         assert!(objects.desired_state(&node("edge-2"), &BTreeMap::new(), true).objects.is_empty());

@@ -10,7 +10,7 @@ use lineside_api::kinds::StreamManifest;
 use lineside_api::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultMessage};
 use lineside_api::prediction::{Inspection, Prediction};
 use lineside_api::spec::Task;
-use lineside_api::verdict::{RuleOutcome, Verdict};
+use lineside_api::verdict::{OnError, RuleOutcome, Verdict};
 use lineside_common::clock;
 use lineside_ipc::frame::Frame;
 use lineside_scheduler::Answer;
@@ -31,6 +31,7 @@ const REASONS_MAX: usize = 8;
 pub(super) struct Inspector {
     stream: String,
     rule: Option<Arc<str>>,
+    on_error: OnError,
     age_max: Option<Duration>,
     metrics: StreamChildren,
     messages: Arc<MessageWriter>,
@@ -54,6 +55,7 @@ impl Inspector {
         Self {
             stream: manifest.name.clone(),
             rule: manifest.verdict.as_deref().map(Arc::from),
+            on_error: manifest.on_error,
             age_max: manifest.age_max,
             metrics,
             messages,
@@ -171,11 +173,12 @@ impl Inspector {
                     tracing::warn!(
                         event = "rule_failed",
                         stream = self.stream,
+                        verdict = self.on_error.verdict().name(),
                         reason,
-                        "The verdict rule failed; the verdict is none"
+                        "The verdict rule failed; the verdict is that of onError"
                     );
                 }
-                Verdict::None
+                self.on_error.verdict()
             }
         }
     }

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::{ModelManifest, StreamManifest, yaml};
 use crate::names::{ConfigErrors, NAME_FORMAT};
+use crate::verdict::OnError;
 
 /// API group and version of the kinds.
 pub const API_VERSION: &str = "lineside.dev/v1alpha1";
@@ -383,6 +384,8 @@ pub struct RawStreamSpec {
     /// CEL expression over the prediction, whose value is "pass", "reject" or "none". Default: every verdict is none.
     #[schemars(length(max = 4096))]
     pub verdict: Option<String>,
+    /// Verdict on a frame for which the rule fails or exceeds its bounds. Default: `none`.
+    pub on_error: Option<OnError>,
     /// Planned; not supported by this version.
     #[schemars(schema_with = "unsupported_steps")]
     pub pipeline: Option<Value>,
@@ -461,7 +464,7 @@ mod tests {
         let text = format!(
             "{HEAD}kind: EdgeModel\nmetadata: {{name: m, labels: {{a: b}}}}\nspec:\n  version: 3\n  source: {{uri: 'file:m.onnx'}}\n\
              ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'dir:frames'}}\n  model: m\n  \
-             fps: 10\n  maxAgeMs: 200\n  verdict: 'classes.size() > 0 ? \"pass\" : \"none\"'\n"
+             fps: 10\n  maxAgeMs: 200\n  verdict: 'classes.size() > 0 ? \"pass\" : \"none\"'\n  onError: reject\n"
         );
         let objects = read(&text, Path::new("/m"), &|_| Ok(())).unwrap();
         let [Object::Model(model), Object::Stream(stream)] = objects.as_slice() else { panic!("{objects:?}") };
@@ -469,6 +472,9 @@ mod tests {
         assert_eq!(model.source.to_string(), "file:/m/m.onnx");
         assert_eq!(stream.frame_interval, Some(Duration::from_millis(100)));
         assert_eq!(stream.age_max, Some(Duration::from_millis(200)));
+        assert_eq!(stream.on_error, OnError::Reject);
+        let without = read(&text.replace("onError: reject", "onError: none"), Path::new("/m"), &|_| Ok(())).unwrap();
+        assert!(matches!(&without[1], Object::Stream(stream) if stream.on_error == OnError::None));
     }
 
     #[test]
@@ -476,7 +482,7 @@ mod tests {
         let text = format!(
             "{HEAD}kind: EdgeModel\nmetadata: {{name: Bad_Name}}\nspec: {{version: -1, source: {{digest: x}}, engine: fast}}\n\
              ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'ftp://x'}}\n  fps: fast\n  \
-             verdict: 'nonsense('\n  roi: [[0, 0]]\n---\nkind: Pod\nmetadata: {{name: p}}\n---\n{{}}\n"
+             verdict: 'nonsense('\n  onError: pass\n  roi: [[0, 0]]\n---\nkind: Pod\nmetadata: {{name: p}}\n---\n{{}}\n"
         );
         let errors = read(&text, Path::new("/"), &check_rule).unwrap_err().into_list();
         for expected in [
@@ -489,6 +495,7 @@ mod tests {
             "CameraStream s spec.fps: ",
             "CameraStream s spec.model: is missing",
             "CameraStream s spec.verdict: ",
+            "CameraStream s spec.onError: ",
             "CameraStream s spec.roi: is not supported",
             "Pod p: unknown kind Pod",
             "document 4: kind is missing",

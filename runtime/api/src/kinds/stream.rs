@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::StreamSource;
 use super::manifest::{RawReport, RawStreamSpec, Reader, reject_unsupported};
 use crate::names::{ConfigErrors, NAME_FORMAT, is_name};
+use crate::verdict::OnError;
 
 /// Largest number of frames per second, above the rate of any supported camera.
 const FPS_MAX: f64 = 1000.0;
@@ -30,6 +31,8 @@ pub struct StreamManifest {
     pub age_max: Option<Duration>,
     /// The verdict rule: a CEL expression.
     pub verdict: Option<String>,
+    /// The verdict when the rule fails or exceeds its bounds.
+    pub on_error: OnError,
     /// Report by exception; `None` publishes every result.
     pub report: Option<Report>,
     /// Name of the only node that runs the stream.
@@ -100,6 +103,7 @@ impl StreamManifest {
             frame_interval: (fps > 0.0).then(|| Duration::from_secs_f64(1.0 / fps)),
             age_max: raw.max_age_ms.map(Duration::from_millis),
             verdict,
+            on_error: raw.on_error.unwrap_or_default(),
             report,
             node_name: raw.node_name,
             node_selector: raw.node_selector.unwrap_or_default(),

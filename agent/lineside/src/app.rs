@@ -282,12 +282,8 @@ impl Shared {
     ) -> anyhow::Result<(Vec<SupervisedTask>, Option<watch::Receiver<lineside_kube::ClusterState>>)> {
         match &config.desired_state {
             DesiredSource::Folder(folder) => {
-                let watcher = Arc::new(FolderWatcher {
-                    folder: folder.clone(),
-                    desired,
-                    reread: self.relist.clone(),
-                    metrics: FolderMetrics::register(&self.registrar)?,
-                });
+                let metrics = FolderMetrics::register(&self.registrar)?;
+                let watcher = Arc::new(FolderWatcher::new(folder.clone(), desired, self.relist.clone(), metrics));
                 let task = self.supervisor.spawn("manifest-watcher", OnFailure::Restart, move |stop| {
                     let watcher = watcher.clone();
                     async move { watcher.run(stop).await }

@@ -1,0 +1,3 @@
+//! Attacks on the agent: for each of them a test with the correct outcome.
+
+mod manifests;

@@ -1,6 +1,7 @@
 //! The built agent as a process, with its log entries, metrics and exit status.
 
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -52,6 +53,20 @@ impl Agent {
     /// If the agent does not start.
     pub fn start(options: &AgentOptions<'_>) -> Self {
         Self::spawn(command(program()), "edge-1", "--manifests", options)
+    }
+
+    /// Starts an agent like [`Agent::start`], to which the permissions of files apply even if the test runs as root.
+    ///
+    /// # Panics
+    /// If the agent does not start.
+    pub fn start_without_file_capabilities(options: &AgentOptions<'_>) -> Self {
+        let is_root = std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
+        if !is_root {
+            return Self::start(options);
+        }
+        let mut confined = command("setpriv");
+        confined.args(["--bounding-set", "-dac_override,-dac_read_search", "--"]).arg(program());
+        Self::spawn(confined, "edge-1", "--manifests", options)
     }
 
     /// Starts an agent that watches the cluster of a kubeconfig.

@@ -59,7 +59,9 @@ pub struct Resource {
 impl Resource {
     pub(crate) fn new(kind: ResourceKind, object: DynamicObject) -> Self {
         let mut data = object.data;
-        let (spec, status) = (data["spec"].take(), data["status"].take());
+        // Indexing would panic where the data is not an object.
+        let mut take = |field: &str| data.get_mut(field).map(Value::take).unwrap_or_default();
+        let (spec, status) = (take("spec"), take("status"));
         let name = object.metadata.name.unwrap_or_default();
         Self {
             document: document(kind.name(), &name, &spec),
@@ -99,6 +101,16 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn an_object_without_fields_has_no_spec_and_no_status() {
+        for data in [Value::Null, json!([1]), json!("text"), json!({}), json!({"spec": 7})] {
+            let spec = data.get("spec").cloned().unwrap_or_default();
+            let object = DynamicObject { data, ..serde_json::from_value(json!({"metadata": {}})).unwrap() };
+            let resource = Resource::new(ResourceKind::CameraStream, object);
+            assert_eq!((&resource.document["spec"], &resource.status), (&spec, &Value::Null));
+        }
+    }
 
     #[test]
     fn an_object_is_split_into_manifest_and_status() {

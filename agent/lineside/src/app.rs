@@ -285,13 +285,10 @@ impl Shared {
     ) -> anyhow::Result<(Vec<SupervisedTask>, Option<watch::Receiver<lineside_kube::ClusterState>>)> {
         match &config.desired_state {
             DesiredSource::Folder(folder) => {
-                let watcher = Arc::new(FolderWatcher {
-                    folder: folder.clone(),
-                    desired,
-                    reread: self.relist.clone(),
-                    metrics: FolderMetrics::register(&self.registrar)?,
-                    rules: Arc::new(RuleChecker::of_this_program()),
-                });
+                let metrics = FolderMetrics::register(&self.registrar)?;
+                let rules = Arc::new(RuleChecker::of_this_program());
+                let watcher =
+                    Arc::new(FolderWatcher::new(folder.clone(), desired, self.relist.clone(), metrics, rules));
                 let task = self.supervisor.spawn("manifest-watcher", OnFailure::Restart, move |stop| {
                     let watcher = watcher.clone();
                     async move { watcher.run(stop).await }

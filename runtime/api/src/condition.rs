@@ -96,6 +96,10 @@ pub enum Reason {
     AsExpected,
     /// The node's desired state has not been read yet.
     ConfigPending,
+    /// Manifest files are rejected; their last valid content applies.
+    ConfigRejected,
+    /// The source of the node's desired state cannot be read; the last desired state applies.
+    ConfigUnreadable,
     /// The connection is up.
     Connected,
     /// Something is degraded for a reason that has no name of its own.

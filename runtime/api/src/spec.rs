@@ -67,10 +67,11 @@ pub struct InputSpec {
     /// Color channels. Default: `gray` for a model with one channel, otherwise `rgb`.
     pub color: Option<Color>,
     /// Mean of each channel, in pixel values (0 to 255). Default: 0.
-    #[schemars(length(min = 1, max = 4))]
+    #[schemars(length(min = 1, max = 4), inner(range(min = -1e6, max = 1e6)))]
     pub mean: Option<Vec<f32>>,
-    /// Standard deviation of each channel, in pixel values; not 0. Default: 255 for an input of floats, 1 for integers.
-    #[schemars(length(min = 1, max = 4))]
+    /// Standard deviation of each channel, in pixel values; greater than 0. Default: 255 for an input of floats, 1 for
+    /// integers.
+    #[schemars(length(min = 1, max = 4), inner(range(min = 1e-6, max = 1e6)))]
     pub std: Option<Vec<f32>>,
     /// Width of the input in pixels. Required for a model whose input has a variable width.
     #[schemars(range(min = 1, max = 16_384))]

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 /// Replaces a file atomically and durably: after a power cut the file has either the old or the new content, complete. The
@@ -44,11 +45,15 @@ pub fn remove(path: &Path) -> io::Result<()> {
 /// # Errors
 /// The error of the file system; also when the path is not a regular file.
 pub fn open_regular(path: &Path) -> io::Result<File> {
-    // The file type is checked before the file is opened, because opening a pipe waits for its writer.
+    let not_regular = || io::Error::other("not a regular file");
+    // The file type is checked before the file is opened, because opening a device can have an effect, and once more after it:
+    // the file can have been replaced. Without NONBLOCK, opening a pipe would wait for its writer.
     if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::other("not a regular file"));
+        return Err(not_regular());
     }
-    File::open(path)
+    let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(not_regular()) }
 }
 
 /// Reads a complete regular file of at most `bytes_max` bytes.
@@ -57,7 +62,7 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
 /// The error of the file system; also when the path is not a regular file, or the file is larger than `bytes_max`.
 pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    open_regular(path)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    open_regular(path)?.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > bytes_max {
         return Err(io::Error::other(format!("the file has more than {bytes_max} bytes")));
     }
@@ -85,6 +90,7 @@ mod tests {
         fs::write(&path, b"123").unwrap();
         assert!(read_bounded(&path, 2).unwrap_err().to_string().contains("more than 2 bytes"));
         assert!(read_bounded(folder.path(), 2).unwrap_err().to_string().contains("not a regular file"));
+        assert_eq!(read_bounded(&path, u64::MAX).unwrap(), b"123");
         assert!(read_bounded(Path::new("/dev/zero"), 2).is_err());
     }
 }

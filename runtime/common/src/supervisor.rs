@@ -9,6 +9,7 @@
 //!
 //! A thread that is not a task, such as the spool's writer, reports its end through a [`FailureReporter`].
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
@@ -258,13 +259,13 @@ fn describe(error: JoinError) -> String {
     if !error.is_panic() {
         return "was aborted".to_owned();
     }
-    let panic = error.into_panic();
-    let message = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("no message");
-    format!("panicked: {message}")
+    format!("panicked: {}", panic_message(&*error.into_panic()))
+}
+
+/// The message of a panic, from its payload.
+pub fn panic_message(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
 #[cfg(test)]

@@ -93,6 +93,11 @@ enum Command {
     },
 }
 
+/// A number of MiB in bytes; the largest number of bytes where they are more.
+fn bytes_of_mib(mib: u64) -> u64 {
+    mib.saturating_mul(1 << 20)
+}
+
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     let root = arguments.data_dir.join(STORE_FOLDER);
     // A mistyped folder must not be created. Only an import may create the store.
@@ -104,14 +109,14 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         return Err(Failure::Failed(anyhow::anyhow!(message)));
     }
     let open = || -> anyhow::Result<Store> {
-        Store::open(&root, arguments.store_mib_max << 20, Index::off()).context("cannot open the store")
+        Store::open(&root, bytes_of_mib(arguments.store_mib_max), Index::off()).context("cannot open the store")
     };
     let last_good = LastGoodVersions::read(&arguments.data_dir);
     let json = arguments.json;
     match arguments.command {
         Command::Ls => Ok(list(&open()?, &last_good, json)?),
         Command::Verify => Ok(verify(&open()?, json)?),
-        Command::Gc { dry_run, room } => Ok(evict(&open()?, &last_good.digests(), room << 20, dry_run, json)?),
+        Command::Gc { dry_run, room } => Ok(evict(&open()?, &last_good.digests(), bytes_of_mib(room), dry_run, json)?),
         Command::Pin { version } => pin(&open()?, &version, true),
         Command::Unpin { version } => pin(&open()?, &version, false),
         Command::Release { digest } => {

@@ -26,6 +26,8 @@ use lineside_mqtt::config::MqttConfig;
 use lineside_spool::SpoolConfig;
 
 const HTTP_DEFAULT: &str = "127.0.0.1:8080";
+/// Longest `--prefix` in bytes.
+const PREFIX_BYTES_MAX: usize = 253;
 
 /// The validated configuration of the agent.
 #[derive(Debug, Clone)]
@@ -152,7 +154,7 @@ impl ConfigLayers {
         let any = |_: &str| Ok(());
         let node = text("node", Some(&host_name.to_lowercase()), topic_segment);
         let site = text("site", Some("default"), topic_segment);
-        let prefix = text("prefix", Some("lineside"), |prefix| prefix.split('/').try_for_each(topic_segment));
+        let prefix = text("prefix", Some("lineside"), check_prefix);
         let data_dir = text("data-dir", Some("/var/lib/lineside"), any);
         let http = text("http", Some(HTTP_DEFAULT), any);
         let insecure = text("insecure-bind", Some("false"), any);
@@ -342,7 +344,10 @@ fn file_key(setting: &str) -> String {
     let first = words.next().unwrap_or_default().to_owned();
     words.fold(first, |key, word| match word {
         "mib" => key + "MiB",
-        word => key + &word[..1].to_uppercase() + &word[1..],
+        word => {
+            let mut letters = word.chars();
+            key + &letters.next().into_iter().flat_map(char::to_uppercase).collect::<String>() + letters.as_str()
+        }
     })
 }
 
@@ -360,6 +365,14 @@ fn plain(value: &Value) -> Option<String> {
         Value::Array(items) => items.iter().map(Value::as_str).collect::<Option<Vec<_>>>().map(|items| items.join(",")),
         Value::Null => None,
     }
+}
+
+/// Checks the first levels of all topics. A topic has at most 65,535 bytes, of which each of the other levels has at most 253.
+fn check_prefix(prefix: &str) -> Result<(), NameError> {
+    if prefix.len() > PREFIX_BYTES_MAX {
+        return Err(NameError::TooLong);
+    }
+    prefix.split('/').try_for_each(topic_segment)
 }
 
 /// Parses `address:port`. Addresses that other machines can reach are rejected unless `insecure`.
@@ -465,6 +478,57 @@ mod tests {
         assert!(with("0.0.0.0:8080", "false").unwrap_err()[0].contains("--insecure-bind"));
         assert!(with("0.0.0.0:8080", "true").is_ok());
         assert!(with("0.0.0.0:8080", "maybe").is_err());
+    }
+
+    /// No value of a setting makes the agent panic.
+    #[test]
+    fn every_setting_rejects_or_accepts_any_value() {
+        let long = "a/".repeat(40_000);
+        let values = [
+            "",
+            "0",
+            "-1",
+            "1",
+            "18446744073709551615",
+            "18446744073709551616",
+            "9223372036854775807",
+            "1e300",
+            "nan",
+            "inf",
+            "true",
+            ",",
+            ",,,",
+            "=",
+            "a=b,=,",
+            "://",
+            "mqtt://",
+            "mqtt://[",
+            "http://[::1",
+            "\u{0}",
+            "é",
+            "\u{feff}",
+            "/",
+            "//",
+            "%",
+            "%ff",
+            "a:65536",
+            "[::]:0",
+            &long,
+        ];
+        for setting in setting_names() {
+            for value in values {
+                let flags =
+                    [("manifests", "/"), ("mqtt", "mqtt://b")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+                let mut flags = BTreeMap::from(flags);
+                flags.insert(setting.clone(), value.to_owned());
+                if let Err(errors) = ConfigLayers::new(Flags(flags)).resolve(ConfigErrors::default(), "edge-3") {
+                    assert!(!errors.is_empty(), "--{setting} {value:.20}");
+                }
+            }
+        }
+        let with_prefix =
+            |prefix: &str| resolved(&[("manifests", "/"), ("mqtt", "mqtt://b"), ("prefix", prefix)], &[], "");
+        assert!(with_prefix("factory/line").is_ok() && with_prefix(&long).is_err() && with_prefix("a//b").is_err());
     }
 
     #[test]

@@ -226,9 +226,13 @@ impl ClusterFollower {
         }
     }
 
-    /// The desired state of the last run applies until the cluster answers.
+    /// The desired state of the last run applies until the cluster answers. Where it is not known, the reconciler restores the
+    /// last-good versions meanwhile.
     fn restore(&mut self) {
-        let Some(cached) = self.cache.get().cloned() else { return };
+        let Some(cached) = self.cache.get().cloned() else {
+            self.shared.sync.desired.send_replace(Some(Arc::new(DesiredState::pending(None))));
+            return;
+        };
         let objects = cached.objects.len();
         self.labels = cached.labels;
         self.are_labels_known = true;

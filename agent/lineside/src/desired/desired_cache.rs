@@ -2,13 +2,14 @@
 //! last known models and streams.
 //!
 //! File `desired.json` in the data folder: `{"labels": {...}, "nodeUid": "...", "objects": [...]}`, replaced atomically. It
-//! contains the objects that select this node, each with its last valid content. A file that cannot be read is treated as
-//! missing: the agent then waits for the cluster.
+//! contains the objects that select this node, each with its last valid content. An object that cannot be read is left out. A
+//! file that cannot be read is treated as missing: the agent then waits for the cluster, with the last-good versions.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::desired::object_set::ApiObject;
 use lineside_common::files;
@@ -26,7 +27,27 @@ pub(super) struct CachedState {
     /// `metadata.uid` of the node.
     pub(super) node_uid: Option<String>,
     /// The objects that select the node.
+    #[serde(deserialize_with = "readable_objects")]
     pub(super) objects: Vec<ApiObject>,
+}
+
+/// Reads the objects one by one, so that one that cannot be read does not cost the others.
+fn readable_objects<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ApiObject>, D::Error> {
+    let objects: Vec<Value> = Vec::deserialize(deserializer)?;
+    let read = |object: Value| {
+        let name = object.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
+        serde_json::from_value(object)
+            .map_err(|error| {
+                tracing::error!(
+                    event = "cached_object_unreadable",
+                    name,
+                    %error,
+                    "An object of the cached desired state cannot be read; the cluster's object applies once it is listed"
+                );
+            })
+            .ok()
+    };
+    Ok(objects.into_iter().filter_map(read).collect())
 }
 
 /// The cache file and its last content.
@@ -105,5 +126,25 @@ mod tests {
         assert_eq!(DesiredCache::open(folder.path()).get(), Some(&state));
         std::fs::write(folder.path().join(FILE), b"{\"labels\": 3").unwrap();
         assert!(DesiredCache::open(folder.path()).get().is_none());
+    }
+
+    #[test]
+    fn an_object_that_cannot_be_read_does_not_cost_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let object = |name: &str| ApiObject {
+            kind: "EdgeModel".into(),
+            name: name.into(),
+            uid: "u".into(),
+            generation: Some(i64::MIN),
+            document: Value::Null,
+        };
+        let mut cache = DesiredCache::open(folder.path());
+        cache.write(CachedState { objects: ["a", "b", "c"].map(object).into(), ..CachedState::default() });
+        let text = std::fs::read_to_string(folder.path().join(FILE)).unwrap();
+        let damaged =
+            text.replacen("-9223372036854775808", "1e400", 2).replacen("1e400", "7.5", 1).replacen("1e400", "{}", 1);
+        std::fs::write(folder.path().join(FILE), damaged).unwrap();
+        let cache = DesiredCache::open(folder.path());
+        assert_eq!(cache.get().unwrap().objects, [object("c")]);
     }
 }

@@ -10,6 +10,8 @@ pub mod manifest_folder;
 pub mod object_set;
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -36,6 +38,52 @@ pub struct DesiredState {
     pub labels: BTreeMap<String, String>,
     /// Whether the state is complete, so that a model or stream that is not in it must not run.
     pub is_complete: bool,
+    /// Whether the source of the desired state has not been read yet, since the agent started. Then there are no objects, and the
+    /// last-good versions are restored meanwhile.
+    pub is_pending: bool,
+    /// Why the source of the desired state cannot be read now. The objects are those that were read last.
+    pub unreadable: Option<String>,
+    /// The manifest files whose current content is not in effect.
+    pub rejected_files: RejectedFiles,
+}
+
+impl DesiredState {
+    /// The desired state of a source that has not been read yet, with the reason if reading has failed.
+    pub fn pending(unreadable: Option<String>) -> Self {
+        Self { is_pending: true, unreadable, ..Self::default() }
+    }
+}
+
+/// Most rejected files that a message names.
+const REJECTED_NAMES_MAX: usize = 5;
+
+/// Manifest files that are rejected: their number, and the names of the first ones.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RejectedFiles {
+    /// The number of files.
+    pub count: usize,
+    /// The names of the first files, at most five.
+    pub first: Vec<String>,
+}
+
+impl RejectedFiles {
+    fn new<'a>(paths: impl ExactSizeIterator<Item = &'a Path>) -> Self {
+        let count = paths.len();
+        Self { count, first: paths.take(REJECTED_NAMES_MAX).map(file_name).collect() }
+    }
+}
+
+impl fmt::Display for RejectedFiles {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rest = if self.count > self.first.len() { ", ..." } else { "" };
+        let files = if self.count == 1 { "file is" } else { "files are" };
+        write!(formatter, "{} manifest {files} rejected: {}{rest}", self.count, self.first.join(", "))
+    }
+}
+
+/// The name of a file without its folder.
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// One valid object of the desired state.

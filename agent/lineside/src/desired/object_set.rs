@@ -4,7 +4,7 @@
 //! is removed only when it is deleted, or when another object with its name replaces it. An object is parsed only when it has
 //! changed, so that a thousand objects need little CPU time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -78,9 +78,18 @@ impl ObjectSet {
         check_rule: RuleCheck<'_>,
     ) -> bool {
         let (uid, generation) = (object.uid.clone(), object.generation);
+        // A panic while the object is read is one of its errors.
         let entry = match read_object(object.document.clone(), check_rule) {
             Ok(parsed) => Entry { uid, generation, last_valid: Some((object, parsed)), refused: None },
             Err(errors) => {
+                tracing::error!(
+                    event = "object_rejected",
+                    kind = object.kind,
+                    name = object.name,
+                    generation,
+                    reason = %errors,
+                    "Object rejected; its last valid content remains in effect"
+                );
                 let reasons = errors.into_list();
                 let refused = Refused::new(&object.kind, &object.name, object.identity(), &object.document, reasons);
                 Entry { uid, generation, last_valid, refused: Some(refused) }
@@ -98,7 +107,8 @@ impl ObjectSet {
     /// Replaces all objects of a kind with those of a full list. Returns `true` when the set has changed.
     pub fn replace(&mut self, kind: &str, all: Vec<ApiObject>, check_rule: RuleCheck<'_>) -> bool {
         let count = self.objects.len();
-        self.objects.retain(|(other, name), _| other != kind || all.iter().any(|object| object.name == *name));
+        let names: BTreeSet<&str> = all.iter().map(|object| object.name.as_str()).collect();
+        self.objects.retain(|(other, name), _| other != kind || names.contains(name.as_str()));
         let has_fewer = self.objects.len() != count;
         all.into_iter().fold(has_fewer, |changed, object| self.put(object, check_rule) || changed)
     }
@@ -131,6 +141,7 @@ impl ObjectSet {
                 .collect(),
             labels: cluster_labels.clone(),
             is_complete,
+            ..DesiredState::default()
         }
     }
 
@@ -193,6 +204,33 @@ mod tests {
         objects.put(stream("cam", "u1", 1, valid_spec(5)), &|_| Ok(()));
         objects.put(stream("cam", "u2", 1, json!({"fps": "many"})), &|_| Ok(()));
         assert_eq!(generations(&objects), (vec![], vec![1]));
+    }
+
+    #[test]
+    fn a_panic_while_one_object_is_read_rejects_this_object() {
+        fn check(rule: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+            assert_ne!(rule, "panics", "injected for a test");
+            Ok(())
+        }
+        let with_rule = |rule: &str| {
+            let mut spec = valid_spec(5);
+            spec["verdict"] = rule.into();
+            spec
+        };
+        let mut objects = ObjectSet::default();
+        objects.put(stream("a", "u1", 1, with_rule("x")), &check);
+        let all = ["a", "b", "c"].map(|name| {
+            let rule = if name == "c" { "x" } else { "panics" };
+            stream(name, if name == "a" { "u1" } else { name }, 2, with_rule(rule))
+        });
+        assert!(objects.replace("CameraStream", all.into(), &check));
+        let state = objects.desired_state(&node("edge-1"), &BTreeMap::new(), true);
+        let valid: Vec<(&str, Option<i64>)> =
+            state.objects.iter().map(|object| (object.object.key().1, object.identity.generation)).collect();
+        assert_eq!(valid, [("a", Some(1)), ("c", Some(2))], "the last valid content of a, and c");
+        let refused: Vec<&str> = state.refused.iter().map(|refused| refused.name.as_str()).collect();
+        assert_eq!(refused, ["a", "b"]);
+        assert!(state.refused[0].reasons[0].contains("panicked"), "{:?}", state.refused[0].reasons);
     }
 
     #[test]

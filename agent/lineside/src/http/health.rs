@@ -32,6 +32,9 @@ pub struct ModelHealth {
 pub struct Readiness {
     /// Whether the desired state is known and every desired model has a version that serves.
     pub ready: bool,
+    /// Why the desired state is not known, or cannot be read now. An agent that has read it once stays ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// The desired models by name.
     pub models: BTreeMap<String, ModelHealth>,
 }
@@ -44,19 +47,21 @@ pub struct Health {
 struct State {
     last_heartbeat: Instant,
     is_settled: bool,
+    reason: Option<String>,
     models: BTreeMap<String, ModelHealth>,
 }
 
 impl Health {
     /// The health of an agent that starts at `now`: alive and not ready.
     pub fn new(now: Instant) -> Self {
-        Self { state: Mutex::new(State { last_heartbeat: now, is_settled: false, models: BTreeMap::new() }) }
+        let state = State { last_heartbeat: now, is_settled: false, reason: None, models: BTreeMap::new() };
+        Self { state: Mutex::new(state) }
     }
 
     /// Records a heartbeat of the reconciler and the states of the models. `is_settled` is set once the desired state is known; the
-    /// agent is not ready before.
-    pub fn beat(&self, now: Instant, is_settled: bool, models: BTreeMap<String, ModelHealth>) {
-        *self.state.lock() = State { last_heartbeat: now, is_settled, models };
+    /// agent is not ready before. `reason` is why it is not known, or cannot be read now.
+    pub fn beat(&self, now: Instant, is_settled: bool, reason: Option<String>, models: BTreeMap<String, ModelHealth>) {
+        *self.state.lock() = State { last_heartbeat: now, is_settled, reason, models };
     }
 
     /// Whether the last heartbeat is recent enough.
@@ -68,7 +73,7 @@ impl Health {
     pub fn readiness(&self) -> Readiness {
         let state = self.state.lock();
         let ready = state.is_settled && state.models.values().all(|model| model.serving.is_some());
-        Readiness { ready, models: state.models.clone() }
+        Readiness { ready, reason: state.reason.clone(), models: state.models.clone() }
     }
 }
 
@@ -85,14 +90,15 @@ mod tests {
         let now = Instant::now();
         let health = Health::new(now);
         assert!(!health.readiness().ready, "the reconciler has not run yet");
-        health.beat(now, false, BTreeMap::new());
+        health.beat(now, false, Some("not known yet".into()), BTreeMap::new());
         assert!(!health.readiness().ready, "the desired state is not known yet");
-        health.beat(now, true, BTreeMap::new());
+        health.beat(now, true, None, BTreeMap::new());
         assert!(health.readiness().ready);
-        health.beat(now, true, model(None));
+        health.beat(now, true, None, model(None));
         assert!(!health.readiness().ready);
-        health.beat(now, true, model(Some(1)));
-        assert!(health.readiness().ready);
+        health.beat(now, true, Some("the folder cannot be read".into()), model(Some(1)));
+        let readiness = health.readiness();
+        assert_eq!((readiness.ready, readiness.reason.as_deref()), (true, Some("the folder cannot be read")));
     }
 
     #[test]
@@ -101,7 +107,7 @@ mod tests {
         let health = Health::new(now);
         assert!(health.is_alive(now + Duration::from_secs(29)));
         assert!(!health.is_alive(now + Duration::from_secs(31)));
-        health.beat(now + Duration::from_secs(31), true, BTreeMap::new());
+        health.beat(now + Duration::from_secs(31), true, None, BTreeMap::new());
         assert!(health.is_alive(now + Duration::from_secs(60)));
     }
 }

@@ -138,6 +138,9 @@ impl Core {
         self.node.labels.clone_from(&desired.labels);
         self.node.labels.extend(self.own_labels.clone());
         let mut assignment = Assignment::default();
+        if desired.is_pending {
+            assignment.models = self.restorable();
+        }
         let mut identities = BTreeMap::new();
         let mut duplicates = BTreeSet::new();
         for DesiredObject { object, place, identity } in &desired.objects {
@@ -161,6 +164,13 @@ impl Core {
         assignment.streams.retain(|name, _| !self.paused.contains(name));
         (self.assignment, self.identities, self.duplicates) = (assignment, identities, duplicates);
         self.desired = Some(desired);
+    }
+
+    /// The models whose last-good version is in the store. They serve while the desired state is not known.
+    fn restorable(&self) -> BTreeMap<String, ModelManifest> {
+        let good = self.last_good.names().filter_map(|name| Some((name, self.last_good.get(name)?)));
+        let stored = good.filter(|(_, good)| (self.has_blob)(&good.digest));
+        stored.map(|(name, good)| (name.clone(), good.manifest.clone())).collect()
     }
 
     /// Begins to observe models that are new, with what is remembered of them, and forgets those that are gone.
@@ -518,8 +528,11 @@ impl Core {
             has_model: self.assignment.models.contains_key(&stream.model),
             is_paused: false,
         });
+        let desired = self.desired.as_deref();
         Snapshot {
-            is_configured: self.desired.is_some(),
+            is_configured: desired.is_some_and(|desired| !desired.is_pending),
+            unreadable: desired.and_then(|desired| desired.unreadable.clone()),
+            rejected_files: desired.map(|desired| desired.rejected_files.clone()).unwrap_or_default(),
             labels: self.node.labels.clone(),
             models: self.assignment.models.values().map(|wanted| self.model_snapshot(wanted)).collect(),
             streams: running.chain(paused).collect(),

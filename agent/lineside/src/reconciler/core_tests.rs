@@ -216,6 +216,33 @@ fn an_empty_desired_state_is_a_configuration() {
 }
 
 #[test]
+fn last_good_versions_are_restored_while_the_desired_state_is_pending() {
+    let pending = || DesiredState::pending(Some("the folder cannot be read".into()));
+    for (desired, expected) in [
+        (model("m", 1, ""), vec![]),
+        (model("m", 2, ""), vec!["load 2".to_owned()]),
+        (model("other", 1, ""), vec!["unload m".to_owned(), "load 1".to_owned()]),
+    ] {
+        let mut bench = Bench::new();
+        bench.serve(&model("m", 1, ""));
+        let mut bench = bench.restart(true);
+        let request = only_load(bench.apply_state(pending()));
+        assert_eq!(request.manifest.version, 1);
+        bench.finish(&request.manifest, false, Ok(Some(loaded(1))));
+        assert!(bench.poll().is_empty() && bench.apply_state(pending()).is_empty());
+        let snapshot = bench.core.snapshot();
+        assert!(!snapshot.is_configured && snapshot.serving.contains_key("m"));
+        assert_eq!(snapshot.unreadable.as_deref(), Some("the folder cannot be read"));
+        assert_eq!(names(&bench.apply(&desired)), expected);
+        assert!(bench.core.snapshot().is_configured);
+    }
+    let mut bench = Bench::new();
+    bench.serve(&model("m", 1, ""));
+    let mut bench = bench.restart(false);
+    assert!(bench.apply_state(pending()).is_empty(), "the file is not in the store any more");
+}
+
+#[test]
 fn the_state_of_a_load_is_shown_while_it_runs() {
     let mut bench = Bench::new();
     let request = only_load(bench.apply(&model("m", 1, "")));

@@ -98,8 +98,9 @@ impl StatePublisher {
             now,
         };
         let state = build(snapshot, &around);
+        let names: BTreeSet<&str> = snapshot.models.iter().map(|model| model.name.as_str()).collect();
         let assigned: Vec<&ModelStatus> =
-            state.models.iter().filter(|model| snapshot.models.iter().any(|own| own.name == model.name)).collect();
+            state.models.iter().filter(|model| names.contains(model.name.as_str())).collect();
         let health = assigned.iter().map(|model| {
             let serving = model.serving.as_ref().map(|serving| serving.version);
             let health =
@@ -113,7 +114,7 @@ impl StatePublisher {
         self.publish_events(events);
         self.publish_signatures(snapshot, now);
         self.status.set(state);
-        self.health.beat(Instant::now(), snapshot.is_configured, health);
+        self.health.beat(Instant::now(), snapshot.is_configured, snapshot.config_error(), health);
     }
 
     fn publish_states(&mut self, states: BTreeMap<String, (u64, ModelState)>) {

@@ -7,13 +7,17 @@ use lineside_api::status::Download;
 use lineside_common::digest::Digest;
 
 use super::load_task::LoadedVersion;
-use crate::desired::{Identity, Refused};
+use crate::desired::{Identity, Refused, RejectedFiles};
 
 /// The state of the reconciler at one moment.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Snapshot {
     /// Whether a desired state is known; without one no agent is ready.
     pub is_configured: bool,
+    /// Why the source of the desired state cannot be read now.
+    pub unreadable: Option<String>,
+    /// Manifest files whose present content is invalid.
+    pub rejected_files: RejectedFiles,
     /// The labels that selectors are matched with.
     pub labels: BTreeMap<String, String>,
     /// The models that are assigned to this node, by name.
@@ -24,6 +28,19 @@ pub(super) struct Snapshot {
     pub refused: Vec<Refused>,
     /// The versions that serve, by model.
     pub serving: BTreeMap<String, LoadedVersion>,
+}
+
+impl Snapshot {
+    /// Why the desired state is not known, or cannot be read now.
+    pub(super) fn config_error(&self) -> Option<String> {
+        let pending = (!self.is_configured).then_some("the desired state is not known yet");
+        match (pending, &self.unreadable) {
+            (None, None) => None,
+            (Some(pending), None) => Some(pending.to_owned()),
+            (None, Some(unreadable)) => Some(format!("{unreadable}; the last desired state applies")),
+            (Some(pending), Some(unreadable)) => Some(format!("{pending}: {unreadable}")),
+        }
+    }
 }
 
 /// A model that is assigned to this node.

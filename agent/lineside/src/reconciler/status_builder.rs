@@ -1,5 +1,6 @@
 //! Builds the node's status from a snapshot of the reconciler and the states of everything around it. Pure functions.
 
+use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use lineside_api::condition::{Condition, ConditionType, Reason, add_degraded};
@@ -15,6 +16,9 @@ use super::load_task::LoadedVersion;
 use super::snapshot::{ModelSnapshot, Snapshot, StreamSnapshot};
 use crate::desired::{Identity, Refused};
 use crate::http::status_store::NodeState;
+
+/// Most failed models, and most streams that are down, in the message of the condition `Degraded`.
+const LISTED_MAX: usize = 10;
 
 /// The states around the reconciler.
 pub(super) struct Surroundings<'a> {
@@ -34,11 +38,7 @@ pub(super) struct Surroundings<'a> {
 
 /// The node's status.
 pub(super) fn build(snapshot: &Snapshot, around: &Surroundings<'_>) -> NodeState {
-    let mut models: Vec<ModelStatus> =
-        snapshot.models.iter().map(|model| model_status(model, snapshot.serving.get(&model.name))).collect();
-    for refused in snapshot.refused.iter().filter(|refused| refused.kind == "EdgeModel") {
-        mark_refused(&mut models, refused);
-    }
+    let mut models = model_statuses(snapshot);
     let mut streams = stream_statuses(snapshot, around.streams);
     let mut conditions = vec![ready(snapshot, &models), broker(around.broker)];
     conditions.extend(around.is_cluster_connected.map(cluster));
@@ -89,13 +89,19 @@ fn model_status(model: &ModelSnapshot, serving: Option<&LoadedVersion>) -> Model
     }
 }
 
+/// The statuses of the models by name, with those whose object is invalid.
+fn model_statuses(snapshot: &Snapshot) -> Vec<ModelStatus> {
+    let own = snapshot.models.iter().map(|model| model_status(model, snapshot.serving.get(&model.name)));
+    let mut models: BTreeMap<String, ModelStatus> = own.map(|model| (model.name.clone(), model)).collect();
+    for refused in snapshot.refused.iter().filter(|refused| refused.kind == "EdgeModel") {
+        let new = || ModelStatus { name: refused.name.clone(), ..ModelStatus::default() };
+        mark_refused(models.entry(refused.name.clone()).or_insert_with(new), refused);
+    }
+    models.into_values().collect()
+}
+
 /// The status of a model whose object is invalid: it describes the invalid object, not the content that stays in force.
-fn mark_refused(models: &mut Vec<ModelStatus>, refused: &Refused) {
-    let index = models.iter().position(|model| model.name == refused.name).unwrap_or_else(|| {
-        models.push(ModelStatus { name: refused.name.clone(), ..ModelStatus::default() });
-        models.len() - 1
-    });
-    let model = &mut models[index];
+fn mark_refused(model: &mut ModelStatus, refused: &Refused) {
     let Identity { uid, generation } = refused.identity.clone();
     model.state = ModelState::Failed;
     model.version = refused.version.unwrap_or(model.version);
@@ -108,19 +114,17 @@ fn refusal(refused: &Refused) -> String {
     truncated(&format!("refused: {}", refused.reasons.join("; ")))
 }
 
+/// The statuses of the streams by name, with those whose object is invalid.
 fn stream_statuses(snapshot: &Snapshot, states: &StreamStates) -> Vec<StreamStatus> {
-    let mut streams: Vec<StreamStatus> = snapshot.streams.iter().map(|stream| stream_status(stream, states)).collect();
+    let own = snapshot.streams.iter().map(|stream| stream_status(stream, states));
+    let mut streams: BTreeMap<String, StreamStatus> = own.map(|stream| (stream.name.clone(), stream)).collect();
     for refused in snapshot.refused.iter().filter(|refused| refused.kind == "CameraStream") {
-        let index = streams.iter().position(|stream| stream.name == refused.name).unwrap_or_else(|| {
-            streams.push(StreamStatus { name: refused.name.clone(), ..StreamStatus::default() });
-            streams.len() - 1
-        });
+        let new = || StreamStatus { name: refused.name.clone(), ..StreamStatus::default() };
+        let stream = streams.entry(refused.name.clone()).or_insert_with(new);
         let Identity { uid, generation } = refused.identity.clone();
-        let stream = &mut streams[index];
         (stream.reason, stream.uid, stream.observed_generation) = (Some(refusal(refused)), uid, generation);
     }
-    streams.sort_by(|one, other| one.name.cmp(&other.name));
-    streams
+    streams.into_values().collect()
 }
 
 fn stream_status(stream: &StreamSnapshot, states: &StreamStates) -> StreamStatus {
@@ -149,9 +153,8 @@ fn stream_status(stream: &StreamSnapshot, states: &StreamStates) -> StreamStatus
 fn ready(snapshot: &Snapshot, models: &[ModelStatus]) -> Condition {
     let missing: Vec<&str> =
         models.iter().filter(|model| model.serving.is_none()).map(|model| model.name.as_str()).collect();
-    if !snapshot.is_configured {
-        let message = "the desired state is not known yet";
-        Condition::new(ConditionType::Ready, false, Reason::ConfigPending, message)
+    if let Some(error) = snapshot.config_error().filter(|_| !snapshot.is_configured) {
+        Condition::new(ConditionType::Ready, false, Reason::ConfigPending, truncated(&error))
     } else if missing.is_empty() {
         let message = format!("{} models are serving", models.len());
         Condition::new(ConditionType::Ready, true, Reason::ModelsReady, message)
@@ -193,6 +196,13 @@ fn problems(
     around: &Surroundings<'_>,
 ) -> Vec<(Reason, String)> {
     let mut problems = Vec::new();
+    if let Some(error) = snapshot.config_error().filter(|_| snapshot.unreadable.is_some()) {
+        problems.push((Reason::ConfigUnreadable, error));
+    }
+    if snapshot.rejected_files.count > 0 {
+        let message = format!("{}; their last valid content applies", snapshot.rejected_files);
+        problems.push((Reason::ConfigRejected, message));
+    }
     for (name, serving) in &snapshot.serving {
         if let Some(expires) = serving.expires.filter(|expires| has_expired(*expires, around.now)) {
             let (version, expires) = (serving.info.version, clock::rfc3339(expires));
@@ -212,31 +222,43 @@ fn problems(
         problems.push((Reason::SpoolFull, message));
     }
     problems.extend(around.failed_tasks.iter().map(|failure| (Reason::TaskRestarted, failure.to_string())));
-    for model in models.iter().filter(|model| model.state.has_failed()) {
+    let failed = models.iter().filter(|model| model.state.has_failed()).map(|model| {
         let is_quarantined = model.state == ModelState::Quarantined;
         let reason = if is_quarantined { Reason::ModelQuarantined } else { Reason::ModelFailed };
         let why = model.reason.as_deref().unwrap_or_default();
-        problems.push((reason, format!("{} version {}: {why}", model.name, model.version)));
-    }
-    for stream in streams.iter().filter(|stream| !stream.up) {
+        (reason, format!("{} version {}: {why}", model.name, model.version))
+    });
+    add_first(&mut problems, failed, "models have failed");
+    let down = streams.iter().filter(|stream| !stream.up).map(|stream| {
         let why = stream.reason.as_deref().unwrap_or("no frames are received");
-        problems.push((Reason::StreamDown, format!("{}: {why}", stream.name)));
-    }
+        (Reason::StreamDown, format!("{}: {why}", stream.name))
+    });
+    add_first(&mut problems, down, "streams are down");
     if models.len() > ITEMS_MAX || streams.len() > ITEMS_MAX {
         problems.push((Reason::LimitExceeded, format!("only {ITEMS_MAX} models and streams of a node are listed")));
     }
     problems
 }
 
+/// Adds the first problems of one sort. Where there are more of them, their number comes first, because the message is cut.
+fn add_first(problems: &mut Vec<(Reason, String)>, mut all: impl Iterator<Item = (Reason, String)>, what: &str) {
+    let first: Vec<(Reason, String)> = all.by_ref().take(LISTED_MAX).collect();
+    let rest = all.count();
+    if let Some((reason, _)) = first.first().filter(|_| rest > 0) {
+        problems.push((reason.clone(), format!("{} {what}, among them", first.len().saturating_add(rest))));
+    }
+    problems.extend(first);
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::time::Duration;
 
     use lineside_api::condition::ConditionStatus;
     use lineside_api::state::StreamState;
 
     use super::*;
+    use crate::desired::RejectedFiles;
 
     fn stream(name: &str) -> StreamSnapshot {
         StreamSnapshot {
@@ -352,6 +374,50 @@ mod tests {
         let model = &state.models[0];
         assert_eq!((model.version, model.state, model.observed_generation), (3, ModelState::Failed, Some(7)));
         assert_eq!(model.reason.as_deref(), Some("refused: spec.version: is wrong"));
+    }
+
+    #[test]
+    fn a_source_that_cannot_be_read_is_degraded_before_and_after_its_first_reading() {
+        for is_configured in [false, true] {
+            let unreadable = Some("the folder of manifests cannot be read: stale".to_owned());
+            let snapshot = Snapshot { is_configured, unreadable, ..Snapshot::default() };
+            let state = built(&snapshot, &StreamStates::new(), &disconnected(None), &Stats::default());
+            let degraded = condition(&state, ConditionType::Degraded);
+            assert_eq!((degraded.status, &degraded.reason), (ConditionStatus::True, &Reason::ConfigUnreadable));
+            assert!(degraded.message.contains("cannot be read: stale"), "{}", degraded.message);
+            let ready = condition(&state, ConditionType::Ready);
+            let expected = if is_configured { Reason::ModelsReady } else { Reason::ConfigPending };
+            assert_eq!(ready.reason, expected);
+            assert_eq!(ready.message.contains("stale"), !is_configured, "{}", ready.message);
+        }
+    }
+
+    #[test]
+    fn rejected_files_are_degraded_with_their_number() {
+        let first = vec!["a.yaml".to_owned(), "b.yaml".to_owned()];
+        let rejected_files = RejectedFiles { count: 10_000, first };
+        let snapshot = Snapshot { is_configured: true, rejected_files, ..Snapshot::default() };
+        let state = built(&snapshot, &StreamStates::new(), &disconnected(None), &Stats::default());
+        let degraded = condition(&state, ConditionType::Degraded);
+        assert_eq!((degraded.status, &degraded.reason), (ConditionStatus::True, &Reason::ConfigRejected));
+        assert!(degraded.message.starts_with("10000 manifest files are rejected: a.yaml, b.yaml, ...;"));
+        assert_eq!(condition(&state, ConditionType::Ready).reason, Reason::ModelsReady);
+    }
+
+    #[test]
+    fn many_streams_that_are_down_are_counted() {
+        let streams = (0..10_000).map(|number| stream(&format!("cam-{number}"))).collect();
+        let refused = (0..5000).map(|number| {
+            let name = format!("cam-{}", number * 3);
+            Refused::new("CameraStream", &name, Identity::default(), &serde_json::Value::Null, vec!["x".into()])
+        });
+        let snapshot = Snapshot { is_configured: true, streams, refused: refused.collect(), ..Snapshot::default() };
+        let state = built(&snapshot, &StreamStates::new(), &disconnected(None), &Stats::default());
+        let degraded = condition(&state, ConditionType::Degraded);
+        assert!(degraded.message.starts_with("11666 streams are down, among them; StreamDown: cam-0: refused: x"));
+        assert_eq!(degraded.message.matches("StreamDown").count(), LISTED_MAX);
+        assert!(degraded.message.contains("LimitExceeded"), "{}", degraded.message);
+        assert_eq!(state.streams.len(), ITEMS_MAX);
     }
 
     #[test]

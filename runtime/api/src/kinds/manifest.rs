@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use crate::spec::{InputSpec, OutputSpec, RuntimeSpec, Task};
+use lineside_common::supervisor::panic_message;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -20,7 +22,8 @@ pub const API_VERSION: &str = "lineside.dev/v1alpha1";
 /// Checks a verdict rule. The error's message is a single line.
 pub type RuleCheck<'a> = &'a dyn Fn(&str) -> Result<(), Box<dyn Error + Send + Sync>>;
 
-/// Every error of a manifest file or of one object: one line each, which begins with the object and the field.
+/// The errors of a manifest file or of one object: one line each, which begins with the object and the field. Of one object at
+/// most 20 are listed, of a file at most 100, each of at most 512 bytes; the last line states how many were left out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}", .0.join("; "))]
 pub struct ManifestErrors(Vec<String>);
@@ -85,7 +88,7 @@ impl ManifestDocument {
     /// # Errors
     /// [`ManifestErrors`] with every error of the object.
     pub fn read(&self, check_rule: RuleCheck<'_>) -> Result<Object, ManifestErrors> {
-        let mut errors = ConfigErrors::default();
+        let mut errors = ConfigErrors::of_object();
         let reader = Reader { folder: &self.folder, check_rule };
         match reader.object(1, self.document.clone(), &mut errors) {
             Some(object) if errors.is_empty() => Ok(object),
@@ -132,7 +135,7 @@ pub(super) struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Reads the document with this number in its file, from 1.
+    /// Reads the document with this number in its file, from 1. A panic is an error of this object, and of no other one.
     fn object(self, number: usize, document: Value, errors: &mut ConfigErrors) -> Option<Object> {
         let kind = document.get("kind").and_then(Value::as_str).unwrap_or_default().to_owned();
         let name = document.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -140,17 +143,29 @@ impl Reader<'_> {
             ("", _) | (_, "") => format!("document {number}"),
             (kind, name) => place((kind, name)),
         };
-        match kind.as_str() {
+        let mut own = ConfigErrors::of_object();
+        let read = catch_unwind(AssertUnwindSafe(|| self.object_of_kind(&kind, &place, document, &mut own)));
+        let object = read.unwrap_or_else(|panic| {
+            let message = panic_message(&*panic).lines().next().unwrap_or_default();
+            own.add(&place, format!("cannot be read, because of a defect of the agent: reading panicked: {message}"));
+            None
+        });
+        errors.append(own);
+        object
+    }
+
+    fn object_of_kind(self, kind: &str, place: &str, document: Value, errors: &mut ConfigErrors) -> Option<Object> {
+        match kind {
             "EdgeModel" => {
-                let raw: RawObject<RawModelSpec> = yaml::read(&place, document.clone(), errors);
-                let (name, spec) = raw.checked(&place, errors)?;
+                let raw: RawObject<RawModelSpec> = yaml::read(place, document.clone(), errors);
+                let (name, spec) = raw.checked(place, errors)?;
                 let document = ManifestDocument::new(document, self.folder);
-                ModelManifest::resolve(&place, name, spec, document, errors).map(|model| Object::Model(Box::new(model)))
+                ModelManifest::resolve(place, name, spec, document, errors).map(|model| Object::Model(Box::new(model)))
             }
             "CameraStream" => {
-                let raw: RawObject<RawStreamSpec> = yaml::read(&place, document, errors);
-                let (name, spec) = raw.checked(&place, errors)?;
-                StreamManifest::resolve(&place, name, spec, self, errors).map(|stream| Object::Stream(Box::new(stream)))
+                let raw: RawObject<RawStreamSpec> = yaml::read(place, document, errors);
+                let (name, spec) = raw.checked(place, errors)?;
+                StreamManifest::resolve(place, name, spec, self, errors).map(|stream| Object::Stream(Box::new(stream)))
             }
             "" => {
                 errors.add(place, "kind is missing; expected EdgeModel or CameraStream");
@@ -357,6 +372,10 @@ pub struct RawGolden {
         "rule": "has(self.nodeName) || has(self.nodeSelector)",
         "message": "the node of the camera is required; set spec.nodeName or spec.nodeSelector"
     },
+    {
+        "rule": "!has(self.fps) || self.fps == 0.0 || self.fps >= 0.0000115",
+        "message": "spec.fps must be 0 (no limit) or at least 0.0000115, which is one frame per day"
+    },
     {"rule": "!has(self.pipeline)", "message": "spec.pipeline is not supported by this version; name one model in spec.model"},
     {"rule": "!has(self.roi)", "message": "spec.roi is not supported by this version; remove it"},
     {"rule": "!has(self.trigger)", "message": "spec.trigger is not supported by this version; remove it"},
@@ -374,7 +393,7 @@ pub struct RawStreamSpec {
     /// Name of the EdgeModel that inspects the frames.
     #[schemars(length(max = 63), regex(pattern = "^[a-z0-9]([a-z0-9-]{0,62})$"))]
     pub model: Option<String>,
-    /// Largest number of frames per second, 0 to 1000; 0 means no limit. Default: 0.
+    /// Largest number of frames per second: 0.0000115 (one frame per day) to 1000, or 0 for no limit. Default: 0.
     #[schemars(range(min = 0.0, max = 1000.0), extend("default" = 0))]
     pub fps: Option<f64>,
     /// Largest age of a frame in milliseconds when its inference starts. Older frames are dropped and counted as stale.
@@ -502,6 +521,36 @@ mod tests {
         ] {
             assert!(errors.iter().any(|error| error.starts_with(expected)), "{expected}\n{errors:#?}");
         }
+    }
+
+    #[test]
+    fn a_panic_while_one_object_is_read_is_an_error_of_this_object() {
+        let stream = |name: &str| {
+            format!(
+                "{HEAD}kind: CameraStream\nmetadata: {{name: {name}}}\nspec: {{source: {{uri: 'dir:f'}}, model: m, \
+                 verdict: {name}}}\n---\n"
+            )
+        };
+        let check: RuleCheck<'_> = &|rule| if rule == "b" { panic!("injected\nfor a test") } else { Ok(()) };
+        let errors = read(&(stream("a") + &stream("b") + &stream("c")), Path::new("/"), check).unwrap_err();
+        let [error] = errors.list() else { panic!("{errors:?}") };
+        assert!(
+            error.starts_with("CameraStream b: cannot be read") && error.ends_with("panicked: injected"),
+            "{error}"
+        );
+        let document = yaml::documents(&stream("b")).unwrap().remove(0);
+        assert_eq!(read_object(document, check).unwrap_err(), errors);
+    }
+
+    #[test]
+    fn the_number_of_errors_of_an_object_and_of_a_file_is_bounded() {
+        let keys = |count: usize| (0..count).map(|key| format!("  k{key}: 1\n")).collect::<String>();
+        let object = format!("{HEAD}kind: EdgeModel\nmetadata: {{name: m}}\nspec:\n{}", keys(60_000));
+        let errors = read(&object, Path::new("/"), &check_rule).unwrap_err().into_list();
+        assert_eq!(errors.len(), 21, "{errors:?}");
+        assert_eq!(errors.last().unwrap(), "and 59982 more errors", "two required fields are missing as well");
+        let errors = read(&"--- {}\n".repeat(1000), Path::new("/"), &check_rule).unwrap_err().into_list();
+        assert_eq!((errors.len(), errors.last().unwrap().as_str()), (101, "and 900 more errors"));
     }
 
     #[test]

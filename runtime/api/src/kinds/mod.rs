@@ -4,6 +4,8 @@
 //! wrong types are collected as errors and do not stop the reading. The resolved stage (`model`, `stream`, `source`) is
 //! validated and complete. One attempt reports every error of a manifest, each with its object and field.
 
+#[cfg(test)]
+mod bounds_tests;
 pub mod manifest;
 mod model;
 mod source;

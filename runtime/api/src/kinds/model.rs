@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use crate::spec::{ModelSpec, RuntimeSpec};
+use crate::spec::{InputSpec, ModelSpec, OutputSpec, RuntimeSpec};
 
 use super::manifest::{ManifestDocument, RawGolden, RawModelSource, RawModelSpec, reject_unsupported};
 use super::source::ModelSource;
@@ -11,6 +11,22 @@ use crate::envelope::Envelope;
 use crate::names::{ConfigErrors, is_name};
 use lineside_common::digest::Digest;
 
+/// Largest version, and largest size of a file in bytes: the largest integer that every JSON reader represents exactly.
+const INTEGER_MAX: u64 = 9_007_199_254_740_991;
+/// Largest number of threads of one inference.
+const THREADS_MAX: u32 = 256;
+/// Largest side of the input in pixels.
+const SIDE_PIXELS_MAX: u32 = 16_384;
+/// Largest number of channels of the input.
+const CHANNELS_MAX: usize = 4;
+/// Bounds of a mean and of a standard deviation, in pixel values. They exclude infinity, NaN, and divisors so small that every
+/// quotient is infinite.
+const MEAN_MAX: f32 = 1e6;
+const STD_MIN: f32 = 1e-6;
+/// Largest number of classes or boxes that are reported.
+const TOP_K_MAX: u32 = 100_000;
+/// Largest number of labels.
+const LABELS_MAX: usize = 10_000;
 /// Largest number of instances. Each has its own thread and working memory.
 const INSTANCES_MAX: u32 = 64;
 /// Largest number of frames in a batch.
@@ -77,12 +93,17 @@ impl ModelManifest {
         let at = |field: &str| format!("{place} spec.{field}");
         reject_unsupported(place, "spec.rollout", raw.rollout.as_ref(), errors);
         let version = errors.require(&at("version"), raw.version);
+        errors.check_range(&at("version"), version.as_ref(), &(0..=INTEGER_MAX));
         let from = raw.source.unwrap_or_default();
         let uri = errors.require(&at("source.uri"), from.uri.clone());
         let source = uri.and_then(|uri| errors.take(&at("source.uri"), ModelSource::parse(&uri, document.folder())));
         let (digest, secret, signature) = provenance(&at, &from, source.as_ref(), errors);
+        errors.check_range(&at("source.size"), from.size.as_ref(), &(1..=INTEGER_MAX));
         let runtime = raw.runtime.unwrap_or_default();
         check_runtime(&at, &runtime, errors);
+        let (input, output) = (raw.input.unwrap_or_default(), raw.output.unwrap_or_default());
+        check_input(&at, &input, errors);
+        check_output(&at, &output, errors);
         let golden = golden(&at, raw.golden.unwrap_or_default(), &document, errors);
         Some(Self {
             name,
@@ -96,12 +117,7 @@ impl ModelManifest {
             golden,
             instances: runtime.instances.unwrap_or(1),
             stop_first: runtime.stop_first.unwrap_or(false),
-            spec: ModelSpec {
-                task: raw.task,
-                input: raw.input.unwrap_or_default(),
-                output: raw.output.unwrap_or_default(),
-                runtime,
-            },
+            spec: ModelSpec { task: raw.task, input, output, runtime },
             node_selector: raw.node_selector.unwrap_or_default(),
             document,
         })
@@ -135,14 +151,33 @@ fn provenance(
 
 /// Checks the bounds of the resources. Whether the model supports the batch size is known only when it is loaded.
 fn check_runtime(at: &impl Fn(&str) -> String, runtime: &RuntimeSpec, errors: &mut ConfigErrors) {
-    let mut check = |field: &str, value: Option<u32>, min: u32, max: u32| {
-        if let Some(value) = value.filter(|value| !(min..=max).contains(value)) {
-            errors.add(at(&format!("runtime.{field}")), format!("{value} is not between {min} and {max}"));
+    let delay = runtime.max_queue_delay_microseconds.as_ref();
+    errors.check_range(&at("runtime.threads"), runtime.threads.as_ref(), &(1..=THREADS_MAX));
+    errors.check_range(&at("runtime.instances"), runtime.instances.as_ref(), &(1..=INSTANCES_MAX));
+    errors.check_range(&at("runtime.maxBatchSize"), runtime.max_batch_size.as_ref(), &(1..=BATCH_SIZE_MAX));
+    errors.check_range(&at("runtime.maxQueueDelayMicroseconds"), delay, &(0..=QUEUE_DELAY_MAX_MICROSECONDS));
+}
+
+/// Checks the bounds of the input. Whether they fit the model is known only when it is loaded.
+fn check_input(at: &impl Fn(&str) -> String, input: &InputSpec, errors: &mut ConfigErrors) {
+    errors.check_range(&at("input.width"), input.width.as_ref(), &(1..=SIDE_PIXELS_MAX));
+    errors.check_range(&at("input.height"), input.height.as_ref(), &(1..=SIDE_PIXELS_MAX));
+    for (field, values, least) in [("input.mean", &input.mean, -MEAN_MAX), ("input.std", &input.std, STD_MIN)] {
+        let values = values.as_deref();
+        let count = values.map(<[f32]>::len);
+        errors.check_range(&format!("{} (number of values)", at(field)), count.as_ref(), &(1..=CHANNELS_MAX));
+        for (index, value) in values.unwrap_or_default().iter().enumerate() {
+            errors.check_range(&at(&format!("{field}[{index}]")), Some(value), &(least..=MEAN_MAX));
         }
-    };
-    check("instances", runtime.instances, 1, INSTANCES_MAX);
-    check("maxBatchSize", runtime.max_batch_size, 1, BATCH_SIZE_MAX);
-    check("maxQueueDelayMicroseconds", runtime.max_queue_delay_microseconds, 0, QUEUE_DELAY_MAX_MICROSECONDS);
+    }
+}
+
+fn check_output(at: &impl Fn(&str) -> String, output: &OutputSpec, errors: &mut ConfigErrors) {
+    errors.check_range(&at("output.threshold"), output.threshold.as_ref(), &(0.0..=1.0));
+    errors.check_range(&at("output.iou"), output.iou.as_ref(), &(0.0..=1.0));
+    errors.check_range(&at("output.topK"), output.top_k.as_ref(), &(1..=TOP_K_MAX));
+    let labels = output.labels.as_ref().map(Vec::len);
+    errors.check_range(&format!("{} (number of labels)", at("output.labels")), labels.as_ref(), &(0..=LABELS_MAX));
 }
 
 fn golden(
@@ -160,9 +195,7 @@ fn golden(
         let input = errors.require(&at("input"), sample.input);
         let output = errors.require(&at("output"), sample.output);
         let tolerance = sample.tolerance.unwrap_or(TOLERANCE_DEFAULT);
-        if !(0.0..=1.0).contains(&tolerance) {
-            errors.add(at("tolerance"), format!("{tolerance} is not between 0 and 1"));
-        }
+        errors.check_range(&at("tolerance"), Some(&tolerance), &(0.0..=1.0));
         if let (Some(input), Some(output)) = (input, output) {
             let path = |text: String| document.folder().join(text.strip_prefix("file:").unwrap_or(&text));
             samples.push(Golden { input: path(input), output: path(output), tolerance });

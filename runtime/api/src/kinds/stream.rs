@@ -8,8 +8,12 @@ use super::manifest::{RawReport, RawStreamSpec, Reader, reject_unsupported};
 use crate::names::{ConfigErrors, NAME_FORMAT, is_name};
 use crate::verdict::OnError;
 
+/// Lowest number of frames per second: about one frame per day. The custom resource definition has the same bound.
+const FPS_MIN: f64 = 0.000_011_5;
 /// Largest number of frames per second, above the rate of any supported camera.
 const FPS_MAX: f64 = 1000.0;
+/// Largest age of a frame: one day.
+const AGE_MAX_MS: u64 = 86_400_000;
 const DEADBAND_DEFAULT: f32 = 0.05;
 /// Anomaly scores are in the scale of the model, so the bound only excludes infinity and NaN.
 const DEADBAND_MAX: f32 = 1e6;
@@ -53,14 +57,9 @@ pub struct Report {
 impl Report {
     fn resolve(place: &str, raw: &RawReport, errors: &mut ConfigErrors) -> Option<Self> {
         let deadband = raw.deadband.unwrap_or(DEADBAND_DEFAULT);
-        if !(0.0..=DEADBAND_MAX).contains(&deadband) {
-            errors.add(format!("{place}.deadband"), format!("{deadband} is not between 0 and {DEADBAND_MAX}"));
-        }
+        errors.check_range(&format!("{place}.deadband"), Some(&deadband), &(0.0..=DEADBAND_MAX));
         let heartbeat = raw.heartbeat_seconds.unwrap_or(HEARTBEAT_DEFAULT_SECONDS);
-        if !(1..=HEARTBEAT_MAX_SECONDS).contains(&heartbeat) {
-            let what = format!("{heartbeat} is not between 1 and {HEARTBEAT_MAX_SECONDS}");
-            errors.add(format!("{place}.heartbeatSeconds"), what);
-        }
+        errors.check_range(&format!("{place}.heartbeatSeconds"), Some(&heartbeat), &(1..=HEARTBEAT_MAX_SECONDS));
         raw.by_exception.unwrap_or(false).then(|| Self { deadband, heartbeat: Duration::from_secs(heartbeat) })
     }
 }
@@ -86,13 +85,11 @@ impl StreamManifest {
         if model.as_deref().is_some_and(|model| !is_name(model)) {
             errors.add(at("model"), format!("is not a valid name: {NAME_FORMAT}"));
         }
-        let fps = raw.fps.unwrap_or(0.0);
-        if !(0.0..=FPS_MAX).contains(&fps) {
-            errors.add(at("fps"), format!("{fps} is not between 0 and {FPS_MAX}"));
-            return None;
-        }
+        let frame_interval = errors.take(&at("fps"), frame_interval(raw.fps.unwrap_or(0.0)));
         if raw.max_age_ms == Some(0) {
             errors.add(at("maxAgeMs"), "0 would drop every frame; omit the field for no limit");
+        } else {
+            errors.check_range(&at("maxAgeMs"), raw.max_age_ms.as_ref(), &(1..=AGE_MAX_MS));
         }
         let report = raw.report.and_then(|report| Report::resolve(&at("report"), &report, errors));
         let verdict = raw.verdict.filter(|rule| errors.take(&at("verdict"), (reader.check_rule)(rule)).is_some());
@@ -100,7 +97,7 @@ impl StreamManifest {
             name,
             source: source?,
             model: model?,
-            frame_interval: (fps > 0.0).then(|| Duration::from_secs_f64(1.0 / fps)),
+            frame_interval: frame_interval?,
             age_max: raw.max_age_ms.map(Duration::from_millis),
             verdict,
             on_error: raw.on_error.unwrap_or_default(),
@@ -109,4 +106,15 @@ impl StreamManifest {
             node_selector: raw.node_selector.unwrap_or_default(),
         })
     }
+}
+
+/// The shortest time between two frames; `None` for 0 frames per second, which means no limit.
+fn frame_interval(fps: f64) -> Result<Option<Duration>, String> {
+    // -0.0 equals 0.0.
+    if fps == 0.0 {
+        return Ok(None);
+    }
+    let interval = Duration::try_from_secs_f64(fps.recip()).ok().filter(|_| (FPS_MIN..=FPS_MAX).contains(&fps));
+    let invalid = || format!("{fps:?} is neither 0 (no limit) nor between {FPS_MIN} (one frame per day) and {FPS_MAX}");
+    interval.map(Some).ok_or_else(invalid)
 }

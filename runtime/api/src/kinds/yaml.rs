@@ -3,13 +3,16 @@
 //! Each wrong value is recorded with its path and removed from the document, and the document is read again without it. Raw
 //! types have only optional fields, so a removed value causes no further error. Unknown keys are collected too.
 
+use std::panic::catch_unwind;
+
+use lineside_common::supervisor::panic_message;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::names::ConfigErrors;
 
 /// Largest number of wrong values that are reported for one document.
-const WRONG_VALUES_MAX: usize = 50;
+const WRONG_VALUES_MAX: usize = 20;
 /// Longest text in bytes.
 const TEXT_BYTES_MAX: usize = 1 << 20;
 
@@ -25,6 +28,9 @@ pub enum YamlError {
     /// The text is not valid YAML. The message of the parser, in one line with the position.
     #[error("{0}")]
     Syntax(String),
+    /// The parser panicked, which is a defect of the parser. The message of the panic.
+    #[error("the text cannot be read: the YAML parser panicked: {0}")]
+    Panicked(String),
 }
 
 /// The documents of a YAML or JSON text, without empty ones.
@@ -35,8 +41,10 @@ pub fn documents(text: &str) -> Result<Vec<Value>, YamlError> {
     if text.len() > TEXT_BYTES_MAX {
         return Err(YamlError::TooLong { bytes: text.len() });
     }
-    let documents: Vec<Value> =
-        serde_saphyr::from_multiple(text).map_err(|error| YamlError::Syntax(first_line(&error.to_string())))?;
+    // A defect of the parser must cost this text only, and not the task that reads it.
+    let documents: Vec<Value> = catch_unwind(|| serde_saphyr::from_multiple(text))
+        .map_err(|panic| YamlError::Panicked(first_line(panic_message(&*panic))))?
+        .map_err(|error| YamlError::Syntax(first_line(&error.to_string())))?;
     Ok(documents.into_iter().filter(|document| !document.is_null()).collect())
 }
 
@@ -56,15 +64,20 @@ pub fn read<T: DeserializeOwned + Default>(place: &str, mut document: Value, err
         return T::default();
     }
     for _ in 0..WRONG_VALUES_MAX {
-        let mut unknown = Vec::new();
-        let mut add_unknown = |path: serde_ignored::Path<'_>| unknown.push(path.to_string());
+        let mut unknown = ConfigErrors::of_object();
+        let mut add_unknown = |path: serde_ignored::Path<'_>| {
+            if unknown.has_room() {
+                let path = path.to_string().replace("?.", "").replace(".?", "");
+                unknown.add(join(place, &path), "is not a known key");
+            } else {
+                unknown.omit(1);
+            }
+        };
         let mut track = serde_path_to_error::Track::new();
         let tracked = serde_path_to_error::Deserializer::new(document.clone(), &mut track);
         match T::deserialize(serde_ignored::Deserializer::new(tracked, &mut add_unknown)) {
             Ok(value) => {
-                for path in unknown {
-                    errors.add(join(place, &path.replace("?.", "").replace(".?", "")), "is not a known key");
-                }
+                errors.append(unknown);
                 return value;
             }
             Err(error) => {
@@ -170,6 +183,34 @@ mod tests {
         assert_eq!(documents("# only a comment\n---\n").unwrap().len(), 0);
         assert_eq!(documents("a: 1\n---\nb: 2\n").unwrap().len(), 2);
         assert_eq!(documents(&"x".repeat(2 << 20)), Err(YamlError::TooLong { bytes: 2 << 20 }));
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_errors_and_not_absent_values() {
+        for number in [".nan", ".NaN", ".inf", "-.inf", "+.inf", "1e400", "-1e400"] {
+            for text in
+                [format!("number: {number}"), format!("inner: {{rate: {number}}}"), format!("words: [{number}]")]
+            {
+                match documents(&text) {
+                    // Some notations are texts for the parser; a field that is a number rejects them.
+                    Ok(documents) => assert!(!documents[0].to_string().contains("null"), "{text}: {documents:?}"),
+                    Err(error) => assert!(!error.to_string().contains("panicked"), "{text}: {error}"),
+                }
+            }
+        }
+        let error = documents("inner: {rate: .nan}").unwrap_err().to_string();
+        assert!(error.contains("non-finite"), "{error}");
+        let numbers = documents("[18446744073709551615, -9223372036854775808, 5e-324, 0x10, -0.0, null]").unwrap();
+        assert_eq!(numbers[0].to_string(), "[18446744073709551615,-9223372036854775808,5e-324,16,-0.0,null]");
+    }
+
+    #[test]
+    fn unknown_keys_beyond_the_bound_are_counted() {
+        let text: String = (0..60_000).map(|key| format!("k{key}: 1\n")).collect();
+        let mut errors = ConfigErrors::of_object();
+        let _sample: Sample = read("f", documents(&text).unwrap().remove(0), &mut errors);
+        let list = errors.into_list();
+        assert_eq!((list.len(), list[20].as_str()), (21, "and 59980 more errors"), "{:?}", list.last());
     }
 
     #[test]

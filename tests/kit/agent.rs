@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde_json::Value;
 
 use crate::process::{Process, command};
+use crate::root;
 use crate::wait::{until, until_true};
 
 /// The built program. Cargo builds it before the suite, and passes its path to the test at run time.
@@ -88,6 +89,10 @@ impl Agent {
     }
 
     fn spawn(mut command: Command, node: &str, source_flag: &str, options: &AgentOptions<'_>) -> Self {
+        // Tests keep their models beside the folder of manifests, and use the files of the repository and of `shared`.
+        let beside = options.manifests.parent().unwrap_or(options.manifests);
+        let roots =
+            [beside, options.data, &root(), &root().join("../shared")].map(|folder| folder.display().to_string());
         let mut child = command
             .arg("run")
             .args(["--node", node, "--site", "plant", "--http", "127.0.0.1:0", "--mqtt", options.mqtt])
@@ -97,6 +102,7 @@ impl Agent {
             .arg(options.data)
             .args(options.flags)
             .env("LINESIDE_SOURCE_JITTER_SECONDS", "0")
+            .env("LINESIDE_FILE_ROOTS", roots.join(","))
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()

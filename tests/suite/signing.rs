@@ -91,7 +91,9 @@ fn signed_by_openssl(key: &Path, payload: &Value) -> Value {
 /// The statement of a payload about `parts.onnx`.
 fn statement(site: &TestSite, name: &str, version: u64, digest: &str) -> Value {
     let size = fs::metadata(site.path("parts.onnx")).unwrap().len();
-    json!({"name": name, "version": version, "digest": digest, "size": size})
+    // The manifests of these tests have no task, input or output.
+    let spec = lineside_tests::site::digest(b"{}");
+    json!({"name": name, "version": version, "digest": digest, "size": size, "rollback": false, "specDigest": spec})
 }
 
 #[test]
@@ -286,7 +288,8 @@ fn a_downgrade_is_rejected_across_restarts_unless_rollback_is_set() {
     let (public, rollback) = (public(&key), "  rollback: true\n");
     let flags = ["--trusted-keys", utf8(&public)];
     let version = |version: u64, more: &str| {
-        site.apply("model.yaml", &signed("parts", version, &digest, &sign(&site, "parts", version, &key, &[]), more));
+        let flags: &[&str] = if more.is_empty() { &[] } else { &["--rollback"] };
+        site.apply("model.yaml", &signed("parts", version, &digest, &sign(&site, "parts", version, &key, flags), more));
     };
     let expect_rejection = |agent: &Agent| {
         let reason = wait_for_rejection(agent, "parts");

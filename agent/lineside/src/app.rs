@@ -5,6 +5,7 @@
 //! the end.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,7 +30,7 @@ use parking_lot::Mutex;
 use prometheus::IntCounter;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
-use crate::config::settings::{Config, DesiredSource};
+use crate::config::settings::{Config, DATA_FOLDER_ENTRIES, DesiredSource};
 use crate::desired::cluster::ClusterSync;
 use crate::desired::folder_watcher::{FolderMetrics, FolderWatcher};
 use crate::desired::{DesiredState, Node};
@@ -85,6 +86,7 @@ impl App {
     /// When the data folder cannot be used, the HTTP address cannot be bound, or the trusted keys or the cluster's
     /// configuration cannot be read.
     pub async fn start(config: Config, set_level: SetLevel) -> anyhow::Result<Self> {
+        make_data_folder_private(&config.data_dir);
         let epoch = next_epoch(&config)?;
         let registrar = Registrar::default();
         let supervisor = supervisor(&registrar)?;
@@ -323,6 +325,26 @@ fn supervisor(registrar: &Registrar) -> anyhow::Result<Supervisor> {
     Ok(Supervisor::new(restarts))
 }
 
+/// Restricts the data folder of an earlier version to the user of the agent: the folder and the agent's own entries. Other
+/// entries, such as models that were copied into it, keep their rights. Where another user owns the folder the agent cannot
+/// restrict it and continues; what it creates is private all the same.
+fn make_data_folder_private(folder: &Path) {
+    if !folder.exists() {
+        return;
+    }
+    let entries = DATA_FOLDER_ENTRIES.iter().map(|name| files::make_private(&folder.join(name)));
+    for outcome in std::iter::once(files::make_folder_private(folder)).chain(entries) {
+        if let Err(error) = outcome {
+            tracing::warn!(
+                event = "data_folder_not_private",
+                folder = %folder.display(),
+                %error,
+                "The rights of the data folder cannot be restricted to the user of the agent"
+            );
+        }
+    }
+}
+
 /// Opens the spool. Records of earlier runs are delivered first.
 fn open_spool(config: &Config, registrar: &Registrar, supervisor: &Supervisor) -> anyhow::Result<Arc<Spool>> {
     let metrics = SpoolMetrics::register(registrar)?;
@@ -335,7 +357,7 @@ fn open_spool(config: &Config, registrar: &Registrar, supervisor: &Supervisor) -
 /// Opens the model store. A child process tries to open its index first: sled may never return from a damaged file.
 fn open_store(config: &Config, metrics: &StoreMetrics) -> anyhow::Result<Store> {
     let root = config.data_dir.join(STORE_FOLDER);
-    std::fs::create_dir_all(&root)
+    files::create_private_folder(&root)
         .with_context(|| format!("--data-dir {} cannot be used", config.data_dir.display()))?;
     let (index, failure) = Index::open(&Store::index_folder(&root), |folder| {
         let program = std::env::current_exe().map_err(|error| error.to_string())?;
@@ -370,7 +392,7 @@ fn open_store(config: &Config, metrics: &StoreMetrics) -> anyhow::Result<Store> 
 fn next_epoch(config: &Config) -> anyhow::Result<u64> {
     let folder = &config.data_dir;
     let advice = || format!("--data-dir {} cannot be used", folder.display());
-    std::fs::create_dir_all(folder).with_context(advice)?;
+    files::create_private_folder(folder).with_context(advice)?;
     let path = folder.join(EPOCH_FILE);
     let last = match std::fs::read_to_string(&path) {
         Ok(text) => text.trim().parse::<u64>().with_context(|| {

@@ -13,6 +13,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -179,6 +180,8 @@ pub fn export(
     // The list is written last, so that a folder with a list is complete.
     let text = serde_json::to_vec_pretty(&envelope).map_err(BundleError::list(&path))?;
     files::replace(&path, &text).map_err(BundleError::io(&path))?;
+    // Other nodes and users import the bundle.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).map_err(BundleError::io(&path))?;
     Ok(versions)
 }
 

@@ -1,14 +1,18 @@
 //! Configuration of model artifacts.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
+
+use lineside_common::file_roots::FileRoots;
+use lineside_common::net::AllowedHosts;
 
 /// How model files are fetched, stored, verified and admitted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelsConfig {
-    /// Hosts that files may be fetched from, `host` or `host:port`. Empty allows every host but this node itself.
-    pub source_hosts: BTreeSet<String>,
+    /// Hosts that files may be fetched from. Default: every host but this node itself.
+    pub source_hosts: AllowedHosts,
+    /// Folders that `file:` sources may be below. Default: none.
+    pub file_roots: FileRoots,
     /// Whether sources may use unencrypted HTTP. Default: false.
     pub source_http: bool,
     /// A PEM file of root certificates in addition to those of the system.
@@ -43,7 +47,8 @@ pub struct ModelsConfig {
 impl Default for ModelsConfig {
     fn default() -> Self {
         Self {
-            source_hosts: BTreeSet::new(),
+            source_hosts: AllowedHosts::any(),
+            file_roots: FileRoots::default(),
             source_http: false,
             source_ca: None,
             source_bytes_per_second: None,

@@ -7,7 +7,9 @@
 //! `highest-versions.json` is kept when a model is removed: a model that is added again must not serve an older
 //! version.
 //!
-//! A file that cannot be read is ignored with a warning, and the agent starts without it.
+//! A `last-good.json` that cannot be read is ignored with a warning, and the agent starts without it. A
+//! `highest-versions.json` that cannot be read fails closed: of no model it is known whether a version is a downgrade, so
+//! only what served last is accepted, until the file is restored or reset ([`LastGoodVersions::reset_highest`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -31,7 +33,20 @@ pub struct LastGoodVersions {
     models: BTreeMap<String, LastGoodVersion>,
     /// The versions that served before those in `models`.
     previous: BTreeMap<String, LastGoodVersion>,
-    highest: BTreeMap<String, u64>,
+    /// `None` when the file cannot be read. It is not written then.
+    highest: Option<BTreeMap<String, u64>>,
+}
+
+/// The highest version of a model that ever served on this node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum HighestVersion {
+    /// No version served yet.
+    #[default]
+    None,
+    /// This version.
+    Version(u64),
+    /// The file cannot be read.
+    Unknown,
 }
 
 /// A version that has served on this node.
@@ -96,7 +111,21 @@ impl LastGoodVersions {
         let file: Option<LastGoodFile> = read_json(&folder.join(LAST_GOOD_FILE));
         let (models, previous) = file.map(|file| (file.models, file.previous)).unwrap_or_default();
         let (models, previous) = (versions(models), versions(previous));
-        let highest = read_json(&folder.join(HIGHEST_VERSIONS_FILE)).unwrap_or_default();
+        let path = folder.join(HIGHEST_VERSIONS_FILE);
+        let highest = match try_read_json(&path) {
+            Ok(highest) => Some(highest),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(BTreeMap::new()),
+            Err(error) => {
+                tracing::error!(
+                    event = "highest_versions_unreadable",
+                    file = %path.display(),
+                    %error,
+                    "The highest versions cannot be read; only last-good versions and rollbacks are loaded until \
+                     `lineside store reset-highest-versions` and a restart"
+                );
+                None
+            }
+        };
         Self { highest, folder: folder.to_owned(), models, previous }
     }
 
@@ -111,8 +140,25 @@ impl LastGoodVersions {
     }
 
     /// The highest version of a model that ever served on this node.
-    pub fn highest_version(&self, name: &str) -> Option<u64> {
-        self.highest.get(name).copied()
+    pub fn highest_version(&self, name: &str) -> HighestVersion {
+        let Some(highest) = &self.highest else { return HighestVersion::Unknown };
+        // A version that served last is known also when the other file was removed.
+        let last_good = self.models.get(name).map(|version| version.manifest.version);
+        match highest.get(name).copied().max(last_good) {
+            Some(version) => HighestVersion::Version(version),
+            None => HighestVersion::None,
+        }
+    }
+
+    /// Replaces the highest versions by those that served last. A lower version that served earlier is not known any more.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn reset_highest(&mut self) -> Result<&BTreeMap<String, u64>, LastGoodError> {
+        let highest = self.models.iter().map(|(name, version)| (name.clone(), version.manifest.version)).collect();
+        let highest = self.highest.insert(highest);
+        write_json(&self.folder.join(HIGHEST_VERSIONS_FILE), highest)?;
+        Ok(highest)
     }
 
     /// The digests of the last-good versions and of the versions before them.
@@ -139,10 +185,12 @@ impl LastGoodVersions {
     pub fn record(&mut self, manifest: &ModelManifest, digest: Digest) -> Result<(), LastGoodError> {
         // The highest version is written first: after a crash between the two writes, a missing highest version would
         // allow a downgrade.
-        let highest = self.highest.entry(manifest.name.clone()).or_default();
-        if *highest < manifest.version {
-            *highest = manifest.version;
-            write_json(&self.folder.join(HIGHEST_VERSIONS_FILE), &self.highest)?;
+        if let Some(all) = &mut self.highest {
+            let highest = all.entry(manifest.name.clone()).or_default();
+            if *highest < manifest.version {
+                *highest = manifest.version;
+                write_json(&self.folder.join(HIGHEST_VERSIONS_FILE), all)?;
+            }
         }
         let version = LastGoodVersion { manifest: manifest.clone(), digest };
         match self.models.insert(manifest.name.clone(), version.clone()) {
@@ -182,8 +230,7 @@ impl LastGoodVersions {
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    let value = files::read_bounded(path, BYTES_MAX).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
-    match value {
+    match try_read_json(path) {
         Ok(value) => Some(value),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => {
@@ -196,6 +243,10 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
             None
         }
     }
+}
+
+fn try_read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
+    files::read_bounded(path, BYTES_MAX).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?))
 }
 
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), LastGoodError> {
@@ -228,10 +279,10 @@ mod tests {
         let mut reread = LastGoodVersions::read(folder.path());
         let expected = LastGoodVersion { manifest: manifest(2), digest: Digest::of(b"2") };
         assert_eq!(reread.get("m"), Some(&expected));
-        assert_eq!((reread.highest_version("m"), reread.digests().len()), (Some(3), 2));
+        assert_eq!((reread.highest_version("m"), reread.digests().len()), (HighestVersion::Version(3), 2));
         reread.remove("m").unwrap();
         let reread = LastGoodVersions::read(folder.path());
-        assert_eq!((reread.get("m"), reread.highest_version("m")), (None, Some(3)));
+        assert_eq!((reread.get("m"), reread.highest_version("m")), (None, HighestVersion::Version(3)));
     }
 
     #[test]
@@ -251,12 +302,34 @@ mod tests {
     }
 
     #[test]
-    fn unreadable_files_are_ignored() {
+    fn unreadable_last_good_versions_are_ignored() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(LAST_GOOD_FILE), "{").unwrap();
-        std::fs::write(folder.path().join(HIGHEST_VERSIONS_FILE), "[]").unwrap();
         let versions = LastGoodVersions::read(folder.path());
-        assert_eq!((versions.names().count(), versions.highest_version("m")), (0, None));
+        assert_eq!((versions.names().count(), versions.highest_version("m")), (0, HighestVersion::None));
+    }
+
+    #[test]
+    fn unreadable_highest_versions_are_unknown_until_they_are_reset() {
+        let folder = tempfile::tempdir().unwrap();
+        LastGoodVersions::read(folder.path()).record(&manifest(3), Digest::of(b"3")).unwrap();
+        let path = folder.path().join(HIGHEST_VERSIONS_FILE);
+        for damaged in ["", "garbage", "[]", "null", "3", r#"{"m": "3"}"#, r#"{"m": -1}"#, r#"{"m": 3"#] {
+            std::fs::write(&path, damaged).unwrap();
+            let mut versions = LastGoodVersions::read(folder.path());
+            assert_eq!(versions.highest_version("m"), HighestVersion::Unknown, "{damaged}");
+            assert_eq!(versions.highest_version("other"), HighestVersion::Unknown, "{damaged}");
+            // What serves meanwhile does not replace the evidence.
+            versions.record(&manifest(3), Digest::of(b"3")).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), damaged);
+        }
+        LastGoodVersions::read(folder.path()).reset_highest().unwrap();
+        let versions = LastGoodVersions::read(folder.path());
+        assert_eq!(versions.highest_version("m"), HighestVersion::Version(3));
+        assert_eq!(versions.highest_version("other"), HighestVersion::None);
+        std::fs::remove_file(&path).unwrap();
+        let versions = LastGoodVersions::read(folder.path());
+        assert_eq!(versions.highest_version("m"), HighestVersion::Version(3), "it served last");
     }
 
     #[test]

@@ -1,19 +1,87 @@
-//! Durable replacement of small files, and bounded reads of regular files.
+//! Durable replacement of small files, bounded reads of regular files, and the access rights of the data folder.
+//!
+//! The data folder holds secrets, such as the passwords of cameras in the cached desired state. Folders have the mode
+//! 0700 and files 0600: [`private_by_default`] restricts everything that the process creates, [`replace`] restricts the
+//! files that it writes, and [`make_private`] restricts what an earlier version created.
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
+use rustix::fs::Mode;
+
+/// Mode of a private folder.
+const FOLDER_MODE: u32 = 0o700;
+/// Mode of a private file.
+const FILE_MODE: u32 = 0o600;
+
+/// Restricts the files and folders that this process creates from now on to its user. Called once at the start, because
+/// the mask belongs to the process and not to a thread.
+pub fn private_by_default() {
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+}
+
+/// Creates a private folder and its missing parents. An existing folder is left as it is.
+///
+/// # Errors
+/// The error of the file system.
+pub fn create_private_folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(path)
+}
+
+/// Restricts a file, or a folder with everything in it, to its user. Symbolic links are not followed. A path that does not
+/// exist is not an error.
+///
+/// # Errors
+/// The first error of the file system, after everything else was restricted; `PermissionDenied` when another user owns
+/// the file.
+pub fn make_private(path: &Path) -> io::Result<()> {
+    let kind = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata.file_type(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if !kind.is_dir() && !kind.is_file() {
+        return Ok(());
+    }
+    let mode = if kind.is_dir() { FOLDER_MODE } else { FILE_MODE };
+    let mut outcome = restrict(path, mode);
+    if kind.is_dir() {
+        for entry in fs::read_dir(path)? {
+            outcome = outcome.and(make_private(&entry?.path()));
+        }
+    }
+    outcome
+}
+
+/// Restricts a folder to its user, without what is in it.
+///
+/// # Errors
+/// The error of the file system; `PermissionDenied` when another user owns the folder.
+pub fn make_folder_private(path: &Path) -> io::Result<()> {
+    restrict(path, FOLDER_MODE)
+}
+
+fn restrict(path: &Path, mode: u32) -> io::Result<()> {
+    // An unchanged mode is not written, to spare the flash.
+    if fs::symlink_metadata(path)?.permissions().mode() & 0o7777 == mode {
+        return Ok(());
+    }
+    fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
 /// Replaces a file atomically and durably: after a power cut the file has either the old or the new content, complete. The
-/// content is written to a temporary file in the same folder and synced, the file is renamed, and the folder is synced.
+/// file can be read by its user only. The content is written to a temporary file in the same folder and synced, the file is renamed, and the folder is synced.
 ///
 /// # Errors
 /// The error of the file system, such as `StorageFull`.
 pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".tmp");
-    let mut file = File::create(&temporary)?;
+    let mut file = File::options().write(true).create(true).truncate(true).mode(FILE_MODE).open(&temporary)?;
+    // The mode above applies only to a file that did not exist.
+    file.set_permissions(Permissions::from_mode(FILE_MODE))?;
     file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&temporary, path)?;
@@ -81,6 +149,31 @@ mod tests {
         replace(&path, b"2").unwrap();
         assert_eq!(read_bounded(&path, 1).unwrap(), b"2");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn files_and_folders_are_private_also_those_of_an_earlier_version() {
+        let folder = tempfile::tempdir().unwrap();
+        let mode = |name: &str| fs::metadata(folder.path().join(name)).unwrap().permissions().mode() & 0o7777;
+        fs::create_dir_all(folder.path().join("store/blobs")).unwrap();
+        fs::write(folder.path().join("store/blobs/a"), "a").unwrap();
+        fs::write(folder.path().join("outside"), "a").unwrap();
+        fs::write(folder.path().join("state.tmp"), "left behind").unwrap();
+        for name in ["store", "store/blobs"] {
+            fs::set_permissions(folder.path().join(name), Permissions::from_mode(0o755)).unwrap();
+        }
+        for name in ["store/blobs/a", "outside", "state.tmp"] {
+            fs::set_permissions(folder.path().join(name), Permissions::from_mode(0o644)).unwrap();
+        }
+        std::os::unix::fs::symlink(folder.path().join("outside"), folder.path().join("store/link")).unwrap();
+        make_private(&folder.path().join("store")).unwrap();
+        make_private(&folder.path().join("none")).unwrap();
+        assert_eq!((mode("store"), mode("store/blobs"), mode("store/blobs/a")), (0o700, 0o700, 0o600));
+        assert_eq!(mode("outside"), 0o644, "links are not followed");
+        replace(&folder.path().join("state"), b"new").unwrap();
+        assert_eq!(mode("state"), 0o600);
+        create_private_folder(&folder.path().join("x/y")).unwrap();
+        assert_eq!((mode("x"), mode("x/y")), (0o700, 0o700));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::app::STORE_FOLDER;
 use lineside_common::clock;
 use lineside_common::digest::Digest;
 use lineside_common::error_chain;
+use lineside_common::files;
 use lineside_models::bundle::{self, BundleProgress, VersionSelector};
 use lineside_models::last_good::LastGoodVersions;
 use lineside_models::signing::{Keyring, SigningKey};
@@ -68,6 +69,9 @@ enum Command {
         /// Digest of the model file: sha256: and 64 hexadecimal digits.
         digest: String,
     },
+    /// Replace the highest version of each model by the version that served last. For a highest-versions.json that cannot be
+    /// read: without it the agent loads no other version. Restart the agent afterwards.
+    ResetHighestVersions,
     /// Export versions as a signed bundle, for nodes without a network.
     Export {
         /// Model with all its versions, such as surface-defects, or one version, such as surface-defects:3.
@@ -99,6 +103,10 @@ fn bytes_of_mib(mib: u64) -> u64 {
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
+    // A bundle is for other nodes and readable; everything else stays in the data folder.
+    if !matches!(arguments.command, Command::Export { .. }) {
+        files::private_by_default();
+    }
     let root = arguments.data_dir.join(STORE_FOLDER);
     // A mistyped folder must not be created. Only an import may create the store.
     if !root.is_dir() && !matches!(arguments.command, Command::Import { .. }) {
@@ -127,6 +135,15 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
                 return Err(Failure::Failed(anyhow::anyhow!("the store has no failure record of {digest}")));
             }
             print_output(json, &json!({"released": digest}), &format!("{digest} is released from quarantine"));
+            Ok(())
+        }
+        Command::ResetHighestVersions => {
+            let mut last_good = last_good;
+            let highest = last_good.reset_highest().map_err(anyhow::Error::from)?;
+            let names: Vec<String> = highest.iter().map(|(name, version)| format!("{name}:{version}")).collect();
+            let text = format!("the highest versions are now {}", names.join(" "));
+            let text = if names.is_empty() { "no model has a highest version any more".to_owned() } else { text };
+            print_output(json, &json!({"highestVersions": highest}), &text);
             Ok(())
         }
         Command::Export { model, output, key } => {

@@ -153,10 +153,14 @@ struct SpoolArguments {
 
 #[derive(Args)]
 struct ModelArguments {
-    /// Hosts that models may be downloaded from, also after redirects: host or host:port, separated by commas. By default
-    /// every host except this node is allowed, and redirects to other hosts are not.
+    /// Hosts that models may be downloaded from, also after redirects: host or host:port, separated by commas; * stands for
+    /// every host except this node [default: *, without redirects to other hosts; none with a cluster].
     #[arg(long, value_name = "HOSTS")]
     source_hosts: Option<String>,
+    /// Folders that file: models may be read from, separated by commas
+    /// [default: the folder of the manifests and the data folder; the data folder with a cluster].
+    #[arg(long, value_name = "DIRS")]
+    file_roots: Option<String>,
     /// Allow http: sources, and registries and object stores without TLS.
     #[arg(long)]
     source_http: bool,

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -20,10 +20,24 @@ use super::flags::{Flags, setting_names};
 use super::mqtt;
 use lineside_api::kinds::yaml;
 use lineside_api::names::{ConfigErrors, NameError, is_name, topic_segment};
+use lineside_common::file_roots::FileRoots;
+use lineside_common::net::AllowedHosts;
 use lineside_kube::ClusterConfig;
 use lineside_models::ModelsConfig;
 use lineside_mqtt::config::MqttConfig;
 use lineside_spool::SpoolConfig;
+
+/// What the agent keeps in its data folder.
+pub const DATA_FOLDER_ENTRIES: [&str; 8] = [
+    "store",
+    "spool",
+    "boot-epoch",
+    "desired.json",
+    "last-good.json",
+    "highest-versions.json",
+    "sparkplug-bdseq",
+    "lock",
+];
 
 const HTTP_DEFAULT: &str = "127.0.0.1:8080";
 /// Longest `--prefix` in bytes.
@@ -172,7 +186,10 @@ impl ConfigLayers {
         let desired_state = self.desired_source(&mut errors);
         let mqtt = mqtt::resolve(self, &mut errors);
         let spool = mqtt::spooling(self, &mut errors);
-        let models = self.models(&mut errors);
+        let mut models = self.models(&mut errors);
+        if let (Some(desired_state), Some(data_dir)) = (&desired_state, &data_dir) {
+            self.authority(&mut models, desired_state, Path::new(data_dir));
+        }
         let complete = || {
             Some(Config {
                 node: node?,
@@ -302,7 +319,6 @@ impl ConfigLayers {
             secrets_dir: path("secrets-dir").unwrap_or(defaults.secrets_dir.clone()),
             trusted_keys: path("trusted-keys"),
             peer_token: path("peer-token-file"),
-            source_hosts: self.list("source-hosts").collect(),
             peers: self.list("peers").collect(),
             ..defaults
         };
@@ -310,10 +326,8 @@ impl ConfigLayers {
             let read = flag.parse::<bool>().map_err(|_| format!("`{flag}` is not true or false"));
             models.source_http = errors.take(&self.get("source-http").1, read).unwrap_or(false);
         }
-        for (setting, hosts) in
-            [("source-hosts", models.source_hosts.iter().collect()), ("peers", models.peers.iter().collect::<Vec<_>>())]
-        {
-            for host in hosts {
+        for setting in ["source-hosts", "peers"] {
+            for host in self.list(setting).filter(|host| setting == "peers" || host != AllowedHosts::ANY) {
                 // A peer requires a port; for the host of a source the scheme implies it.
                 let is_one = !host.contains(['/', '@', '?', '#', ' '])
                     && Url::parse(&format!("http://{host}/"))
@@ -331,6 +345,34 @@ impl ConfigLayers {
         }
         models
     }
+
+    /// The hosts and folders that the author of a manifest may name.
+    ///
+    /// In a cluster the authors of EdgeModels are usually not those who configure the agent, and a default of all hosts
+    /// would let an author use the agent to reach the site's network. Hosts that follow from the applied models would allow
+    /// the same. Therefore no host is allowed there unless it is listed; `file:` sources need no host.
+    fn authority(&self, models: &mut ModelsConfig, desired_state: &DesiredSource, data_dir: &Path) {
+        let is_cluster = matches!(desired_state, DesiredSource::Cluster(_));
+        models.source_hosts = match self.text("source-hosts") {
+            None if !is_cluster => AllowedHosts::any(),
+            _ => self.list("source-hosts").collect(),
+        };
+        let roots: Vec<PathBuf> = match (self.text("file-roots"), desired_state) {
+            (Some(_), _) => self.list("file-roots").map(PathBuf::from).collect(),
+            (None, DesiredSource::Folder(folder)) => vec![folder.clone(), data_dir.to_owned()],
+            (None, DesiredSource::Cluster(_)) => vec![data_dir.to_owned()],
+        };
+        // The agent's own state and the mounted secrets stay out of reach, whatever is allowed.
+        let secrets = self.text("mqtt-secret").map(PathBuf::from).into_iter().chain([models.secrets_dir.clone()]);
+        let secrets = secrets.chain([PathBuf::from("/var/run/secrets")]).chain(models.peer_token.clone());
+        let kubeconfig = self.text("kubeconfig").map(PathBuf::from);
+        models.file_roots = FileRoots::new(roots, own_files(data_dir).chain(secrets).chain(kubeconfig));
+    }
+}
+
+/// The files and folders of the agent in its data folder.
+fn own_files(data_dir: &Path) -> impl Iterator<Item = PathBuf> {
+    DATA_FOLDER_ENTRIES.iter().map(|name| data_dir.join(name))
 }
 
 /// `data-dir` as `LINESIDE_DATA_DIR`.

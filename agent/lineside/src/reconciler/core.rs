@@ -28,7 +28,7 @@ use lineside_api::state::ModelState;
 use lineside_common::backoff::Backoff;
 use lineside_common::digest::Digest;
 use lineside_common::error_chain;
-use lineside_models::last_good::LastGoodVersions;
+use lineside_models::last_good::{HighestVersion, LastGoodVersions};
 use lineside_scheduler::VersionId;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +45,15 @@ const RETRY_CAP: Duration = Duration::from_secs(120);
 const RESTORE_RETRY: Duration = Duration::from_secs(30);
 /// Why a version below the highest that ever served is refused.
 pub(super) const LOWER_VERSION: &str = "a lower version is refused; set rollback: true to go back";
+/// Why a version is refused while the highest version is not known.
+pub(super) const UNKNOWN_HIGHEST: &str = "highest-versions.json in the data folder cannot be read, so it is not known whether \
+    this version is lower than one that served; restore the file, or run `lineside store reset-highest-versions` and restart \
+    the agent, or set rollback: true";
+
+/// Why a version is refused. `highest` is `None` when it is not known.
+fn refusal(highest: Option<u64>) -> &'static str {
+    if highest.is_some() { LOWER_VERSION } else { UNKNOWN_HIGHEST }
+}
 
 /// What the driver has to do.
 pub(super) enum Action {
@@ -234,7 +243,8 @@ impl Core {
                         model = manifest.name,
                         version = manifest.version,
                         highest,
-                        "{LOWER_VERSION}"
+                        "{}",
+                        refusal(highest)
                     );
                     let name = manifest.name.clone();
                     self.observed.models.entry(name).or_default().refused = Some(manifest);
@@ -575,7 +585,8 @@ impl Core {
             return (state, failure.map(|failure| failure.reason.clone()));
         }
         if observed.refused.as_ref() == Some(wanted) {
-            return (ModelState::Failed, Some(LOWER_VERSION.to_owned()));
+            let is_known = observed.highest != HighestVersion::Unknown;
+            return (ModelState::Failed, Some(refusal(is_known.then_some(wanted.version)).to_owned()));
         }
         (ModelState::Pending, None)
     }

@@ -25,7 +25,7 @@ use lineside_common::{clock, error_chain};
 use lineside_models::AdmissionMetrics;
 use lineside_models::admission::{Admission, AdmissionLimits, AdmissionRecord, Benchmark, Rejection};
 use lineside_models::fetch::{FetchError, Fetcher, Progress};
-use lineside_models::signing::{Keyring, Statement, has_expired};
+use lineside_models::signing::{Keyring, Statement, has_expired, spec_digest};
 use lineside_models::store::{DigestRecordKind, FailureRecord, Store, StoreError, VersionRecord};
 use lineside_scheduler::{Deployment, VersionId};
 use lineside_worker::{StartError, StartErrorKind};
@@ -244,6 +244,19 @@ fn statement(context: &LoadContext, request: &LoadRequest) -> Result<Option<Stat
     }
     if let Some(size) = manifest.size.filter(|size| *size != statement.size) {
         return Err(format!("its signature is refused: it is for {} bytes, but source.size is {size}", statement.size));
+    }
+    let spec = spec_digest(&manifest.spec).map_err(|error| error_chain(&error))?;
+    if spec != statement.spec_digest {
+        return Err(format!(
+            "its signature is refused: spec.task, spec.input or spec.output of the manifest is not what was signed \
+             (specDigest {}, the manifest has {spec}); sign the manifest again with `lineside sign --manifest`",
+            statement.spec_digest
+        ));
+    }
+    if manifest.rollback && !statement.rollback {
+        return Err("its signature is refused: the manifest sets rollback: true, which was not signed; sign it with \
+                    `lineside sign --rollback`"
+            .to_owned());
     }
     let expiry = statement.expiry().map_err(|error| error_chain(&error))?;
     let has_expired = expiry.is_some_and(|expiry| has_expired(expiry, SystemTime::now()));

@@ -1,7 +1,8 @@
 //! From the desired and the observed state to the next steps. A pure function.
 //!
 //! A model that fails to load leaves whatever served before it in place. A version below the highest that ever served on
-//! this node is refused unless its manifest says `rollback: true`. Where nothing serves, what served last (`last_good`) is
+//! this node is refused unless its manifest says `rollback: true`; so is, where the highest version is not known, every version
+//! but the one that served last. Where nothing serves, what served last (`last_good`) is
 //! restored from the store first, which needs no network; when the very same manifest is wanted, it is loaded, and only
 //! restored when that fails. StreamStates are simpler: one that differs in anything is stopped and started.
 
@@ -10,6 +11,7 @@ use std::time::Instant;
 
 use crate::desired::Assignment;
 use lineside_api::kinds::{ModelManifest, StreamManifest};
+use lineside_models::last_good::HighestVersion;
 
 /// What the deploy task knows of a model.
 #[derive(Debug, Clone, Default)]
@@ -27,7 +29,7 @@ pub(super) struct ObservedModel {
     /// After a failed attempt to restore it: when the next one may be made.
     pub restore_at: Option<Instant>,
     /// The highest version that ever served here.
-    pub highest: Option<u64>,
+    pub highest: HighestVersion,
 }
 
 impl ObservedModel {
@@ -53,12 +55,12 @@ pub(super) enum Step {
     Load(ModelManifest),
     /// Load what served last from the store, because nothing serves.
     Restore(ModelManifest),
-    /// Say that a version is lower than one that has served, and do nothing else.
+    /// Say that a version is lower than one that has served, or may be, and do nothing else.
     Refuse {
         /// The manifest that is not followed.
         manifest: ModelManifest,
-        /// The highest version that ever served here.
-        highest: u64,
+        /// The highest version that ever served here; `None` when it is not known.
+        highest: Option<u64>,
     },
     /// Stop serving a model.
     Unload(String),
@@ -105,8 +107,18 @@ fn model_step(wanted: &ModelManifest, model: &ObservedModel, now: Instant) -> Op
     {
         return Some(Step::Restore(last_good.clone()));
     }
-    let highest = model.highest.max(model.serving.as_ref().map(|serving| serving.version));
-    if let Some(highest) = highest.filter(|highest| wanted.version < *highest && !wanted.rollback) {
+    let known = [&model.serving, &model.last_good].into_iter().flatten().map(|manifest| manifest.version).max();
+    let highest = match model.highest {
+        HighestVersion::None => known,
+        HighestVersion::Version(highest) => known.max(Some(highest)),
+        HighestVersion::Unknown => None,
+    };
+    let is_refused = match model.highest {
+        // Of any other version it is not known whether it is a downgrade.
+        HighestVersion::Unknown => known != Some(wanted.version),
+        _ => highest.is_some_and(|highest| wanted.version < highest),
+    };
+    if is_refused && !wanted.rollback {
         let already_said = model.refused.as_ref() == Some(wanted);
         return (!already_said).then(|| Step::Refuse { manifest: wanted.clone(), highest });
     }
@@ -180,11 +192,31 @@ mod tests {
     }
 
     #[test]
+    fn while_the_highest_version_is_not_known_only_what_served_last_is_loaded() {
+        let refused = |observed: &ObservedState, text: &str| {
+            let steps = plan(&desired(text), observed, Instant::now());
+            matches!(steps.as_slice(), [Step::Refuse { highest: None, .. }])
+        };
+        let mut observed = serving(&model(2, ""));
+        observed.models.get_mut("m").unwrap().highest = HighestVersion::Unknown;
+        for version in [1, 3] {
+            assert!(refused(&observed, &model(version, "")), "{version}");
+            let back = model(version, ", rollback: true");
+            assert!(matches!(plan(&desired(&back), &observed, Instant::now()).as_slice(), [Step::Load(_)]));
+        }
+        // Another spec of the version that serves is no downgrade.
+        assert!(!refused(&observed, &model(2, ", task: classify")));
+        let unknown = ObservedModel { highest: HighestVersion::Unknown, ..ObservedModel::default() };
+        let fresh = ObservedState { models: BTreeMap::from([("m".to_owned(), unknown)]), streams: BTreeMap::new() };
+        assert!(refused(&fresh, &model(1, "")));
+    }
+
+    #[test]
     fn a_lower_version_is_refused_once_unless_it_is_a_rollback() {
         let mut observed = serving(&model(3, ""));
         let lower = desired(&model(2, ""));
         let steps = plan(&lower, &observed, Instant::now());
-        assert!(matches!(steps.as_slice(), [Step::Refuse { highest: 3, .. }]), "{steps:?}");
+        assert!(matches!(steps.as_slice(), [Step::Refuse { highest: Some(3), .. }]), "{steps:?}");
         observed.models.get_mut("m").unwrap().refused = lower.models.get("m").cloned();
         assert_eq!(plan(&lower, &observed, Instant::now()), []);
         let back = plan(&desired(&model(2, ", rollback: true")), &observed, Instant::now());
@@ -211,7 +243,7 @@ mod tests {
         let observed = |last_good: &str, failed: Option<&str>| {
             let failed = failed.map(|text| (manifest(text), None));
             let last_good = Some(manifest(last_good));
-            let model = ObservedModel { last_good, failed, highest: Some(2), ..Default::default() };
+            let model = ObservedModel { last_good, failed, highest: HighestVersion::Version(2), ..Default::default() };
             ObservedState { models: BTreeMap::from([("m".to_owned(), model)]), ..Default::default() }
         };
         let (one, two, three) = (model(1, ""), model(2, ""), model(3, ""));
@@ -223,7 +255,7 @@ mod tests {
         assert_eq!(steps(&one, &observed(&two, None)), [Step::Restore(manifest(&two))]);
         let mut gone = observed(&two, None);
         gone.models.get_mut("m").unwrap().last_good = None;
-        assert!(matches!(steps(&one, &gone).as_slice(), [Step::Refuse { highest: 2, .. }]));
+        assert!(matches!(steps(&one, &gone).as_slice(), [Step::Refuse { highest: Some(2), .. }]));
         let mut later = observed(&two, None);
         later.models.get_mut("m").unwrap().restore_at = Some(now + Duration::from_secs(9));
         assert_eq!(steps(&three, &later), [Step::Load(manifest(&three))], "what cannot be restored now waits");

@@ -2,6 +2,8 @@
 
 use std::error::Error;
 
+use lineside_common::file_roots::{FileRootsError, FileRootsErrorKind};
+
 use crate::store::{StoreError, StoreErrorKind};
 
 use super::policy::PolicyError;
@@ -137,6 +139,17 @@ impl From<PolicyError> for TransferError {
     }
 }
 
+impl From<FileRootsError> for TransferError {
+    fn from(error: FileRootsError) -> Self {
+        match error.kind() {
+            FileRootsErrorKind::Refused => {
+                Self::permanent(FetchErrorKind::PolicyViolation, "the file is not allowed").caused_by(error)
+            }
+            FileRootsErrorKind::Io => Self::permanent(FetchErrorKind::Io, "the file is not available").caused_by(error),
+        }
+    }
+}
+
 impl From<StoreError> for TransferError {
     fn from(error: StoreError) -> Self {
         let (kind, message) = match error.kind() {
@@ -150,7 +163,6 @@ impl From<StoreError> for TransferError {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::time::Duration;
 
     use lineside_common::error_chain;
@@ -162,7 +174,7 @@ mod tests {
 
     /// The error of a request with a secret in its query.
     async fn request_error(hosts: &[&str], address: &str) -> TransferError {
-        let hosts = hosts.iter().map(|host| (*host).to_owned()).collect::<BTreeSet<_>>();
+        let hosts = hosts.iter().copied().collect();
         let client = AddressPolicy { hosts, allow_http: true }.client(&[], Duration::from_secs(5)).unwrap();
         let response = client.get(format!("http://{address}/m.onnx?sig=hidden")).send().await;
         TransferError::http(response.unwrap_err())
@@ -183,7 +195,7 @@ mod tests {
         assert!(error_chain(&redirected).contains("elsewhere.plant:80"), "{}", error_chain(&redirected));
 
         // Without a list, the resolved loopback address is rejected on connecting.
-        let resolved = request_error(&[], "localhost:9").await;
+        let resolved = request_error(&["*"], "localhost:9").await;
         assert_eq!(resolved.kind, FetchErrorKind::PolicyViolation);
 
         let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();

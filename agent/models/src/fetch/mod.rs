@@ -141,7 +141,7 @@ impl Fetcher {
     ) -> Result<Fetched, TransferError> {
         let unreadable = |error| TransferError::io("the file cannot be read", error);
         let from = manifest.source.to_string();
-        let file = files::open_regular(path).map_err(unreadable)?;
+        let file = self.config.file_roots.open(path)?;
         let metadata = file.metadata().map_err(unreadable)?;
         self.check_size(metadata.len(), manifest.size)?;
         let (digest, bytes) =
@@ -161,7 +161,7 @@ impl Fetcher {
             let mut partial = self.store.open_partial(&digest)?;
             partial.reset()?;
             progress.start(&from, 0, Some(bytes));
-            let file = files::open_regular(path).map_err(unreadable)?;
+            let file = self.config.file_roots.open(path)?;
             let copied = Digest::of_pieces(file, |piece| {
                 progress.add(piece.len() as u64);
                 partial.append(piece).map_err(io::Error::other)
@@ -266,7 +266,7 @@ impl Fetcher {
             None => HeaderMap::new(),
         };
         // The operator names the peers, not a manifest.
-        let policy = AddressPolicy { hosts: BTreeSet::from([peer.to_owned()]), allow_http: true };
+        let policy = AddressPolicy { hosts: [peer].into_iter().collect(), allow_http: true };
         let client = client(&policy, &[], PEER_STALL)?;
         self.transfer(&Origin::Http { client, url, headers }, peer, digest, limits).await
     }

@@ -3,15 +3,15 @@
 //! The author of a manifest chooses addresses and must not be able to make the agent connect to what only the node can
 //! reach. Therefore:
 //! - `https:` only, unless `http:` is allowed for all sources;
-//! - where hosts are listed, only those; where none are listed, any;
-//! - never a link-local address (cloud metadata services use them), an unspecified or a multicast one; a loopback
-//!   address only when its host is listed;
+//! - only hosts that [`AllowedHosts`] allows;
+//! - never a link-local, unspecified, multicast or broadcast address, or one of a cloud metadata service; an address of
+//!   this node, loopback or of an interface, only when its host is listed; [`net::classify`] also unwraps embedded IPv4
+//!   addresses;
 //! - names are resolved here, every address is checked, and the connection goes to an address that was checked, so that
 //!   a name cannot resolve to one address when it is checked and to another when it is used;
 //! - redirects are followed to the same host or to a listed one, with the same checks, and never from https to http.
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,18 +19,18 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::redirect;
 use reqwest::{Certificate, Client, Url};
 
+use lineside_common::net::{self, AddressClass, AllowedHosts, ForbiddenAddress};
+
 /// Upper bound of the time to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Redirects that are followed.
 const REDIRECTS_MAX: usize = 5;
-/// The IPv6 address of a cloud metadata service, which is not link-local.
-const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0x0254);
 
 /// Which hosts may be connected to, and how.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AddressPolicy {
-    /// `host` or `host:port`. Empty allows every host.
-    pub hosts: BTreeSet<String>,
+    /// The hosts that may be connected to.
+    pub hosts: AllowedHosts,
     /// Whether unencrypted HTTP is allowed.
     pub allow_http: bool,
 }
@@ -48,22 +48,27 @@ pub enum PolicyError {
         scheme: String,
     },
     /// The host is not listed.
-    #[error("the host {host} is not listed in --source-hosts")]
+    #[error("the host {host} is not listed in --source-hosts, without which an agent of a cluster downloads nothing")]
     HostNotListed {
         /// The host, with its port where it is known.
         host: String,
     },
     /// The host has an address that is never allowed.
-    #[error("{host} has the address {address}; unspecified, link-local and multicast addresses are never allowed")]
+    #[error("{host} has the address {address}; {reason} addresses are never allowed")]
     ForbiddenAddress {
         /// The host.
         host: String,
         /// Its address.
         address: IpAddr,
+        /// The kind of address.
+        reason: ForbiddenAddress,
     },
-    /// The host has a loopback address and is not listed.
-    #[error("{host} has the loopback address {address}; list the host in --source-hosts to allow it")]
-    Loopback {
+    /// The host is this node and is not listed.
+    #[error(
+        "{host} has the address {address}, which belongs to this node (loopback or an interface); list the host in \
+         --source-hosts to allow it"
+    )]
+    ThisNode {
         /// The host.
         host: String,
         /// Its address.
@@ -112,16 +117,9 @@ impl AddressPolicy {
         }
     }
 
-    fn is_listed(&self, host: &str, port: Option<u16>) -> bool {
-        // Without a port this matches any port of the host, because the port was checked before.
-        self.hosts.iter().any(|listed| {
-            let (name, listed_port) = split_host_port(listed);
-            name.eq_ignore_ascii_case(host) && (port.is_none() || listed_port.is_none() || listed_port == port)
-        })
-    }
-
     fn check_host(&self, host: &str, port: Option<u16>) -> Result<(), PolicyError> {
-        if self.hosts.is_empty() || self.is_listed(host, port) {
+        // Without a port this matches any port of the host, because the port was checked before.
+        if self.hosts.allows(host, port) {
             Ok(())
         } else {
             Err(PolicyError::HostNotListed { host: with_port(host, port) })
@@ -129,19 +127,13 @@ impl AddressPolicy {
     }
 
     fn check_address(&self, host: &str, port: Option<u16>, address: IpAddr) -> Result<(), PolicyError> {
-        let address = address.to_canonical();
-        let is_forbidden = match address {
-            IpAddr::V4(v4) => v4.is_link_local() || v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast(),
-            IpAddr::V6(v6) => {
-                v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast() || v6 == METADATA_V6
+        match net::classify(address, net::is_own_address) {
+            AddressClass::Remote => Ok(()),
+            AddressClass::ThisNode if self.hosts.lists(host, port) => Ok(()),
+            AddressClass::ThisNode => Err(PolicyError::ThisNode { host: host.to_owned(), address }),
+            AddressClass::Forbidden(reason) => {
+                Err(PolicyError::ForbiddenAddress { host: host.to_owned(), address, reason })
             }
-        };
-        if is_forbidden {
-            Err(PolicyError::ForbiddenAddress { host: host.to_owned(), address })
-        } else if address.is_loopback() && !self.is_listed(host, port) {
-            Err(PolicyError::Loopback { host: host.to_owned(), address })
-        } else {
-            Ok(())
         }
     }
 
@@ -182,7 +174,7 @@ impl AddressPolicy {
             return Err(PolicyError::InsecureRedirect { scheme: next.scheme().to_owned(), host });
         }
         let port = next.port_or_known_default();
-        if !is_same_host && !self.is_listed(&host, port) {
+        if !is_same_host && !self.hosts.lists(&host, port) {
             return Err(PolicyError::RedirectHost { host: with_port(&host, port) });
         }
         self.check(next).map_err(|error| PolicyError::Redirect(Box::new(error)))
@@ -216,23 +208,12 @@ fn bare_host(url: &Url) -> String {
     url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned()
 }
 
-/// Splits `host:port`, `host`, `[v6]:port` or `v6`.
-fn split_host_port(listed: &str) -> (&str, Option<u16>) {
-    if let Some((host, port)) = listed.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        return (host, port.strip_prefix(':').and_then(|port| port.parse().ok()));
-    }
-    match listed.rsplit_once(':') {
-        Some((host, port)) if !host.contains(':') => (host, port.parse().ok()),
-        _ => (listed, None),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn policy(hosts: &[&str], allow_http: bool) -> AddressPolicy {
-        AddressPolicy { hosts: hosts.iter().map(|host| (*host).to_owned()).collect(), allow_http }
+        AddressPolicy { hosts: hosts.iter().copied().collect(), allow_http }
     }
 
     fn check(policy: &AddressPolicy, url: &str) -> Result<(), PolicyError> {
@@ -241,7 +222,7 @@ mod tests {
 
     #[test]
     fn addresses_that_only_the_node_can_reach_are_rejected() {
-        let any = policy(&[], true);
+        let any = policy(&["*"], true);
         for allowed in
             ["https://models.plant/m", "https://10.1.2.3/m", "http://192.168.1.4:8080/m", "https://[fd12::1]/m"]
         {
@@ -259,11 +240,27 @@ mod tests {
             "http://[::ffff:169.254.169.254]/m",
             "http://0.0.0.0/m",
             "http://224.0.0.1/m",
+            "http://[64:ff9b::a9fe:a9fe]/m",
+            "http://[2002:7f00:1::]/m",
+            "http://[::127.0.0.1]/m",
+            "http://100.100.100.200/m",
+            "http://168.63.129.16/m",
+            "http://0.1.2.3/m",
             "ftp://models.plant/m",
         ] {
             assert!(check(&any, rejected).is_err(), "{rejected}");
         }
-        assert_eq!(check(&policy(&[], false), "http://models.plant/m"), Err(PolicyError::UnencryptedHttp));
+        assert_eq!(check(&policy(&["*"], false), "http://models.plant/m"), Err(PolicyError::UnencryptedHttp));
+        // An address of an interface of this node is rejected like a loopback address, unless it is listed.
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        if socket.connect("203.0.113.77:9").is_ok() {
+            let own = socket.local_addr().unwrap().ip();
+            let url = format!("http://{own}/m");
+            assert!(matches!(check(&any, &url), Err(PolicyError::ThisNode { .. })), "{url}");
+            assert_eq!(check(&policy(&[&own.to_string()], true), &url), Ok(()), "{url}");
+        }
+        // Without a list nothing is allowed.
+        assert!(matches!(check(&policy(&[], true), "http://models.plant/m"), Err(PolicyError::HostNotListed { .. })));
         // Listing a metadata service does not allow it.
         assert!(check(&policy(&["169.254.169.254"], true), "http://169.254.169.254/m").is_err());
     }
@@ -287,7 +284,7 @@ mod tests {
     #[test]
     fn redirects_stay_on_the_host_or_lead_to_a_listed_one() {
         let urls = |texts: &[&str]| texts.iter().map(|text| Url::parse(text).unwrap()).collect::<Vec<_>>();
-        let any = policy(&[], true);
+        let any = policy(&["*"], true);
         let next = |text: &str| Url::parse(text).unwrap();
         let from = urls(&["https://a.plant/1"]);
         assert_eq!(any.check_redirect(&from, &next("https://a.plant/2")), Ok(()));

@@ -74,6 +74,18 @@ pub enum SigningError {
     /// The payload of an envelope is not valid.
     #[error("the signed payload is not valid")]
     Payload(#[source] Box<dyn Error + Send + Sync>),
+    /// The payload is that of an earlier version, which did not state what else decides.
+    #[error(
+        "the signed payload does not state `rollback` and `specDigest`, as signatures of earlier versions; sign it again with \
+         `lineside sign --manifest`"
+    )]
+    FormerPayload,
+    /// A manifest cannot be represented in the signed form.
+    #[error("the digest of the spec cannot be computed")]
+    Spec(#[source] serde_json::Error),
+    /// A number of the spec is not finite, which JSON cannot represent.
+    #[error("the spec contains a number that is not finite")]
+    NotFinite,
     /// The envelope has another payload type.
     #[error("the signature is for a payload of type {actual}, expected {expected}")]
     PayloadType {
@@ -124,7 +136,7 @@ impl SigningError {
             Self::NotPublicKey { .. } | Self::NotPrivateKey { .. } | Self::NoKeys { .. } | Self::Threshold { .. } => {
                 SigningErrorKind::Keys
             }
-            Self::Payload(_) => SigningErrorKind::Payload,
+            Self::Payload(_) | Self::FormerPayload | Self::Spec(_) | Self::NotFinite => SigningErrorKind::Payload,
             Self::InvalidSignature { .. } => SigningErrorKind::InvalidSignature,
             Self::NotEnoughSignatures { .. } => SigningErrorKind::Untrusted,
             Self::PayloadType { .. } | Self::OtherVersion { .. } => SigningErrorKind::OtherSubject,

@@ -8,11 +8,14 @@
 //! ```
 //!
 //! For a model the payload is the JSON of a [`Statement`]. It binds name, version, digest and size together, so that a
-//! valid file cannot be presented as another version. The id of a key is the SHA-256 of its 32 raw bytes. Keys are PEM
+//! valid file cannot be presented as another version, and everything else that decides what the version reports: whether
+//! it may replace a higher version, and the fields of the manifest that turn a picture into a prediction ([`spec_digest`]).
+//! A payload without these two fields, as earlier versions signed it, is refused. The id of a key is the SHA-256 of its 32 raw bytes. Keys are PEM
 //! files as `openssl genpkey -algorithm ed25519` writes them. Only this module uses `ring`.
 
 mod error;
 mod keys;
+mod spec_digest;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -29,12 +32,14 @@ use lineside_common::digest::Digest;
 
 pub use error::{SigningError, SigningErrorKind};
 pub use keys::{SigningKey, key_id};
+pub use spec_digest::spec_digest;
 
 /// The payload type of the statement about a model.
 pub const MODEL_PAYLOAD: &str = "application/vnd.lineside.model.v1+json";
 
 /// What the signature of a model version states.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Statement {
     /// Name of the model.
     pub name: String,
@@ -47,6 +52,10 @@ pub struct Statement {
     /// Until when the version may start to serve, RFC 3339. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<String>,
+    /// Whether the version may replace a higher one, where its manifest sets `rollback: true`.
+    pub rollback: bool,
+    /// Digest of `spec.task`, `spec.input` and `spec.output` of its manifest; see [`spec_digest`].
+    pub spec_digest: Digest,
 }
 
 impl Statement {
@@ -138,6 +147,11 @@ impl Keyring {
     /// As [`Keyring::verify`], and when the payload is not a valid statement or is about another version.
     pub fn verify_statement(&self, envelope: &Envelope, name: &str, version: u64) -> Result<Statement, SigningError> {
         let payload = self.verify(envelope, MODEL_PAYLOAD)?;
+        let fields: serde_json::Value =
+            serde_json::from_slice(&payload).map_err(|error| SigningError::Payload(error.into()))?;
+        if ["rollback", "specDigest"].iter().any(|field| fields.get(field).is_none()) {
+            return Err(SigningError::FormerPayload);
+        }
         let statement: Statement =
             serde_json::from_slice(&payload).map_err(|error| SigningError::Payload(error.into()))?;
         if (statement.name.as_str(), statement.version) != (name, version) {
@@ -186,7 +200,15 @@ mod tests {
     }
 
     fn statement() -> Statement {
-        Statement { name: "m".into(), version: 3, digest: Digest::of(b"x"), size: 1, expires: None }
+        Statement {
+            name: "m".into(),
+            version: 3,
+            digest: Digest::of(b"x"),
+            size: 1,
+            expires: None,
+            rollback: false,
+            spec_digest: Digest::of(b"spec"),
+        }
     }
 
     fn unsigned() -> Envelope {
@@ -242,6 +264,22 @@ mod tests {
         not_base64.signatures[0].sig = "?".into();
         let error = keys.verify(&not_base64, MODEL_PAYLOAD).unwrap_err();
         assert_eq!(error.kind(), SigningErrorKind::InvalidSignature);
+    }
+
+    #[test]
+    fn a_payload_that_does_not_state_rollback_and_spec_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = generate(folder.path(), "one");
+        let keys = Keyring::read(folder.path(), 1).unwrap();
+        for field in ["rollback", "specDigest"] {
+            let mut payload = serde_json::to_value(statement()).unwrap();
+            assert!(payload.as_object_mut().unwrap().remove(field).is_some());
+            let mut envelope = Envelope::new(MODEL_PAYLOAD, payload.to_string().as_bytes());
+            sign(&mut envelope, &key).unwrap();
+            let error = keys.verify_statement(&envelope, "m", 3).unwrap_err();
+            assert_eq!(error.kind(), SigningErrorKind::Payload);
+            assert!(error.to_string().contains("lineside sign --manifest"), "{error}");
+        }
     }
 
     #[test]

@@ -21,7 +21,8 @@ use crate::app::App;
 use crate::config::settings::{Config, DesiredSource};
 use crate::telemetry::SetLevel;
 use lineside_api::message::Topics;
-use lineside_common::shutdown;
+use lineside_common::file_roots::FileRoots;
+use lineside_common::{files, shutdown};
 use lineside_models::ModelsConfig;
 use lineside_mqtt::config::{Broker, MqttConfig};
 use lineside_mqtt::connection;
@@ -51,6 +52,7 @@ pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failu
     if !(0.0..=1000.0).contains(&arguments.fps) {
         return Err(Failure::Usage(vec![format!("--fps: {} is not between 0 and 1000", arguments.fps)]));
     }
+    files::private_by_default();
     let runtime = super::runtime()?;
     let outcome = runtime.block_on(run_demo(&arguments, set_level));
     runtime.shutdown_background();
@@ -76,7 +78,7 @@ async fn run_demo(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<
         http: ([127, 0, 0, 1], 0).into(),
         labels: BTreeMap::new(),
         spool: SpoolConfig::default(),
-        models: ModelsConfig::default(),
+        models: ModelsConfig { file_roots: FileRoots::new([folder.path().to_owned()], []), ..ModelsConfig::default() },
     };
     let topics = Topics::new(&config.prefix, &config.site, &config.node);
     let app = App::start(config, set_level).await?;

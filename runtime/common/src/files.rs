@@ -64,6 +64,13 @@ pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Whether an error means that the disk accepts no writes at present: it is read-only or full, or writing is not permitted.
+/// Reading may still work.
+pub fn refuses_writes(error: &io::Error) -> bool {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(error.kind(), PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,6 +83,16 @@ mod tests {
         replace(&path, b"2").unwrap();
         assert_eq!(read_bounded(&path, 1).unwrap(), b"2");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn errors_of_a_disk_that_accepts_no_writes_are_recognized() {
+        for code in
+            [rustix::io::Errno::ROFS, rustix::io::Errno::NOSPC, rustix::io::Errno::DQUOT, rustix::io::Errno::ACCESS]
+        {
+            assert!(refuses_writes(&code.into()), "{code}");
+        }
+        assert!(!refuses_writes(&io::ErrorKind::NotFound.into()) && !refuses_writes(&rustix::io::Errno::IO.into()));
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod clock;
 pub mod digest;
 mod error_chain;
 pub mod files;
+pub mod folder_lock;
 mod log_on_change;
 pub mod metrics;
 pub mod process_stats;

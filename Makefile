@@ -104,6 +104,7 @@ experiments: compiler test-tools lab-tools ## Run the experiments with many iter
 	LINESIDE_LAB=required $(CARGO) test --workspace --test suite -- --nocapture cluster::
 	LINESIDE_EXPERIMENT_KILLS=100 LINESIDE_EXPERIMENT_INDEX_DAMAGE=100 LINESIDE_EXPERIMENT_MUTATIONS=200 LINESIDE_EXPERIMENT_SWAPS=200 \
 		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 admission:: store:: swaps::
+	LINESIDE_OUTAGE_RESULTS=12600 $(CARGO) test --workspace --test suite -- --nocapture --ignored endurance::memory
 
 figures: test-tools ## Measure the release binary: size, memory, time to the first result, frames per second (MODELS=...)
 	$(CARGO) build --release --workspace

@@ -175,7 +175,7 @@ fn parse(line: &str) -> Value {
 /// A range of sequence numbers that were never received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gap {
-    /// The node name.
+    /// The node's name and the id of its data folder, `node:folder`.
     pub node: String,
     /// The boot epoch of the agent.
     pub epoch: u64,
@@ -192,14 +192,14 @@ pub struct SequenceSummary {
     pub duplicates: usize,
     /// The gaps between 1 and the highest number of each epoch.
     pub gaps: Vec<Gap>,
-    /// The highest number by node and epoch. Results that are missing after it cannot be detected here.
+    /// The highest number by `node:folder` and epoch. Results that are missing after it cannot be detected here.
     pub highest: BTreeMap<(String, u64), u64>,
 }
 
 /// Checks results for duplicates and gaps, by their ids.
 ///
 /// # Panics
-/// If an id is not of the form `node:epoch:seq`, or if a duplicate differs from the first result in more than
+/// If an id is not of the form `node:folder.epoch:seq`, or if a duplicate differs from the first result in more than
 /// `historical`.
 pub fn check_sequence(results: &[Value]) -> SequenceSummary {
     let contents = |result: &Value| {
@@ -213,11 +213,12 @@ pub fn check_sequence(results: &[Value]) -> SequenceSummary {
         let id = result["id"].as_str().unwrap_or_default();
         let mut parts = id.rsplitn(3, ':');
         let seq = parts.next().and_then(|seq| seq.parse().ok());
-        let epoch = parts.next().and_then(|epoch| epoch.parse().ok());
-        let (Some(seq), Some(epoch), Some(node)) = (seq, epoch, parts.next()) else {
-            panic!("no id of the form node:epoch:seq in {result}");
+        let run = parts.next().and_then(|run| run.split_once('.'));
+        let run = run.and_then(|(folder, epoch)| Some((folder, epoch.parse().ok()?)));
+        let (Some(seq), Some((folder, epoch)), Some(node)) = (seq, run, parts.next()) else {
+            panic!("no id of the form node:folder.epoch:seq in {result}");
         };
-        match epochs.entry((node.to_owned(), epoch)).or_default().insert(seq, result) {
+        match epochs.entry((format!("{node}:{folder}"), epoch)).or_default().insert(seq, result) {
             None => summary.distinct += 1,
             Some(before) => {
                 summary.duplicates += 1;

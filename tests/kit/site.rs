@@ -2,7 +2,7 @@
 //! read the state of an agent that runs in it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use serde_json::Value;
@@ -14,6 +14,16 @@ use crate::onnx::mean_colour_classifier;
 use crate::process::{output_text, run_with_input};
 use crate::wait::until_long;
 use crate::{example, http, model_manifest, stream_manifest, utf8};
+
+/// The random id of an agent's data folder.
+///
+/// # Panics
+/// If the folder has no identity.
+pub fn folder_id(data: &Path) -> String {
+    let text = fs::read(data.join("identity.json")).expect("the agent has written its identity");
+    let identity: Value = serde_json::from_slice(&text).expect("the identity is JSON");
+    identity["folder"].as_str().expect("the folder id is a string").to_owned()
+}
 
 /// A folder with everything that an agent needs. It outlives the agents that run in it.
 pub struct TestSite {

@@ -1,9 +1,12 @@
-//! Many version changes in a row, and repeated signals.
+//! Many version changes in a row, a long outage of the broker, and repeated signals.
 
 use std::fs;
+use std::time::Duration;
 
 use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::{Broker, UNREACHABLE_BROKER};
+use lineside_tests::site::{TestSite, iterations};
+use lineside_tests::wait::until_within;
 use lineside_tests::{example, model_manifest, stream_manifest};
 
 #[test]
@@ -51,6 +54,50 @@ fn twenty_version_changes_lose_no_result_and_leak_no_thread() {
     assert_eq!(versions.last(), Some(&(CHANGES + 1)));
     // The number of blocking threads of the runtime varies; instances of previous versions must not accumulate.
     assert!(threads(&agent) <= before + 6, "{before} threads before, {} after", threads(&agent));
+    assert!(agent.terminate().success());
+}
+
+/// The resident memory of a process in MiB.
+fn resident_mib(pid: u32) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
+}
+
+/// Waits for this many results of three streams, and returns the highest resident memory meanwhile.
+fn peak_during(agent: &Agent, results: f64) -> f64 {
+    let processed = || -> f64 {
+        let of = |line| agent.metric(&format!("lineside_frames_total{{outcome=\"processed\",stream=\"line-{line}\"}}"));
+        (1..=3).map(of).sum()
+    };
+    let (start, mut peak) = (processed(), 0.0_f64);
+    until_within(Duration::from_secs(600), "results", || {
+        peak = peak.max(resident_mib(agent.pid()));
+        (processed() >= start + results).then_some(())
+    });
+    peak
+}
+
+/// In the short form, the outage lasts for 2,000 results; `LINESIDE_OUTAGE_RESULTS=12600` is a minute at 210 results per second.
+#[test]
+#[ignore = "the allocator is chosen when frames are decoded in worker processes; up to 17 MiB more with the current one"]
+fn memory_stays_flat_while_the_broker_is_unreachable() {
+    let mut broker = Broker::start();
+    let site = TestSite::with_stream(70);
+    for line in 2..=3 {
+        let frames = format!("dir://{}?loop=true", example("frames").display());
+        site.apply(
+            &format!("stream-{line}.yaml"),
+            &stream_manifest(&format!("line-{line}"), &frames, "parts", "  fps: 70\n"),
+        );
+    }
+    let mut agent = site.start_with_broker(&broker.url(), &[]);
+    agent.wait_for_metric("lineside_frames_total{outcome=\"processed\",stream=\"line-3\"}", 200.0);
+    let before = peak_during(&agent, 500.0);
+    broker.stop();
+    let outage = peak_during(&agent, iterations("LINESIDE_OUTAGE_RESULTS", 2000) as f64);
+    eprintln!("resident memory: {before:.1} MiB before the outage, at most {outage:.1} MiB during it");
+    assert!(outage <= before + 8.0, "{before:.1} MiB before, {outage:.1} MiB during the outage");
     assert!(agent.terminate().success());
 }
 

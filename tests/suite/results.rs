@@ -6,6 +6,7 @@ use std::fs;
 use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::Broker;
 use lineside_tests::process::command;
+use lineside_tests::site::folder_id;
 use lineside_tests::{example, http, model_manifest, python, root, stream_manifest};
 
 const FRAMES: usize = 40;
@@ -40,7 +41,7 @@ fn every_frame_of_a_folder_produces_one_result_with_its_origin() {
     for (index, result) in results.iter().enumerate() {
         let seq = index as u64 + 1;
         assert_eq!(result["seq"], seq, "results arrive in order, and no number is missing");
-        assert_eq!(result["id"], format!("edge-1:1:{seq}"));
+        assert_eq!(result["id"], format!("edge-1:{}.1:{seq}", folder_id(&data)));
         assert_eq!(result["model"]["name"], "parts");
         assert_eq!(result["model"]["version"], 1);
         assert_eq!(result["model"]["engine"], "tract");
@@ -84,7 +85,7 @@ fn every_frame_of_a_folder_produces_one_result_with_its_origin() {
     let more = subscriber.wait_for("/line-1/result", 2 * FRAMES);
     let ids: BTreeSet<&str> = more.iter().map(|result| result["id"].as_str().unwrap()).collect();
     assert_eq!(ids.len(), 2 * FRAMES);
-    assert!(more[FRAMES]["id"].as_str().unwrap().starts_with("edge-1:2:"));
+    assert!(more[FRAMES]["id"].as_str().unwrap().starts_with(&format!("edge-1:{}.2:", folder_id(&data))));
     assert!(again.terminate().success());
 }
 

@@ -11,7 +11,7 @@ use lineside_tests::paho::{Paho, SequenceSummary, check_sequence};
 use lineside_tests::process::output_text;
 use lineside_tests::relay::{Mode, Relay};
 use lineside_tests::scripted_broker::{BrokerScript, ScriptedBroker};
-use lineside_tests::site::{TestSite, failed_inspections, iterations, status};
+use lineside_tests::site::{TestSite, failed_inspections, folder_id, iterations, status};
 use lineside_tests::stream_manifest;
 use lineside_tests::wait::{until_long, until_true};
 use serde_json::Value;
@@ -309,13 +309,18 @@ fn the_spool_command_lists_exports_and_purges_records() {
     let partitions = json(&["stat", "--json"]);
     assert!(partitions["partitions"][0]["records"].as_u64().unwrap() >= 20, "{partitions}");
     let purge = site.spool(&["purge", "--yes"]);
-    assert!(!purge.status.success() && output_text(&purge).contains("another agent"), "{}", output_text(&purge));
+    assert!(
+        !purge.status.success() && output_text(&purge).contains(&format!("process {} (edge-1)", agent.pid())),
+        "{}",
+        output_text(&purge)
+    );
     assert!(agent.terminate().success());
+    let first_id = format!("edge-1:{}.1:1", folder_id(&site.data()));
     let processed = agent.events("records_left_in_spool")[0]["records"].as_u64().unwrap();
 
     let table = site.spool(&["ls", "--limit", "3"]);
     assert!(
-        output_text(&table).contains("edge-1:1:1 ") && output_text(&table).lines().count() == 4,
+        output_text(&table).contains(&format!("{first_id} ")) && output_text(&table).lines().count() == 4,
         "{}",
         output_text(&table)
     );
@@ -324,7 +329,7 @@ fn the_spool_command_lists_exports_and_purges_records() {
     let lines = fs::read_to_string(&exported).unwrap();
     assert_eq!(lines.lines().count() as u64, processed);
     let first: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
-    assert_eq!((&first["topic"], &first["payload"]["id"]), (&RESULTS.into(), &"edge-1:1:1".into()));
+    assert_eq!((&first["topic"], &first["payload"]["id"]), (&RESULTS.into(), &first_id.into()));
 
     let unconfirmed = site.spool(&["purge"]);
     assert_eq!(unconfirmed.status.code(), Some(64));

@@ -31,6 +31,7 @@ use prometheus::IntCounter;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
 use crate::config::settings::{Config, DATA_FOLDER_ENTRIES, DesiredSource};
+use crate::data_folder::{DataFolder, FolderIdentity};
 use crate::desired::cluster::ClusterSync;
 use crate::desired::folder_watcher::{FolderMetrics, FolderWatcher};
 use crate::desired::{DesiredState, Node};
@@ -45,8 +46,6 @@ use crate::reconciler::{
 use crate::rules_child::RuleChecker;
 use crate::streams::{RunningStreams, StreamContext, StreamMetrics, StreamRegistry};
 
-/// The file in the data folder that counts the starts of the agent.
-const EPOCH_FILE: &str = "boot-epoch";
 /// The model store's folder in the data folder.
 pub const STORE_FOLDER: &str = "store";
 /// Commands that wait for the reconciler.
@@ -63,6 +62,8 @@ pub struct App {
     /// In the order in which they are stopped.
     tasks: Vec<SupervisedTask>,
     spool: Arc<Spool>,
+    /// The lock is held until everything has stopped.
+    _data_folder: DataFolder,
 }
 
 /// What the parts of the agent share.
@@ -86,8 +87,11 @@ impl App {
     /// When the data folder cannot be used, the HTTP address cannot be bound, or the trusted keys or the cluster's
     /// configuration cannot be read.
     pub async fn start(config: Config, set_level: SetLevel) -> anyhow::Result<Self> {
+        // Before anything in the folder is touched: another agent may be using it.
+        let data_folder = DataFolder::open(&config.data_dir, &config.node)
+            .with_context(|| format!("--data-dir {} cannot be used", config.data_dir.display()))?;
+        let FolderIdentity { folder, epoch } = data_folder.identity().clone();
         make_data_folder_private(&config.data_dir);
-        let epoch = next_epoch(&config)?;
         let registrar = Registrar::default();
         let supervisor = supervisor(&registrar)?;
         let server = Arc::new(Server::bind(config.http).await?);
@@ -99,7 +103,7 @@ impl App {
         let store = Arc::new(open_store(&config, &store_metrics)?);
         let spool = open_spool(&config, &registrar, &supervisor)?;
         let topics = Topics::new(&config.prefix, &config.site, &config.node);
-        let messages = Arc::new(MessageWriter::new(&config, epoch, topics.clone(), spool.clone()));
+        let messages = Arc::new(MessageWriter::new(&config, data_folder.identity(), topics.clone(), spool.clone()));
         let stream_metrics = StreamMetrics::register(&registrar)?;
         let shared = Shared {
             registry: StreamRegistry::new(messages.clone(), stream_metrics.up.clone()),
@@ -118,6 +122,7 @@ impl App {
             version = env!("CARGO_PKG_VERSION"),
             node = config.node,
             site = config.site,
+            folder_id = folder,
             epoch,
             %http,
             brokers = ?config.mqtt.brokers,
@@ -133,6 +138,7 @@ impl App {
             topics: shared.topics.clone(),
             node: config.node.clone(),
             site: config.site.clone(),
+            folder,
             epoch,
             data_dir: config.data_dir.clone(),
             spool: shared.spool.clone(),
@@ -141,7 +147,7 @@ impl App {
             set_level,
             metrics: MqttMetrics::register(&shared.registrar)?,
         }));
-        let broker = publisher.broker_state();
+        let (broker, node_clash) = (publisher.broker_state(), publisher.node_clash());
         let publish = shared.supervisor.spawn("publisher", OnFailure::Restart, move |stop| {
             let publisher = publisher.clone();
             async move { publisher.run(stop).await }
@@ -193,6 +199,8 @@ impl App {
                 supervisor: shared.supervisor.clone(),
                 streams: shared.registry.subscribe(),
                 broker,
+                node_clash,
+                data_folder_problem: data_folder.refused_write().map(str::to_owned),
                 cluster,
                 published: Published::default(),
             },
@@ -209,7 +217,7 @@ impl App {
         }));
         tasks.extend(metrics_task);
         tasks.extend([publish, serve]);
-        Ok(Self { http, supervisor: shared.supervisor, tasks, spool: shared.spool })
+        Ok(Self { http, supervisor: shared.supervisor, tasks, spool: shared.spool, _data_folder: data_folder })
     }
 
     /// The address of the HTTP server.
@@ -371,7 +379,11 @@ fn open_store(config: &Config, metrics: &StoreMetrics) -> anyhow::Result<Store> 
         }
     });
     let store = Store::open(&root, config.models.store_bytes_max, index).context("the store cannot be opened")?;
-    store.remove_stale_files().context("stale files of the store cannot be removed")?;
+    // Stale files cost space and nothing else. They stay on a disk that accepts no writes.
+    if let Err(error) = store.remove_stale_files() {
+        let reason = error_chain(&error);
+        tracing::warn!(event = "store_not_cleaned", reason, "Stale files of the store cannot be removed");
+    }
     match (store.index_state(), failure) {
         (IndexState::Rebuilt, Some(error)) => {
             metrics.index_rebuilt.inc();
@@ -385,26 +397,4 @@ fn open_store(config: &Config, metrics: &StoreMetrics) -> anyhow::Result<Store> 
         (_, None) => {}
     }
     Ok(store)
-}
-
-/// Counts this start. The number is part of the id of every result, so that no id is used twice, and is on disk before the
-/// first result is created.
-fn next_epoch(config: &Config) -> anyhow::Result<u64> {
-    let folder = &config.data_dir;
-    let advice = || format!("--data-dir {} cannot be used", folder.display());
-    files::create_private_folder(folder).with_context(advice)?;
-    let path = folder.join(EPOCH_FILE);
-    let last = match std::fs::read_to_string(&path) {
-        Ok(text) => text.trim().parse::<u64>().with_context(|| {
-            format!(
-                "{} does not contain a number; write a number into it that is higher than any epoch used before",
-                path.display()
-            )
-        })?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
-        Err(error) => return Err(error).with_context(advice),
-    };
-    let epoch = last.checked_add(1).context("the boot epoch has reached its maximum")?;
-    files::replace(&path, format!("{epoch}\n").as_bytes()).with_context(advice)?;
-    Ok(epoch)
 }

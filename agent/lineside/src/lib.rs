@@ -6,6 +6,7 @@
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod data_folder;
 pub mod desired;
 pub mod http;
 pub mod message_writer;

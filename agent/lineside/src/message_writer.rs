@@ -9,6 +9,7 @@ use lineside_spool::{AppendOutcome, NewRecord, RecordKind, Spool, WhenFull};
 use serde::Serialize;
 
 use crate::config::settings::Config;
+use crate::data_folder::FolderIdentity;
 
 /// Seconds that metrics are kept while no broker is connected: a day.
 const METRICS_TTL_SECONDS: u32 = 24 * 3600;
@@ -17,17 +18,19 @@ const METRICS_TTL_SECONDS: u32 = 24 * 3600;
 pub struct MessageWriter {
     node: String,
     site: String,
-    epoch: u64,
+    /// The front of every id, `node:folder.epoch`.
+    id_prefix: String,
     topics: Topics,
     spool: Arc<Spool>,
     when_full: WhenFull,
 }
 
 impl MessageWriter {
-    /// The writer of this node in this boot epoch.
-    pub fn new(config: &Config, epoch: u64, topics: Topics, spool: Arc<Spool>) -> Self {
+    /// The writer of this node in this run.
+    pub fn new(config: &Config, identity: &FolderIdentity, topics: Topics, spool: Arc<Spool>) -> Self {
         let (node, site) = (config.node.clone(), config.site.clone());
-        Self { node, site, epoch, topics, spool, when_full: config.spool.when_full }
+        let id_prefix = identity.id_prefix(&node);
+        Self { node, site, id_prefix, topics, spool, when_full: config.spool.when_full }
     }
 
     /// The node's name.
@@ -88,7 +91,7 @@ impl MessageWriter {
             topic: topic.into(),
             ttl_seconds,
             when_full: self.when_full,
-            build_payload: |seq| with_id(&format!("{}:{}:{letter}{seq}", self.node, self.epoch), seq, &body),
+            build_payload: |seq| with_id(&format!("{}:{letter}{seq}", self.id_prefix), seq, &body),
         })
     }
 }

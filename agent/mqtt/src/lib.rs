@@ -12,5 +12,6 @@ pub mod home_assistant;
 #[cfg(any(test, feature = "loopback"))]
 pub mod loopback;
 pub mod metrics;
+pub mod node_clash;
 pub mod publisher;
 pub mod sparkplug;

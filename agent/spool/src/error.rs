@@ -3,15 +3,11 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use lineside_common::files;
+
 /// Why a spool could not be opened, read or purged.
 #[derive(Debug, thiserror::Error)]
 pub enum SpoolError {
-    /// Another process holds the lock of the spool.
-    #[error("another agent holds the lock {}; stop it first, or use a different data folder", path.display())]
-    Locked {
-        /// The lock file.
-        path: PathBuf,
-    },
     /// The folder does not contain a spool.
     #[error("{} does not contain a spool; check that it is the data folder of an agent", path.display())]
     NotFound {
@@ -21,7 +17,7 @@ pub enum SpoolError {
     /// The file system reported an error.
     #[error("cannot {operation} {}", path.display())]
     Io {
-        /// The operation that failed, as a verb: `create`, `list`, `read`, `write`, `rename`, `remove`, `sync`, `lock`.
+        /// The operation that failed, as a verb: `create`, `list`, `read`, `write`, `rename`, `remove`, `sync`.
         operation: &'static str,
         /// The file or folder.
         path: PathBuf,
@@ -37,8 +33,6 @@ pub enum SpoolError {
 /// The kind of a [`SpoolError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpoolErrorKind {
-    /// Another process uses the spool.
-    Locked,
     /// The spool, or a file of it, does not exist.
     NotFound,
     /// Any other error of the operating system.
@@ -49,11 +43,17 @@ impl SpoolError {
     /// The kind, to branch on.
     pub fn kind(&self) -> SpoolErrorKind {
         match self {
-            Self::Locked { .. } => SpoolErrorKind::Locked,
             Self::NotFound { .. } => SpoolErrorKind::NotFound,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => SpoolErrorKind::NotFound,
             Self::Io { .. } | Self::Thread(_) => SpoolErrorKind::Io,
         }
+    }
+}
+
+impl SpoolError {
+    /// Whether the disk refuses writes, while reading may still work.
+    pub(crate) fn refuses_writes(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if files::refuses_writes(source))
     }
 }
 

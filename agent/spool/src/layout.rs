@@ -8,8 +8,6 @@ use crate::record::RecordKind;
 pub(crate) const CURSOR: &str = "cursor";
 /// The cursor while it is replaced.
 pub(crate) const CURSOR_TMP: &str = "cursor.tmp";
-/// The file whose lock the agent holds.
-pub(crate) const LOCK: &str = "lock";
 
 /// The folder of the spool in the data folder of an agent.
 pub fn folder(data_dir: &Path) -> PathBuf {

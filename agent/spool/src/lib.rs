@@ -16,7 +16,8 @@
 //! # Files
 //! The segment that is appended to is named `{first}.open`. A closed segment is named
 //! `{first}-{last}-{created}-{expires}.seg`, so that a spool of a million records opens by reading file names only. `cursor`
-//! stores what is completed. The agent holds a lock on the file `lock` while the spool is open.
+//! stores what is completed. The caller holds the lock of the data folder ([`FolderLock`](lineside_common::folder_lock)) while the
+//! spool is open or purged.
 //!
 //! # Invariants
 //! - A record that is appended and written survives the end of the process; a record that is synced survives a power cut. A
@@ -40,7 +41,6 @@ mod error;
 #[cfg(any(test, feature = "simulation"))]
 mod fake_disk;
 mod layout;
-mod lock;
 mod metrics;
 mod options;
 mod partition;

@@ -6,10 +6,11 @@ use std::io;
 use std::path::Path;
 
 use bytes::Bytes;
+use lineside_common::error_chain;
 
 use crate::cursor::{Cursor, SLOT_BYTES};
 use crate::disk::Disk;
-use crate::error::{IoContext as _, SpoolError};
+use crate::error::{IoContext as _, SpoolError, SpoolErrorKind};
 use crate::layout::{CURSOR, CURSOR_TMP, partition_folder};
 use crate::partition::Partition;
 use crate::record::{RECORD_BYTES_MAX, Record, RecordKind};
@@ -24,7 +25,7 @@ const READ_MARGIN_BYTES: u64 = 1 << 20;
 pub(crate) enum AccessMode {
     /// The agent: open segments are closed, and unusable ones removed.
     Owner,
-    /// Another process, while an agent may be using the spool: nothing is changed.
+    /// Another process, while an agent may be using the spool, or the agent on a disk that refuses writes: nothing is changed.
     Observer,
 }
 
@@ -35,25 +36,52 @@ pub(crate) struct Recovered {
     pub(crate) clock_ms: u64,
 }
 
-/// Reads a spool: the names of its segments, its cursors, and the segments that were open when the last process ended.
+/// Reads a spool: the names of its segments, its cursors, and the segments that were open when the last process ended. On a
+/// disk that refuses writes, a partition is read without being changed.
 pub(crate) fn recover(disk: &dyn Disk, root: &Path) -> Result<Recovered, SpoolError> {
     let mut recovered = Recovered { partitions: Vec::new(), clock_ms: 0 };
     for kind in RecordKind::ALL {
-        let folder = partition_folder(root, kind);
-        disk.create_folder(&folder).during("create", &folder)?;
-        let (segments, newest_ms) = read_segments(disk, &folder, kind, AccessMode::Owner)?;
-        let cursor = read_cursor(disk, &folder)?;
-        let newest_ms = newest_ms.max(cursor.clock_ms);
+        let (partition, newest_ms) = match recover_partition(disk, root, kind, AccessMode::Owner) {
+            Err(error) if error.refuses_writes() => {
+                let reason = error_chain(&error);
+                tracing::warn!(event = "spool_opened_without_writes", reason, "The disk refuses writes of the spool");
+                recover_partition(disk, root, kind, AccessMode::Observer)
+            }
+            result => result,
+        }?;
         recovered.clock_ms = recovered.clock_ms.max(newest_ms);
-        let mut partition = Partition::new(segments.into(), cursor);
-        // A cursor that the last process wrote and did not sync may or may not survive a power cut. Replacing it durably
-        // makes the completed positions certain.
-        if let Some(cursor) = partition.take_cursor(newest_ms, true) {
-            replace_cursor(disk, &folder, &cursor)?;
-        }
         recovered.partitions.push(partition);
     }
     Ok(recovered)
+}
+
+/// Reads a partition. Returns it with the time that the agent had run when its newest known record was appended.
+fn recover_partition(
+    disk: &dyn Disk,
+    root: &Path,
+    kind: RecordKind,
+    access: AccessMode,
+) -> Result<(Partition, u64), SpoolError> {
+    let folder = partition_folder(root, kind);
+    if access == AccessMode::Owner {
+        disk.create_folder(&folder).during("create", &folder)?;
+    }
+    let (segments, newest_ms) = match read_segments(disk, &folder, kind, access) {
+        // The folder could not be created.
+        Err(error) if access == AccessMode::Observer && error.kind() == SpoolErrorKind::NotFound => (Vec::new(), 0),
+        result => result?,
+    };
+    let cursor = read_cursor(disk, &folder)?;
+    let newest_ms = newest_ms.max(cursor.clock_ms);
+    let mut partition = Partition::new(segments.into(), cursor);
+    // A cursor that the last process wrote and did not sync may or may not survive a power cut. Replacing it durably
+    // makes the completed positions certain.
+    if access == AccessMode::Owner
+        && let Some(cursor) = partition.take_cursor(newest_ms, true)
+    {
+        replace_cursor(disk, &folder, &cursor)?;
+    }
+    Ok((partition, newest_ms))
 }
 
 fn replace_cursor(disk: &dyn Disk, folder: &Path, cursor: &Cursor) -> Result<(), SpoolError> {

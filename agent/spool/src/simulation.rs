@@ -52,7 +52,7 @@ impl DrivenSpool {
             let time_ms = time_ms.clone();
             Arc::new(move || Duration::from_millis(time_ms.load(Ordering::Relaxed)))
         };
-        let (spool, writer) = Spool::assemble(Arc::new(disk.clone()), Path::new(ROOT), &options, clock, None)
+        let (spool, writer) = Spool::assemble(Arc::new(disk.clone()), Path::new(ROOT), &options, clock)
             .expect("the simulated disk can be read");
         Self { spool, disk, options, writer, time_ms }
     }

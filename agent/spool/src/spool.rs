@@ -2,7 +2,6 @@
 //!
 //! Tested in `tests.rs` and `model_test.rs`.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -14,8 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::disk::{Disk, RealDisk};
-use crate::error::{IoContext as _, SpoolError};
-use crate::lock;
+use crate::error::SpoolError;
 use crate::metrics::{DropCounts, DropReason};
 use crate::options::Options;
 use crate::partition::Partition;
@@ -28,8 +26,6 @@ use crate::shared::{Clock, Connection, Shared, State};
 use crate::stats::Stats;
 use crate::writer::{self, Writer};
 
-/// How long opening waits for another agent to release the lock.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long closing waits for the disk.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long [`Stats::is_overflowing`] stays set after a record was dropped for lack of room.
@@ -43,8 +39,6 @@ pub struct Spool {
     memory_bytes_max: u64,
     /// `None` before the start and after the end of the writer.
     writer: Mutex<Option<WriterThread>>,
-    /// Held while the spool is open.
-    _lock: Option<File>,
 }
 
 struct WriterThread {
@@ -54,17 +48,17 @@ struct WriterThread {
 }
 
 impl Spool {
-    /// Opens the spool in a folder, which is created when it does not exist, and starts the writer.
+    /// Opens the spool in a folder, which is created when it does not exist, and starts the writer. The caller holds the lock
+    /// of the data folder, so that no other process uses the spool.
+    ///
+    /// A disk that refuses writes does not prevent the start: the spool delivers what the disk holds, keeps new records in
+    /// memory, and creates missing folders once the disk accepts writes.
     ///
     /// # Errors
-    /// When another agent holds the lock, when the folder cannot be read, or when the writer cannot be started.
+    /// When the folder cannot be read, or when the writer cannot be started.
     pub fn open(folder: &Path, mut options: Options) -> Result<Arc<Self>, SpoolError> {
         let reporter = options.failure_reporter.take();
-        let opened = std::fs::create_dir_all(folder)
-            .during("create", folder)
-            .and_then(|()| lock::acquire(folder, LOCK_TIMEOUT))
-            .and_then(|lock| Self::assemble(Arc::new(RealDisk), folder, &options, since_now(), Some(lock)));
-        match opened {
+        match Self::assemble(Arc::new(RealDisk), folder, &options, since_now()) {
             Ok((spool, writer)) => spool.start(writer, reporter),
             Err(error) => {
                 // The writer did not run, so it did not fail.
@@ -80,7 +74,6 @@ impl Spool {
         folder: &Path,
         options: &Options,
         clock: Clock,
-        lock: Option<File>,
     ) -> Result<(Self, Writer), SpoolError> {
         let Recovered { partitions, clock_ms } = recovery::recover(&*disk, folder)?;
         let spool = Self {
@@ -89,7 +82,6 @@ impl Spool {
             age_max_seconds: options.age_max_seconds,
             memory_bytes_max: options.memory_bytes_max,
             writer: Mutex::new(None),
-            _lock: lock,
         };
         Ok((spool, Writer::new(disk, folder, options)))
     }

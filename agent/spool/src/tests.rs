@@ -9,7 +9,6 @@ use bytes::Bytes;
 use lineside_common::supervisor::Supervisor;
 
 use crate::fake_disk::{FakeDisk, FaultMode};
-use crate::lock;
 use crate::simulation::{DrivenSpool, ROOT, options};
 use crate::*;
 
@@ -390,16 +389,13 @@ fn foreign_and_empty_files_are_ignored() {
 }
 
 #[test]
-fn one_agent_at_a_time_uses_a_spool_and_others_may_read_it() {
+fn a_spool_can_be_read_while_it_is_open_and_purged_when_it_is_closed() {
     let folder = tempfile::tempdir().unwrap();
     let spool = Spool::open(folder.path(), unbounded()).unwrap();
     let build_payload = |_| Bytes::from_static(b"{\"id\":\"a:1:1\"}");
     let when_full = WhenFull::DropOldest;
     spool.append(NewRecord { kind: RecordKind::Event, topic: "t".into(), ttl_seconds: 0, when_full, build_payload });
-    let refused = lock::acquire(folder.path(), Duration::ZERO).unwrap_err();
-    assert_eq!(refused.kind(), SpoolErrorKind::Locked);
-    assert!(refused.to_string().contains("another agent"), "{refused}");
-    assert!(purge(folder.path(), |_| true).is_err());
+    assert!(SpoolView::open(folder.path()).is_ok());
     spool.close();
     let view = SpoolView::open(folder.path()).unwrap();
     let counts: Vec<u64> = view.partitions().map(|partition| partition.records).collect();
@@ -413,6 +409,59 @@ fn one_agent_at_a_time_uses_a_spool_and_others_may_read_it() {
     assert_eq!(missing, Some(SpoolErrorKind::NotFound));
 }
 
+#[test]
+fn a_spool_on_a_disk_that_refuses_writes_opens_delivers_and_recovers() {
+    let mut driven = DrivenSpool::new(unbounded());
+    fill(&driven, 1..=3);
+    driven.advance(1);
+    driven.advance(60_000);
+    driven.disk.set_faults(FaultMode { is_read_only: true, ..FaultMode::default() });
+    let mut driven = driven.kill();
+    assert_eq!(driven.spool.stats().records, 3, "the disk can still be read");
+    driven.advance(10);
+    assert!(driven.spool.stats().degraded.is_some());
+    fill(&driven, 4..=6);
+    driven.advance(10);
+    assert_eq!(driven.spool.stats().records, 6, "memory holds the new records");
+    driven.disk.set_faults(FaultMode::default());
+    driven.advance(2000);
+    assert_eq!(driven.spool.stats().degraded, None);
+    let mut driven = driven.kill();
+    assert_eq!(texts(&driven.drain()), [1, 2, 3, 4, 5, 6]);
+    assert_eq!(driven.dropped_total(), 0);
+}
+
+#[test]
+fn records_that_were_completed_on_a_read_only_disk_are_not_delivered_after_it_recovers() {
+    let mut driven = DrivenSpool::new(unbounded());
+    fill(&driven, 1..=3);
+    driven.advance(1);
+    driven.advance(60_000);
+    driven.disk.set_faults(FaultMode { is_read_only: true, ..FaultMode::default() });
+    let mut driven = driven.kill();
+    fill(&driven, 4..=5);
+    assert_eq!(texts(&driven.drain()).len(), 5);
+    driven.disk.set_faults(FaultMode::default());
+    driven.advance(2000);
+    fill(&driven, [6]);
+    driven.advance(1000);
+    let mut driven = driven.kill();
+    assert_eq!(texts(&driven.drain()), [6]);
+}
+
+#[test]
+fn missing_folders_are_created_when_the_disk_accepts_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    let spool = Spool::open(folder.path(), unbounded()).unwrap();
+    std::fs::remove_dir_all(folder.path().join("result")).unwrap();
+    let build_payload = |_| text(1);
+    let when_full = WhenFull::DropOldest;
+    spool.append(NewRecord { kind: RecordKind::Result, topic: "t".into(), ttl_seconds: 0, when_full, build_payload });
+    spool.close();
+    drop(spool);
+    assert_eq!(Spool::open(folder.path(), unbounded()).unwrap().stats().records, 1);
+}
+
 fn supervisor() -> Supervisor {
     let restarts = prometheus::IntCounterVec::new(prometheus::Opts::new("restarts", "restarts"), &["task"]).unwrap();
     Supervisor::new(restarts)
@@ -423,7 +472,7 @@ fn a_panic_of_the_writer_is_reported() {
     let (supervisor, disk) = (supervisor(), FakeDisk::default());
     let started = Instant::now();
     let clock: crate::shared::Clock = Arc::new(move || started.elapsed());
-    let (spool, writer) = Spool::assemble(Arc::new(disk.clone()), Path::new(ROOT), &unbounded(), clock, None).unwrap();
+    let (spool, writer) = Spool::assemble(Arc::new(disk.clone()), Path::new(ROOT), &unbounded(), clock).unwrap();
     disk.set_faults(FaultMode { panics_on_write: true, ..FaultMode::default() });
     let spool = spool.start(writer, Some(supervisor.reporter("spool-writer"))).unwrap();
     let build_payload = |_| text(1);

@@ -4,21 +4,15 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use crate::disk::{Disk as _, RealDisk};
 use crate::error::{IoContext as _, SpoolError};
 use crate::layout::partition_folder;
-use crate::lock;
 use crate::partition::Partition;
 use crate::position_set::PositionSet;
 use crate::record::{Record, RecordKind};
 use crate::recovery::{self, AccessMode};
 use crate::segment::Segment;
-
-/// How long purging waits for the lock. A process that is being started shares the files of its parent for a moment, and so
-/// a lock that was just released.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The contents of a partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,14 +102,13 @@ impl PartitionView {
     }
 }
 
-/// Deletes all records of the selected partitions, and returns how many were pending.
+/// Deletes all records of the selected partitions, and returns how many were pending. The caller holds the lock of the data
+/// folder, so that the contents cannot change meanwhile.
 ///
 /// # Errors
-/// When an agent holds the lock, or a file cannot be removed.
+/// When the spool cannot be read, or a file cannot be removed.
 pub fn purge(root: &Path, is_selected: impl Fn(RecordKind) -> bool) -> Result<u64, SpoolError> {
-    let lock = lock::acquire(root, LOCK_TIMEOUT)?;
     let mut purged = 0;
-    // The spool is read while it is locked, so that its contents cannot change.
     let view = SpoolView::open(root)?;
     for partition in view.partitions.iter().filter(|partition| is_selected(partition.stats.kind)) {
         let folder = partition_folder(root, partition.stats.kind);
@@ -125,6 +118,5 @@ pub fn purge(root: &Path, is_selected: impl Fn(RecordKind) -> bool) -> Result<u6
         }
         purged += partition.stats.records;
     }
-    drop(lock);
     Ok(purged)
 }

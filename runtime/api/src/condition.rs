@@ -102,6 +102,8 @@ pub enum Reason {
     ConfigUnreadable,
     /// The connection is up.
     Connected,
+    /// The data folder accepted no writes when the agent started.
+    DataFolderUnwritable,
     /// Something is degraded for a reason that has no name of its own.
     Degraded,
     /// The connection is down.
@@ -120,6 +122,8 @@ pub enum Reason {
     ModelsReady,
     /// No node matches the object's selector.
     NoNodes,
+    /// Another agent uses the same site and node name on the broker.
+    NodeNameClash,
     /// The node's agent does not report its status.
     NodeUnreachable,
     /// The object failed on some of its nodes.

@@ -137,6 +137,13 @@ pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Whether an error means that the disk accepts no writes at present: it is read-only or full, or writing is not permitted.
+/// Reading may still work.
+pub fn refuses_writes(error: &io::Error) -> bool {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(error.kind(), PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,6 +181,16 @@ mod tests {
         assert_eq!(mode("state"), 0o600);
         create_private_folder(&folder.path().join("x/y")).unwrap();
         assert_eq!((mode("x"), mode("x/y")), (0o700, 0o700));
+    }
+
+    #[test]
+    fn errors_of_a_disk_that_accepts_no_writes_are_recognized() {
+        for code in
+            [rustix::io::Errno::ROFS, rustix::io::Errno::NOSPC, rustix::io::Errno::DQUOT, rustix::io::Errno::ACCESS]
+        {
+            assert!(refuses_writes(&code.into()), "{code}");
+        }
+        assert!(!refuses_writes(&io::ErrorKind::NotFound.into()) && !refuses_writes(&rustix::io::Errno::IO.into()));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod digest;
 mod error_chain;
 pub mod file_roots;
 pub mod files;
+pub mod folder_lock;
 mod log_on_change;
 pub mod metrics;
 pub mod net;

@@ -1,6 +1,7 @@
 //! Attacks on a running agent: hostile models, rules, pictures, manifests and peers.
 
 mod authority;
+mod data_folder;
 mod manifests;
 mod rules;
 mod trust;

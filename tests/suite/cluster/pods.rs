@@ -45,7 +45,8 @@ fn longest_gap(results: &[Value]) -> f64 {
 fn epoch(subscriber: &Paho) -> u64 {
     let results = subscriber.results();
     let id = results.last().and_then(|result| result["id"].as_str()).unwrap_or_default();
-    id.split(':').nth(1).and_then(|epoch| epoch.parse().ok()).unwrap_or_default()
+    let run = id.split(':').nth(1).and_then(|run| run.split_once('.'));
+    run.and_then(|(_, epoch)| epoch.parse().ok()).unwrap_or_default()
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! `lineside spool`: lists, exports and deletes the messages that wait for the broker. All commands but `purge` also work while the
-//! agent runs. `tests/suite/spool.rs` tests it as a whole process.
+//! agent runs; `purge` takes the lock of the data folder, and changes nothing while an agent holds it. `tests/suite/spool.rs` tests it as a whole process.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
@@ -12,7 +13,12 @@ use serde_json::{Value, json};
 use super::progress::message_bar;
 use super::{Failure, write_out};
 
+use lineside_common::folder_lock::FolderLock;
 use lineside_spool::{Record, RecordKind, SpoolView, purge};
+
+/// How long purging waits for the lock. A process that is being started shares the files of its parent for a moment, and so
+/// a lock that was just released.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Args)]
 pub(super) struct Arguments {
@@ -91,6 +97,8 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         }
         Command::Purge { kind, .. } => {
             let kind = kind.map(RecordKind::from);
+            let _lock = FolderLock::acquire(&arguments.data_dir, "lineside spool purge", LOCK_TIMEOUT)
+                .context("cannot purge the spool")?;
             let purged =
                 purge(&root, |other| kind.is_none_or(|kind| kind == other)).context("cannot purge the spool")?;
             if arguments.json {

@@ -28,10 +28,11 @@ use lineside_mqtt::config::MqttConfig;
 use lineside_spool::SpoolConfig;
 
 /// What the agent keeps in its data folder.
-pub const DATA_FOLDER_ENTRIES: [&str; 8] = [
+pub const DATA_FOLDER_ENTRIES: [&str; 9] = [
     "store",
     "spool",
     "boot-epoch",
+    "identity.json",
     "desired.json",
     "last-good.json",
     "highest-versions.json",

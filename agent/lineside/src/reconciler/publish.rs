@@ -13,6 +13,7 @@ use lineside_common::supervisor::Supervisor;
 use lineside_kube::ClusterState;
 use lineside_models::signing::has_expired;
 use lineside_mqtt::broker_state::BrokerState;
+use lineside_mqtt::node_clash::NodeClash;
 use lineside_spool::Spool;
 use prometheus::IntGaugeVec;
 use tokio::sync::watch;
@@ -67,6 +68,10 @@ pub struct StatePublisher {
     pub streams: watch::Receiver<StreamStates>,
     /// The state of the broker connection.
     pub broker: watch::Receiver<BrokerState>,
+    /// Another agent with the node's name on the broker.
+    pub node_clash: watch::Receiver<Option<NodeClash>>,
+    /// Why the data folder accepted no writes at the start; `None` if it did.
+    pub data_folder_problem: Option<String>,
     /// The connection to the cluster; `None` for an agent that follows no cluster.
     pub cluster: Option<watch::Receiver<ClusterState>>,
     /// Tasks that failed are reported.
@@ -82,6 +87,7 @@ pub struct Published {
     events: BTreeMap<String, NodeEvent>,
     /// Models whose expired signature was logged.
     expired: BTreeSet<String>,
+    clash: Option<NodeClash>,
 }
 
 impl StatePublisher {
@@ -89,10 +95,13 @@ impl StatePublisher {
     pub(super) fn publish(&mut self, snapshot: &Snapshot) {
         let now = SystemTime::now();
         let stats = self.spool.stats();
+        let clash = self.node_clash.borrow().clone();
         let around = Surroundings {
             streams: &self.streams.borrow().clone(),
             broker: &self.broker.borrow().clone(),
             is_cluster_connected: self.cluster.as_ref().map(|cluster| cluster.borrow().is_connected()),
+            node_clash: clash.as_ref(),
+            data_folder_problem: self.data_folder_problem.as_deref(),
             spool: &stats,
             failed_tasks: self.supervisor.recent_failures(),
             now,
@@ -113,8 +122,16 @@ impl StatePublisher {
         self.publish_states(states);
         self.publish_events(events);
         self.publish_signatures(snapshot, now);
+        self.publish_clash(clash);
         self.status.set(state);
         self.health.beat(Instant::now(), snapshot.is_configured, snapshot.config_error(), health);
+    }
+
+    fn publish_clash(&mut self, clash: Option<NodeClash>) {
+        if let Some(new) = clash.as_ref().filter(|new| self.published.clash.as_ref() != Some(*new)) {
+            self.events.event(NodeEvent::NodeNameClash { folder: new.folder.clone() });
+        }
+        self.published.clash = clash;
     }
 
     fn publish_states(&mut self, states: BTreeMap<String, (u64, ModelState)>) {

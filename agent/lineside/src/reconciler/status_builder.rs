@@ -10,6 +10,7 @@ use lineside_common::clock;
 use lineside_common::supervisor::TaskFailure;
 use lineside_models::signing::has_expired;
 use lineside_mqtt::broker_state::BrokerState;
+use lineside_mqtt::node_clash::NodeClash;
 use lineside_spool::Stats;
 
 use super::load_task::LoadedVersion;
@@ -28,6 +29,10 @@ pub(super) struct Surroundings<'a> {
     pub(super) broker: &'a BrokerState,
     /// Whether the cluster is connected; `None` for an agent that follows no cluster.
     pub(super) is_cluster_connected: Option<bool>,
+    /// Another agent with the node's name on the broker.
+    pub(super) node_clash: Option<&'a NodeClash>,
+    /// Why the data folder accepted no writes at the start; `None` if it did.
+    pub(super) data_folder_problem: Option<&'a str>,
     /// The spool.
     pub(super) spool: &'a Stats,
     /// Tasks that failed within the last minute and were restarted, with the reason.
@@ -210,6 +215,21 @@ fn problems(
             problems.push((Reason::SignatureExpired, message));
         }
     }
+    if let Some(clash) = around.node_clash {
+        let message = format!(
+            "another agent (data folder {}) uses the same site and node name on the broker, and each disconnects the other; \
+             rename one of them",
+            clash.folder
+        );
+        problems.push((Reason::NodeNameClash, message));
+    }
+    if let Some(problem) = around.data_folder_problem {
+        let message = format!(
+            "the data folder accepted no writes when the agent started ({problem}); ids are of this run, new models cannot be \
+             stored; restart the agent when the disk is repaired"
+        );
+        problems.push((Reason::DataFolderUnwritable, message));
+    }
     if let Some(failure) = &around.spool.degraded {
         let message = format!("the disk rejects results ({failure}); a few are kept in memory");
         problems.push((Reason::SpoolDegraded, message));
@@ -292,6 +312,8 @@ mod tests {
             streams,
             broker,
             is_cluster_connected: Some(false),
+            node_clash: None,
+            data_folder_problem: None,
             spool,
             failed_tasks: Vec::new(),
             now: SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000),
@@ -418,6 +440,28 @@ mod tests {
         assert_eq!(degraded.message.matches("StreamDown").count(), LISTED_MAX);
         assert!(degraded.message.contains("LimitExceeded"), "{}", degraded.message);
         assert_eq!(state.streams.len(), ITEMS_MAX);
+    }
+
+    #[test]
+    fn a_clash_of_names_and_an_unwritable_folder_are_degraded() {
+        let clash = NodeClash { folder: "bbbbbbbb".into(), since: SystemTime::UNIX_EPOCH };
+        let around = Surroundings {
+            streams: &StreamStates::new(),
+            broker: &disconnected(None),
+            is_cluster_connected: None,
+            node_clash: Some(&clash),
+            data_folder_problem: Some("read-only filesystem"),
+            spool: &Stats::default(),
+            failed_tasks: Vec::new(),
+            now: SystemTime::UNIX_EPOCH,
+        };
+        let state = build(&Snapshot::default(), &around);
+        let degraded = condition(&state, ConditionType::Degraded);
+        assert_eq!(degraded.reason, Reason::NodeNameClash);
+        assert!(
+            degraded.message.contains("bbbbbbbb") && degraded.message.contains("DataFolderUnwritable"),
+            "{degraded:?}"
+        );
     }
 
     #[test]

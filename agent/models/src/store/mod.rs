@@ -37,6 +37,7 @@ mod versions;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -58,6 +59,8 @@ use versions::version_key;
 const DISK_RESERVE_BYTES: u64 = 4 << 20;
 /// The folder of the blobs.
 const BLOBS_FOLDER: &str = "blobs/sha256";
+/// Records that memory holds while the disk accepts no writes.
+const UNWRITTEN_MAX: usize = 1000;
 /// The folders whose files are replaced atomically. The names are part of the on-disk format.
 const RECORD_FOLDERS: [&str; 4] = ["partial", "versions", "verdicts", "trials"];
 
@@ -66,6 +69,9 @@ pub struct Store {
     root: PathBuf,
     quota_bytes: u64,
     index: Mutex<Index>,
+    /// Digest records that the disk refused, by path, as JSON; `None` for one that could not be deleted. They replace those on
+    /// disk until the end of the process, so that models in the store can be loaded from a disk that accepts no writes.
+    unwritten: Mutex<BTreeMap<PathBuf, Option<Vec<u8>>>>,
 }
 
 /// The space the store uses.
@@ -91,7 +97,8 @@ impl Store {
             let folder = root.join(name);
             fs::create_dir_all(&folder).map_err(StoreError::io(&folder))?;
         }
-        Ok(Self { root: root.to_owned(), quota_bytes, index: Mutex::new(index) })
+        let unwritten = Mutex::default();
+        Ok(Self { root: root.to_owned(), quota_bytes, index: Mutex::new(index), unwritten })
     }
 
     /// The folder of the index below the folder of a store.
@@ -252,15 +259,41 @@ impl Store {
 
     /// Reads the record under a digest. `None` when it does not exist or, with a warning, cannot be read.
     pub fn read_digest_record<T: DigestRecord>(&self, key: &Digest) -> Option<T> {
-        json::read(&self.digest_record_path(T::KIND, key))
+        let path = self.digest_record_path(T::KIND, key);
+        match self.unwritten.lock().get(&path) {
+            Some(text) => serde_json::from_slice(text.as_deref()?).ok(),
+            None => json::read(&path),
+        }
     }
 
-    /// Writes the record under a digest.
+    /// Writes the record under a digest. Memory holds it, until the end of the process, while the disk accepts no writes.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When it cannot be written for another reason.
     pub fn write_digest_record<T: DigestRecord>(&self, key: &Digest, record: &T) -> Result<()> {
-        json::replace(&self.digest_record_path(T::KIND, key), record)
+        let path = self.digest_record_path(T::KIND, key);
+        let written = json::replace(&path, record);
+        let text = serde_json::to_vec(record).map_err(io::Error::other).map_err(StoreError::io(&path))?;
+        self.settle(path, Some(text), written)
+    }
+
+    /// Keeps in memory what the disk refused, and forgets what it now holds.
+    fn settle(&self, path: PathBuf, text: Option<Vec<u8>>, written: Result<()>) -> Result<()> {
+        let mut unwritten = self.unwritten.lock();
+        match written {
+            Err(StoreError::Io { source, .. }) if files::refuses_writes(&source) => {
+                if unwritten.len() >= UNWRITTEN_MAX && !unwritten.contains_key(&path) {
+                    return Err(StoreError::Io { path, source });
+                }
+                tracing::debug!(file = %path.display(), error = %source, "Memory holds a record that the disk refuses");
+                unwritten.insert(path, text);
+                Ok(())
+            }
+            written => {
+                unwritten.remove(&path);
+                written
+            }
+        }
     }
 
     /// Deletes the record under a digest. `false` when it did not exist.
@@ -269,8 +302,9 @@ impl Store {
     /// When it cannot be removed.
     pub fn delete_digest_record(&self, kind: DigestRecordKind, key: &Digest) -> Result<bool> {
         let path = self.digest_record_path(kind, key);
-        let existed = path.exists();
-        files::remove(&path).map_err(StoreError::io(&path))?;
+        let existed = self.unwritten.lock().get(&path).map_or_else(|| path.exists(), Option::is_some);
+        let removed = files::remove(&path).map_err(StoreError::io(&path));
+        self.settle(path, None, removed)?;
         Ok(existed)
     }
 
@@ -287,7 +321,11 @@ impl Store {
     /// time. Dropping the file releases the lock.
     fn lock(&self) -> Result<File> {
         let path = self.folder("lock");
-        let file = File::options().create(true).append(true).open(&path).map_err(StoreError::io(&path))?;
+        let file = match File::options().create(true).append(true).open(&path) {
+            Err(error) if files::refuses_writes(&error) => File::open(&self.root),
+            opened => opened,
+        };
+        let file = file.map_err(StoreError::io(&path))?;
         file.lock().map_err(StoreError::io(&path))?;
         Ok(file)
     }

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use lineside_common::digest::Digest;
+use lineside_common::files;
 
-use super::error::Result;
+use super::error::{Result, StoreError};
 use super::records::VersionRecord;
 use super::{Store, json, listing};
 
@@ -52,10 +53,11 @@ impl Store {
     }
 
     /// Writes the record of a version. A version that was pinned stays pinned. The record on disk is not rewritten when
-    /// only the time of the fetch differs, to spare the flash.
+    /// only the time of the fetch differs, to spare the flash. A disk that accepts no writes is no error: the record names the
+    /// version for people and bundles, and is written by the next start.
     ///
     /// # Errors
-    /// When the record cannot be written.
+    /// When the record cannot be written for another reason.
     pub fn put_version(&self, mut version: VersionRecord) -> Result<()> {
         let _lock = self.lock()?;
         if let Some(existing) = self.version(&version.name, version.version)? {
@@ -65,7 +67,13 @@ impl Store {
                 return Ok(());
             }
         }
-        self.write_version(&version)
+        match self.write_version(&version) {
+            Err(StoreError::Io { path, source }) if files::refuses_writes(&source) => {
+                tracing::warn!(event = "version_not_recorded", file = %path.display(), error = %source, "The disk accepts no writes");
+                Ok(())
+            }
+            written => written,
+        }
     }
 
     /// Pins or unpins a version. `false` when the store does not have it.

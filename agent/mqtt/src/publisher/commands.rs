@@ -79,7 +79,7 @@ impl Commands {
                     );
                 }
             }
-            None => {}
+            Some(IncomingTopic::Presence) | None => {}
         }
     }
 

@@ -26,6 +26,8 @@ pub struct PublisherContext {
     pub node: String,
     /// The site's name.
     pub site: String,
+    /// The random id of the data folder, published in the status.
+    pub folder: String,
     /// The boot epoch, published in the status.
     pub epoch: u64,
     /// The agent's data folder, which holds the Sparkplug birth-death number.
@@ -51,6 +53,7 @@ impl PublisherContext {
             site: &self.site,
             node: &self.node,
             version: env!("CARGO_PKG_VERSION"),
+            folder: &self.folder,
             epoch: self.epoch,
         };
         // The serialization of a struct of strings and numbers cannot fail.

@@ -70,7 +70,7 @@ impl Encoder {
     /// The encoder for a new session.
     ///
     /// # Errors
-    /// When the Sparkplug birth-death number cannot be stored.
+    /// When the Sparkplug birth-death number cannot be stored, unless the disk accepts no writes.
     pub(super) fn new(context: &PublisherContext) -> io::Result<Self> {
         let Some(sparkplug) = &context.mqtt.sparkplug else {
             let announced = context.mqtt.home_assistant.as_ref().map(|_| StreamStates::new());
@@ -100,6 +100,8 @@ impl Encoder {
     ) -> Result<(), QueueFull> {
         match self {
             Self::Json { .. } => {
+                // The retained presence of another agent is received before it is replaced.
+                subscribe_all(sender, &[context.topics.status()])?;
                 publish_node_message(sender, context.status_message(AgentPresence::Online))?;
                 subscribe_all(sender, &context.topics.subscriptions())?;
             }
@@ -236,7 +238,13 @@ fn next_bd_seq(data_dir: &Path) -> io::Result<u8> {
     let path = data_dir.join(BD_SEQ_FILE);
     let last = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u8>().ok());
     let next = last.map_or(0, |last| last.wrapping_add(1));
-    files::replace(&path, format!("{next}\n").as_bytes())?;
+    match files::replace(&path, format!("{next}\n").as_bytes()) {
+        // Births and deaths of this session still match. The next session has the same number.
+        Err(error) if files::refuses_writes(&error) => {
+            tracing::warn!(event = "sparkplug_bdseq_not_stored", %error, "The birth-death number cannot be stored");
+        }
+        result => result?,
+    }
     Ok(next)
 }
 

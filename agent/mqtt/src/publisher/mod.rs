@@ -42,11 +42,13 @@ use crate::broker_state::{BrokerState, BrokerStateWriter};
 use crate::connection;
 use crate::connection::{ConnectionEvent, ConnectionLoss, MqttReceiver};
 use crate::credentials::{BrokerCredentials, fingerprint};
+use crate::node_clash::{ClashDetector, NodeClash};
 
 /// Publishes records to one broker at a time, and owns the connection and its state.
 pub struct Publisher {
     context: PublisherContext,
     state: BrokerStateWriter,
+    clash: watch::Sender<Option<NodeClash>>,
 }
 
 /// What a session, or the attempt to open one, leads to.
@@ -76,12 +78,18 @@ impl Publisher {
     /// A publisher that is not connected. [`Self::run`] starts it.
     pub fn new(context: PublisherContext) -> Self {
         let state = BrokerStateWriter::new(context.metrics.clone());
-        Self { context, state }
+        Self { context, state, clash: watch::Sender::new(None) }
     }
 
     /// The state of the broker connection, which follows the publisher.
     pub fn broker_state(&self) -> watch::Receiver<BrokerState> {
         self.state.subscribe()
+    }
+
+    /// Another agent with the same site and node name on the broker, while there is one. Not detected in Sparkplug mode, in which
+    /// no presence is published.
+    pub fn node_clash(&self) -> watch::Receiver<Option<NodeClash>> {
+        self.clash.subscribe()
     }
 
     /// Publishes until `stop` is cancelled; then waits up to three seconds for acknowledgements and disconnects in order. It
@@ -90,8 +98,12 @@ impl Publisher {
         // An earlier run may have panicked with records in flight.
         self.context.spool.disconnected();
         let _guard = RunGuard(self);
-        let mut inputs =
-            SessionInputs { commands: Commands::new(&self.context), streams: self.context.streams.clone(), stop };
+        let mut inputs = SessionInputs {
+            commands: Commands::new(&self.context),
+            streams: self.context.streams.clone(),
+            clash: ClashDetector::new(&self.context.folder, self.clash.clone()),
+            stop,
+        };
         let mut selector = BrokerSelector::new(&self.context.mqtt.brokers);
         let mut credentials = self.credentials_fingerprint();
         loop {
@@ -246,6 +258,7 @@ mod tests {
                 topics: Topics::new("lineside", "plant", "edge-1"),
                 node: "edge-1".to_owned(),
                 site: "plant".to_owned(),
+                folder: "aaaaaaaa".to_owned(),
                 epoch: 1,
                 data_dir: folder.to_owned(),
                 spool: spool.clone(),

@@ -20,6 +20,8 @@ use super::encoder::{AckToken, Encoder, EncoderSignal, QueueFull, SessionSender,
 use super::send_window::{SendWindow, WINDOW};
 use crate::connection::{ConnectionEvent, ConnectionLoss, MqttMessage, MqttReceiver, TransportEvent};
 use crate::credentials::fingerprint;
+use crate::node_clash::ClashDetector;
+use lineside_api::message::IncomingTopic;
 use lineside_api::state::StreamStates;
 use lineside_common::digest::Digest;
 use lineside_spool::RecordKind;
@@ -52,6 +54,7 @@ impl From<QueueFull> for SessionEnd {
 pub(super) struct SessionInputs {
     pub(super) commands: Commands,
     pub(super) streams: watch::Receiver<StreamStates>,
+    pub(super) clash: ClashDetector,
     pub(super) stop: CancellationToken,
 }
 
@@ -171,7 +174,10 @@ impl<'a> Session<'a> {
                     }
                     is_available = probe_result(&mut self.running_probe) => self.on_probe(is_available),
                     () = inputs.stop.cancelled(), if !self.is_stopping() => self.close(CloseReason::Stop),
-                    () = tokio::time::sleep_until(wake_at) => self.on_timer()?,
+                    () = tokio::time::sleep_until(wake_at) => {
+                        inputs.clash.expire(Instant::now());
+                        self.on_timer()?;
+                    }
                 }
             };
             self.on_event(event, inputs)?;
@@ -335,6 +341,10 @@ impl<'a> Session<'a> {
     }
 
     fn on_message(&mut self, message: &MqttMessage, inputs: &mut SessionInputs) -> Result<(), SessionEnd> {
+        if self.context.topics.parse(&message.topic) == Some(IncomingTopic::Presence) {
+            inputs.clash.observe(&message.payload, message.retain, Instant::now());
+            return Ok(());
+        }
         inputs.commands.handle(message);
         if self.closing.is_some() {
             return Ok(());

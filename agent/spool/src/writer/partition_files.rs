@@ -141,10 +141,22 @@ impl PartitionFiles {
 
     fn create_segment(&self, shared: &Shared, first: u64) -> io::Result<OpenSegment> {
         let name = segment::open_name(first);
-        let file = self.disk.create(&self.folder.join(&name))?;
+        let file = self.in_folder(|| self.disk.create(&self.folder.join(&name)))?;
         // A segment of this name may wait for its removal, because its first write failed.
         shared.state().partition(self.kind).keep_file(&name);
         Ok(OpenSegment { name, file, bytes: 0, last: first, is_name_synced: false, is_broken: false })
+    }
+
+    /// Opens a file, after creating the folder if it does not exist: it could not be created when the spool was opened on a disk
+    /// that refused writes, or somebody has removed it.
+    fn in_folder<T>(&self, open: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        match open() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.disk.create_folder(&self.folder)?;
+                open()
+            }
+            result => result,
+        }
     }
 
     /// Makes the written records durable, unless all of them are completed.
@@ -212,7 +224,7 @@ impl PartitionFiles {
         let Some(cursor) = cursor else { return Ok(()) };
         let written = match &mut self.cursor {
             Some(file) => file.write_at(&cursor.encode(), cursor.offset()),
-            None => self.disk.open(&self.folder.join(CURSOR)).and_then(|mut file| {
+            None => self.in_folder(|| self.disk.open(&self.folder.join(CURSOR))).and_then(|mut file| {
                 file.write_at(&cursor.encode(), cursor.offset())?;
                 self.cursor = Some(file);
                 Ok(())

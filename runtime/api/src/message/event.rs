@@ -24,7 +24,7 @@ pub struct EventMessage<'a> {
     pub historical: bool,
 }
 
-/// A change of the state of a stream or of a model; the field `event` names its type.
+/// A change of the state of a stream, of a model or of the node; the field `event` names its type.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(tag = "event")]
 pub enum NodeEvent {
@@ -57,6 +57,11 @@ pub enum NodeEvent {
         #[serde(skip_serializing_if = "Option::is_none")]
         reason: Option<String>,
     },
+    /// Another agent uses the same site and node name on the broker.
+    NodeNameClash {
+        /// Id of the other agent's data folder.
+        folder: String,
+    },
 }
 
 impl NodeEvent {
@@ -64,7 +69,7 @@ impl NodeEvent {
     pub fn stream(&self) -> Option<&str> {
         match self {
             Self::StreamUp { stream } | Self::StreamDown { stream, .. } => Some(stream),
-            Self::ModelState { .. } => None,
+            Self::ModelState { .. } | Self::NodeNameClash { .. } => None,
         }
     }
 }

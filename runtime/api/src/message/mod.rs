@@ -33,8 +33,10 @@ const HISTORICAL_END: &[u8] = b"\"historical\":true}";
 /// A published result, event or metrics message: its id, its sequence number and its content.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct IdentifiedMessage<T> {
-    /// `node:epoch:number`, unique for all time. Events have `e` and metrics have `m` in front of the number. A
-    /// repeated message has the same id; consumers discard repetitions.
+    /// `node:folder.epoch:number`, unique for all time. `folder` is the random id of the agent's data folder, `epoch` counts the
+    /// starts with this folder. Events have `e` and metrics have `m` in front of the number. A repeated message has the same
+    /// id; consumers discard repetitions. Messages that an earlier build left in the spool have no `folder.`.
+    #[schemars(regex(pattern = r"^[^:]+:([a-z2-7]{8}\.)?[0-9]+:[em]?[0-9]+$"))]
     pub id: String,
     /// Sequence number within the kind of message, since the start of the agent. It increases by one with each message.
     pub seq: u64,

@@ -18,7 +18,9 @@ pub struct PresenceMessage<'a> {
     pub node: &'a str,
     /// Version of the agent.
     pub version: &'a str,
-    /// Number of starts of the agent on this node.
+    /// Random id of the agent's data folder, which is part of every message id.
+    pub folder: &'a str,
+    /// Number of starts of the agent with this data folder.
     pub epoch: u64,
 }
 

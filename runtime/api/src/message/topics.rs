@@ -62,6 +62,7 @@ impl Topics {
     pub fn parse<'a>(&self, topic: &'a str) -> Option<IncomingTopic<'a>> {
         let levels: Vec<&str> = topic.strip_prefix(&self.base)?.strip_prefix('/')?.split('/').collect();
         match levels.as_slice() {
+            ["status"] => Some(IncomingTopic::Presence),
             ["cmd", name, "set"] => Some(IncomingTopic::Command(name)),
             [stream, "trigger"] if is_name(stream) => Some(IncomingTopic::Trigger(stream)),
             _ => None,
@@ -79,6 +80,8 @@ impl Topics {
 pub enum IncomingTopic<'a> {
     /// A command with this name.
     Command(&'a str),
+    /// The presence of an agent with this node name.
+    Presence,
     /// A trigger of this stream, which requests the inspection of one part.
     Trigger(&'a str),
 }
@@ -88,11 +91,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_commands_and_triggers_of_this_node_are_parsed() {
+    fn only_commands_triggers_and_presence_of_this_node_are_parsed() {
         let topics = Topics::new("lineside", "plant", "edge-1");
         let own = |rest: &str| format!("lineside/v1/plant/edge-1/{rest}");
         assert_eq!(topics.parse(&own("cmd/pause/set")), Some(IncomingTopic::Command("pause")));
         assert_eq!(topics.parse(&own("cam7/trigger")), Some(IncomingTopic::Trigger("cam7")));
+        assert_eq!(topics.parse(&own("status")), Some(IncomingTopic::Presence));
         for other in ["cmd/pause/state", "cmd/a/b/set", "cam7/result", "Cam_7/trigger", "trigger", "", "cmd/set"] {
             assert_eq!(topics.parse(&own(other)), None, "{other}");
         }

@@ -9,6 +9,8 @@ use crate::names::{ConfigErrors, NAME_FORMAT, is_name};
 
 /// Largest number of frames per second, above the rate of any supported camera.
 const FPS_MAX: f64 = 1000.0;
+/// Largest number of pixels of a frame, and the default; the decoder accepts no more.
+const PIXELS_MAX: u64 = 40_000_000;
 const DEADBAND_DEFAULT: f32 = 0.05;
 /// Anomaly scores are in the scale of the model, so the bound only excludes infinity and NaN.
 const DEADBAND_MAX: f32 = 1e6;
@@ -28,6 +30,8 @@ pub struct StreamManifest {
     pub frame_interval: Option<Duration>,
     /// Largest age of a frame; older frames are dropped.
     pub age_max: Option<Duration>,
+    /// Largest number of pixels of a frame; larger frames are not decoded.
+    pub pixels_max: u64,
     /// The verdict rule: a CEL expression.
     pub verdict: Option<String>,
     /// Report by exception; `None` publishes every result.
@@ -91,6 +95,10 @@ impl StreamManifest {
         if raw.max_age_ms == Some(0) {
             errors.add(at("maxAgeMs"), "0 would drop every frame; omit the field for no limit");
         }
+        let pixels_max = raw.max_pixels.unwrap_or(PIXELS_MAX);
+        if !(1..=PIXELS_MAX).contains(&pixels_max) {
+            errors.add(at("maxPixels"), format!("{pixels_max} is not between 1 and {PIXELS_MAX}"));
+        }
         let report = raw.report.and_then(|report| Report::resolve(&at("report"), &report, errors));
         let verdict = raw.verdict.filter(|rule| errors.take(&at("verdict"), (reader.check_rule)(rule)).is_some());
         Some(Self {
@@ -99,6 +107,7 @@ impl StreamManifest {
             model: model?,
             frame_interval: (fps > 0.0).then(|| Duration::from_secs_f64(1.0 / fps)),
             age_max: raw.max_age_ms.map(Duration::from_millis),
+            pixels_max,
             verdict,
             report,
             node_name: raw.node_name,

@@ -1,5 +1,5 @@
-//! The foundation of the workspace, which uses no other crate of it: backoff, clock, digests, durable files, supervised
-//! tasks and child processes, metrics, rate limits.
+//! The foundation of the workspace, which uses no other crate of it: backoff, clock, digests, durable files, address and
+//! file policies, supervised tasks and child processes, metrics, rate limits.
 
 pub mod allocator;
 pub mod backoff;
@@ -7,9 +7,11 @@ pub mod child_process;
 pub mod clock;
 pub mod digest;
 mod error_chain;
+pub mod file_roots;
 pub mod files;
 mod log_on_change;
 pub mod metrics;
+pub mod net;
 pub mod process_stats;
 pub mod secrets;
 pub mod shutdown;

@@ -26,6 +26,13 @@ pub fn lineside(arguments: &[&str]) -> Output {
     command(program()).args(arguments).output().expect("the program starts")
 }
 
+/// The folders that tests keep models and frames in.
+fn file_roots() -> String {
+    let root = crate::root().canonicalize().unwrap_or_else(|_| crate::root());
+    let shared = root.join("../shared");
+    [root, shared, std::env::temp_dir()].map(|folder| folder.display().to_string()).join(",")
+}
+
 /// A running agent. It is killed when it is dropped.
 pub struct Agent {
     process: Process,
@@ -82,6 +89,10 @@ impl Agent {
             .arg(options.data)
             .args(options.flags)
             .env("LINESIDE_SOURCE_JITTER_SECONDS", "0")
+            // Cameras of the tests are on this machine, models and frames in the repository and in temporary folders. A flag
+            // of a test overrides these.
+            .env("LINESIDE_CAMERA_HOSTS", "*,127.0.0.1,localhost")
+            .env("LINESIDE_FILE_ROOTS", file_roots())
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()

@@ -10,6 +10,7 @@ pub mod desired;
 pub mod http;
 pub mod message_writer;
 pub mod metrics_publisher;
+pub mod picture_check;
 pub mod reconciler;
 pub mod stream_runner;
 pub mod streams;

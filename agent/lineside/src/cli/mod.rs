@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::telemetry::SetLevel;
-use crate::{app, telemetry};
+use crate::{app, picture_check, telemetry};
 use lineside_models::admission;
 use lineside_models::store::probe;
 
@@ -75,6 +75,9 @@ enum Command {
     /// Admit a model version. The agent starts this command as its child process.
     #[command(name = admission::SUBCOMMAND, hide = true)]
     AdmissionChild,
+    /// Decode a picture. The agent starts this command as its child process.
+    #[command(name = picture_check::SUBCOMMAND, hide = true)]
+    PictureChild,
     /// Open the index of the store. The agent starts this command as its child process.
     #[command(name = app::INDEX_SUBCOMMAND, hide = true)]
     IndexChild {
@@ -120,6 +123,7 @@ pub fn main() -> ExitCode {
         Command::Keygen(arguments) => sign::keygen(&arguments),
         Command::Schema(arguments) => schema::run(arguments),
         Command::AdmissionChild => admission::child_main().map_err(|error| Failure::Failed(error.into())),
+        Command::PictureChild => picture_check::child_main().map_err(|error| Failure::Failed(error.into())),
         Command::IndexChild { folder } => probe(&folder).map_err(|error| Failure::Failed(error.into())),
     });
     match outcome {

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -18,6 +18,7 @@ use url::Url;
 
 use super::flags::{Flags, setting_names};
 use super::mqtt;
+use super::sources::{self, SourcesConfig};
 use lineside_api::kinds::yaml;
 use lineside_api::names::{ConfigErrors, NameError, is_name, topic_segment};
 use lineside_kube::ClusterConfig;
@@ -50,6 +51,8 @@ pub struct Config {
     pub spool: SpoolConfig,
     /// Sources, store, signatures and admission of models.
     pub models: ModelsConfig,
+    /// Folders and hosts of camera sources, and the memory for decoding.
+    pub sources: SourcesConfig,
 }
 
 /// Source of the desired state.
@@ -171,6 +174,12 @@ impl ConfigLayers {
         let mqtt = mqtt::resolve(self, &mut errors);
         let spool = mqtt::spooling(self, &mut errors);
         let models = self.models(&mut errors);
+        let sources = match (&desired_state, &data_dir) {
+            (Some(desired_state), Some(data_dir)) => {
+                Some(sources::resolve(self, desired_state, Path::new(data_dir), &mut errors))
+            }
+            _ => None,
+        };
         let complete = || {
             Some(Config {
                 node: node?,
@@ -183,6 +192,7 @@ impl ConfigLayers {
                 labels: labels?,
                 spool,
                 models,
+                sources: sources?,
             })
         };
         match complete() {

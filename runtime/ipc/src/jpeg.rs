@@ -93,7 +93,7 @@ pub(crate) fn header(bytes: &[u8]) -> Result<PictureHeader, HeaderError> {
         let segment = bytes.get(at + 2..at + length).ok_or(HeaderError::Truncated)?;
         match (marker, frame.take()) {
             (SOS, Some(frame)) => return picture_header(&frame, segment),
-            // Decoders differ in which of two frame headers they obey.
+            // Decoders differ in which of two frame headers they use.
             (SOS, None) | (0xC0..=0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF, Some(_)) => {
                 return Err(HeaderError::NotAPicture);
             }

@@ -111,7 +111,7 @@ fn a_snapshot_of_bytes_that_are_not_a_picture_is_refused() {
     // A picture that decoders reject: its header is that of a picture.
     let mut damaged = jpeg.clone();
     let scan = damaged.windows(2).position(|bytes| bytes == [0xFF, 0xC4]).unwrap();
-    damaged[scan + 4..scan + 40].fill(0xFF);
+    damaged[scan + 5..scan + 21].fill(0xFF);
     let broken = ScriptedCamera::start(CameraScript::Snapshot(damaged));
     site.apply("broken.yaml", &stream_manifest("broken", &broken.url(), "parts", "  fps: 20\n"));
     let with_secret = [&jpeg[..], SECRET.as_bytes()].concat();

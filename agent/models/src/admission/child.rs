@@ -126,7 +126,7 @@ fn check_sample(pipeline: &mut Pipeline, sample: &GoldenSample) -> Result<(), Er
     let actual = serde_json::to_value(PredictionInfo::from(inference.prediction))
         .map_err(|reason| error(ErrorKind::BadOutput, reason.to_string()))?;
     golden::compare(&sample.expected, actual, sample.tolerance, inference.image_size)
-        .map_err(|reason| error(ErrorKind::BadOutput, reason.to_string()))
+        .map_err(|reason| error(reason.kind(), reason.to_string()))
 }
 
 /// Checks raw tensors for NaN and infinity. The other tasks reject NaN themselves.

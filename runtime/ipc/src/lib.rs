@@ -3,5 +3,6 @@
 
 pub mod frame;
 pub mod jpeg;
+pub mod picture;
 pub mod picture_header;
 pub mod png;

@@ -16,7 +16,7 @@ mod store;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 use crate::telemetry::SetLevel;
 use crate::{app, picture_check, telemetry};
@@ -84,6 +84,14 @@ enum Command {
         /// Folder of the index.
         folder: PathBuf,
     },
+}
+
+/// The option of the commands that read the data folder.
+#[derive(Args)]
+struct DataDir {
+    /// Data folder of the agent.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/lineside", env = "LINESIDE_DATA_DIR", global = true)]
+    data_dir: PathBuf,
 }
 
 /// The failure of a command, by exit status.

@@ -10,7 +10,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use super::progress::message_bar;
-use super::{Failure, write_out};
+use super::{DataDir, Failure, write_out};
 
 use lineside_spool::{Record, RecordKind, SpoolView, purge};
 
@@ -18,9 +18,8 @@ use lineside_spool::{Record, RecordKind, SpoolView, purge};
 pub(super) struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Data folder of the agent.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/lineside", env = "LINESIDE_DATA_DIR", global = true)]
-    data_dir: PathBuf,
+    #[command(flatten)]
+    data: DataDir,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -77,8 +76,8 @@ impl From<Partition> for RecordKind {
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
-    let root = lineside_spool::folder(&arguments.data_dir);
-    let view = SpoolView::open(&root).with_context(|| format!("--data-dir {}", arguments.data_dir.display()))?;
+    let root = lineside_spool::folder(&arguments.data.data_dir);
+    let view = SpoolView::open(&root).with_context(|| format!("--data-dir {}", arguments.data.data_dir.display()))?;
     match arguments.command {
         Command::Stat => stat(&view, arguments.json),
         Command::Ls { limit } => list(&view, limit, arguments.json)?,

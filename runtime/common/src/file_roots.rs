@@ -134,7 +134,7 @@ impl FileRoots {
     /// A handle of a file or folder that is below an allowed folder. It cannot be read.
     fn handle(&self, path: &Path) -> Result<OwnedFd, FileRootsError> {
         // A path outside is refused before it is looked up, so that the answer does not reveal what exists. A link is
-        // looked up, because it was created by a process that may write below an allowed folder.
+        // looked up, because only a writer of an allowed folder can create it.
         let absolute = lexically_absolute(path).map_err(FileRootsError::Io)?;
         let outside = || FileRootsError::NotAllowed { allowed: self.allowed.clone() };
         if !self.allowed.iter().any(|root| lexically_absolute(root).is_ok_and(|root| absolute.starts_with(root)))

@@ -133,12 +133,13 @@ fn embedded(address: IpAddr) -> Vec<Ipv4Addr> {
         [0, 0, 0, 0, 0, 0xffff | 0, _, _] | [0, 0, 0, 0, 0xffff, 0, _, _] | [0x64, 0xff9b, 0, 0, 0, 0, _, _] => {
             vec![last]
         }
-        // RFC 6052 leaves byte 8 out. The places are those of prefixes of 48, 56, 64 and 96 bits.
-        [0x64, 0xff9b, 1, ..] => vec![at([6, 7, 9, 10]), at([7, 9, 10, 11]), at([9, 10, 11, 12]), last]
-            .into_iter()
-            // A place that is not used is filled with zeros, which is not an address.
-            .filter(|v4| v4.octets()[0] != 0 || *v4 == last)
-            .collect(),
+        // RFC 6052 leaves byte 8 out. The places are those of prefixes of 48, 56, 64 and 96 bits. A place that is not used
+        // is filled with zeros.
+        [0x64, 0xff9b, 1, ..] => {
+            let places = [at([6, 7, 9, 10]), at([7, 9, 10, 11]), at([9, 10, 11, 12]), last];
+            let used: Vec<Ipv4Addr> = places.into_iter().filter(|v4| v4.octets()[0] != 0).collect();
+            if used.is_empty() { vec![last] } else { used }
+        }
         [0x2002, ..] => vec![at([2, 3, 4, 5])],
         [0x2001, 0, ..] => vec![at([4, 5, 6, 7]), Ipv4Addr::from(last.octets().map(|byte| !byte))],
         [_, _, _, _, 0 | 0x200, 0x5efe, _, _] => vec![last],

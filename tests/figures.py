@@ -94,7 +94,8 @@ class Agent:
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             [program, "run", "--manifests", self.folder / "manifests", "--data-dir", self.folder / "data", "--node", "figures",
-             "--mqtt", f"mqtt://127.0.0.1:{mqtt_port}", "--http", "127.0.0.1:0"], stderr=self.log)
+             "--mqtt", f"mqtt://127.0.0.1:{mqtt_port}", "--http", "127.0.0.1:0"], stderr=self.log,
+            env={**os.environ, "LINESIDE_FILE_ROOTS": "/", "LINESIDE_CAMERA_HOSTS": "*,127.0.0.1"})
         self.pid = self.process.pid
 
     def http(self):

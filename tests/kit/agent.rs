@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde_json::Value;
 
 use crate::process::{Process, command};
-use crate::root;
 use crate::wait::{until, until_true};
 
 /// The built program. Cargo builds it before the suite, and passes its path to the test at run time.
@@ -26,6 +25,13 @@ pub fn program() -> PathBuf {
 /// If the program cannot be started.
 pub fn lineside(arguments: &[&str]) -> Output {
     command(program()).args(arguments).output().expect("the program starts")
+}
+
+/// The folders that tests keep models and frames in.
+fn file_roots() -> String {
+    let root = crate::root().canonicalize().unwrap_or_else(|_| crate::root());
+    let shared = root.join("../shared");
+    [root, shared, std::env::temp_dir()].map(|folder| folder.display().to_string()).join(",")
 }
 
 /// A running agent. It is killed when it is dropped.
@@ -89,10 +95,6 @@ impl Agent {
     }
 
     fn spawn(mut command: Command, node: &str, source_flag: &str, options: &AgentOptions<'_>) -> Self {
-        // Tests keep their models beside the folder of manifests, and use the files of the repository and of `shared`.
-        let beside = options.manifests.parent().unwrap_or(options.manifests);
-        let roots =
-            [beside, options.data, &root(), &root().join("../shared")].map(|folder| folder.display().to_string());
         let mut child = command
             .arg("run")
             .args(["--node", node, "--site", "plant", "--http", "127.0.0.1:0", "--mqtt", options.mqtt])
@@ -102,7 +104,10 @@ impl Agent {
             .arg(options.data)
             .args(options.flags)
             .env("LINESIDE_SOURCE_JITTER_SECONDS", "0")
-            .env("LINESIDE_FILE_ROOTS", roots.join(","))
+            // Cameras of the tests are on this machine, models and frames in the repository and in temporary folders. A flag
+            // of a test overrides these.
+            .env("LINESIDE_CAMERA_HOSTS", "*,127.0.0.1,localhost")
+            .env("LINESIDE_FILE_ROOTS", file_roots())
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()

@@ -23,7 +23,7 @@ fn check_reports_the_same_as_text_and_as_json() {
     assert_eq!(report["inputs"][0]["shape"], serde_json::json!([-1, 3, 128, 128]));
     assert_eq!(report["engines"][0]["engine"], "tract");
     assert_eq!(report["engines"][0]["runs"], true);
-    assert!(report["engines"][0]["figures"]["p50_ms"].as_f64().unwrap() > 0.0);
+    assert!(report["engines"][0]["benchmark"]["p50_ms"].as_f64().unwrap() > 0.0);
     assert_eq!(report["image"]["prediction"]["classes"][0]["label"], "scratch");
     let output = lineside(&arguments);
     let text = String::from_utf8_lossy(&output.stdout);

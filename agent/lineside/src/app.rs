@@ -24,7 +24,7 @@ use lineside_models::{AdmissionMetrics, FetchMetrics, StoreMetrics};
 use lineside_mqtt::command::SetLevel;
 use lineside_mqtt::metrics::MqttMetrics;
 use lineside_mqtt::publisher::{Publisher, PublisherContext};
-use lineside_scheduler::SchedulerMetrics;
+use lineside_scheduler::{DecodeBudget, SchedulerMetrics};
 use lineside_spool::{Options, RECORD_BYTES_MAX, Spool, SpoolMetrics};
 use parking_lot::Mutex;
 use prometheus::IntCounter;
@@ -178,6 +178,7 @@ impl App {
             supervisor: shared.supervisor.clone(),
             registry: shared.registry.clone(),
             messages: shared.messages.clone(),
+            sources: Arc::new(config.sources.policy.clone()),
             metrics: stream_metrics,
         };
         let reconciler = Reconciler::new(ReconcilerParts {
@@ -190,6 +191,7 @@ impl App {
             streams: RunningStreams::new(context),
             scheduler_metrics: SchedulerMetrics::register(&shared.registrar)?,
             commands,
+            decode_budget: DecodeBudget::new(config.sources.decode_bytes),
             publisher: StatePublisher {
                 status: shared.status.clone(),
                 health: shared.health.clone(),

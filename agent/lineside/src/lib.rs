@@ -11,6 +11,7 @@ pub mod desired;
 pub mod http;
 pub mod message_writer;
 pub mod metrics_publisher;
+pub mod picture_check;
 pub mod reconciler;
 pub mod rules_child;
 pub mod stream_runner;

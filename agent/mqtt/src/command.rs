@@ -150,6 +150,14 @@ pub enum CommandError {
         /// The limit.
         max: usize,
     },
+    /// The stream delivered bytes that are not a picture.
+    #[error("the stream {stream} delivered no picture: {reason}")]
+    NotAPicture {
+        /// The stream that was named.
+        stream: String,
+        /// Why the bytes are not a picture, or could not be checked.
+        reason: String,
+    },
     /// Too many commands wait for their execution.
     #[error("too many commands are pending; try again later")]
     Busy,
@@ -174,6 +182,7 @@ impl CommandError {
             Self::LogLevel(LogLevelError::NotApplied { .. })
             | Self::NoFrame { .. }
             | Self::FrameTooLarge { .. }
+            | Self::NotAPicture { .. }
             | Self::Busy
             | Self::Cancelled
             | Self::Timeout(_) => CommandErrorKind::Unavailable,

@@ -12,32 +12,43 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, retry};
+use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, SourcePolicy, captured, retry};
 use crate::mailbox::Mailbox;
-use lineside_common::files::read_bounded;
+use lineside_common::error_chain;
 
 /// File name suffixes of pictures, in lower case.
 const SUFFIXES: [&str; 3] = ["jpg", "jpeg", "png"];
 
-pub(super) async fn play(folder: &Path, repeat: bool, interval: Option<Duration>, mailbox: &Mailbox, health: Health) {
-    let source = FolderSource { folder, repeat, interval, health: &health, unreadable: Mutex::default() };
-    retry(&health, || source.run(mailbox)).await;
-    // A model may still be processing the last frame; the stream ends when it has finished.
-    mailbox.drained().await;
-    health.ended();
-}
-
-struct FolderSource<'a> {
+/// A folder whose pictures are played.
+pub(super) struct FolderSource<'a> {
     folder: &'a Path,
     /// Whether the source starts again after the last picture.
     repeat: bool,
+    policy: &'a SourcePolicy,
     interval: Option<Duration>,
     health: &'a Health,
     /// Names of the files that were logged as unreadable, so that each is logged once. Bounded by the number of files.
     unreadable: Mutex<BTreeSet<String>>,
 }
 
-impl FolderSource<'_> {
+impl<'a> FolderSource<'a> {
+    pub(super) fn new(
+        folder: &'a Path,
+        repeat: bool,
+        policy: &'a SourcePolicy,
+        interval: Option<Duration>,
+        health: &'a Health,
+    ) -> Self {
+        Self { folder, repeat, policy, interval, health, unreadable: Mutex::default() }
+    }
+
+    pub(super) async fn play(&self, mailbox: &Mailbox) {
+        retry(self.health, || self.run(mailbox)).await;
+        // A model may still be processing the last frame; the stream ends when it has finished.
+        mailbox.drained().await;
+        self.health.ended();
+    }
+
     /// Plays the folder, repeatedly if configured.
     async fn run(&self, mailbox: &Mailbox) -> Result<(), CameraError> {
         let mut pace = Pace::new(self.interval);
@@ -51,8 +62,12 @@ impl FolderSource<'_> {
 
     /// Plays all pictures of the folder. An unreadable file is skipped; a folder without a readable picture is an error.
     async fn play_once(&self, pace: &mut Pace, mailbox: &Mailbox) -> Result<(), CameraError> {
-        let folder = self.folder.to_owned();
-        let files = blocking(move || pictures(&folder)).await.map_err(CameraError::Unreachable)?;
+        let (folder, policy) = (self.folder.to_owned(), self.policy.clone());
+        let allowed = move || {
+            let allowed = policy.files.folder(&folder).map_err(|error| std::io::Error::other(error_chain(&error)));
+            allowed.map_err(|error| std::io::Error::other(format!("{}: {error}", folder.display())))
+        };
+        let files = blocking(move || pictures(&allowed()?)).await.map_err(CameraError::Unreachable)?;
         if files.is_empty() {
             return Err(CameraError::Rejected(format!("{} has no .jpg, .jpeg or .png file", self.folder.display())));
         }
@@ -60,7 +75,8 @@ impl FolderSource<'_> {
         for file in files {
             pace.tick().await;
             let name = file.file_name().map(|name| name.to_string_lossy().into_owned());
-            match blocking(move || read_bounded(&file, FRAME_BYTES_MAX as u64)).await {
+            let policy = self.policy.clone();
+            match blocking(move || policy.read(&file, FRAME_BYTES_MAX as u64)).await {
                 Ok(bytes) => {
                     has_readable = true;
                     self.deliver(bytes.into(), name, mailbox).await;

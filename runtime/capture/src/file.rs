@@ -7,15 +7,20 @@ use bytes::Bytes;
 use lineside_ipc::jpeg;
 use lineside_ipc::jpeg::Extent;
 
-use super::{CameraError, Health, Pace, captured, retry};
+use super::{CameraError, Health, Pace, SourcePolicy, captured, retry};
 use crate::mailbox::Mailbox;
-use lineside_common::files::read_bounded;
 
 /// Largest recording in bytes; it is kept in memory while it is played.
 const RECORDING_BYTES_MAX: u64 = 1 << 30;
 
-pub(super) async fn play(path: &Path, interval: Option<Duration>, mailbox: &Mailbox, health: Health) {
-    retry(&health, || play_once(path, interval, mailbox, &health)).await;
+pub(super) async fn play(
+    path: &Path,
+    policy: &SourcePolicy,
+    interval: Option<Duration>,
+    mailbox: &Mailbox,
+    health: &Health,
+) {
+    retry(health, || play_once(path, policy, interval, mailbox, health)).await;
     mailbox.drained().await;
     health.ended();
 }
@@ -23,12 +28,13 @@ pub(super) async fn play(path: &Path, interval: Option<Duration>, mailbox: &Mail
 /// Plays all frames of the file.
 async fn play_once(
     path: &Path,
+    policy: &SourcePolicy,
     interval: Option<Duration>,
     mailbox: &Mailbox,
     health: &Health,
 ) -> Result<(), CameraError> {
-    let file = path.to_owned();
-    let bytes = tokio::task::spawn_blocking(move || read_bounded(&file, RECORDING_BYTES_MAX))
+    let (file, policy) = (path.to_owned(), policy.clone());
+    let bytes = tokio::task::spawn_blocking(move || policy.read(&file, RECORDING_BYTES_MAX))
         .await
         .map_err(std::io::Error::other)
         .flatten()

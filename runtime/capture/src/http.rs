@@ -14,7 +14,7 @@ use reqwest::header::CONTENT_TYPE;
 use reqwest::{Client, Response, Url};
 
 use super::multipart::Multipart;
-use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, captured, retry};
+use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, SourcePolicy, captured, retry};
 use crate::mailbox::Mailbox;
 use lineside_api::kinds::StreamSource;
 
@@ -27,8 +27,14 @@ const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(200);
 /// Shortest accepted gap between two frames, as a fraction of the interval.
 const GAP_TOLERANCE: f64 = 0.9;
 
-pub(super) async fn play(url: &Url, interval: Option<Duration>, mailbox: &Mailbox, health: Health) {
-    let client = match client() {
+pub(super) async fn play(
+    url: &Url,
+    policy: &SourcePolicy,
+    interval: Option<Duration>,
+    mailbox: &Mailbox,
+    health: &Health,
+) {
+    let client = match client(url, policy) {
         Ok(client) => client,
         Err(error) => {
             let reason = describe(&error);
@@ -41,17 +47,24 @@ pub(super) async fn play(url: &Url, interval: Option<Duration>, mailbox: &Mailbo
             return;
         }
     };
-    retry(&health, || receive(&client, url, interval, mailbox, &health)).await;
+    // The address that a name has is checked at every connection. That of a literal address is checked here at every attempt,
+    // because the addresses of this node can change.
+    let attempt = || async {
+        policy.cameras.check_literal(url).map_err(|error| CameraError::Rejected(error.to_string()))?;
+        receive(&client, url, interval, mailbox, health).await
+    };
+    retry(health, attempt).await;
 }
 
-/// A client with the limits above. TLS is rustls with ring, and the certificates that the system trusts.
-fn client() -> reqwest::Result<Client> {
+/// A client with the limits above that connects only to allowed addresses. TLS is rustls with ring, and the certificates that the system trusts.
+fn client(url: &Url, policy: &SourcePolicy) -> reqwest::Result<Client> {
     // Fails when the provider is installed already.
     drop(rustls::crypto::ring::default_provider().install_default());
     Client::builder()
         .connect_timeout(CONNECT_TIMEOUT)
         .read_timeout(STALL_TIMEOUT)
         .redirect(reqwest::redirect::Policy::none())
+        .dns_resolver(policy.cameras.resolver(url))
         .no_proxy()
         .user_agent(concat!("lineside/", env!("CARGO_PKG_VERSION")))
         .build()

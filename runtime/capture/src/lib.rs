@@ -8,6 +8,7 @@ mod file;
 mod http;
 mod mailbox;
 mod multipart;
+mod policy;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use lineside_common::backoff::Backoff;
 use lineside_ipc::frame::Frame;
 
 pub use mailbox::{Mailbox, MailboxReceiver, TakenFrame, mailbox};
+pub use policy::{CameraHostError, CameraHosts, InvalidCameraHost, SourcePolicy};
 
 /// Largest encoded frame, in bytes.
 const FRAME_BYTES_MAX: usize = 16 << 20;
@@ -54,14 +56,17 @@ pub struct SourceMetrics {
     pub failed: IntCounter,
 }
 
-/// Runs a stream's source: frames go to the mailbox. Returns at the end of a source that has one.
-pub async fn play(stream: &StreamManifest, mailbox: &Mailbox, metrics: &SourceMetrics) {
+/// Runs a stream's source: frames go to the mailbox. Returns at the end of a source that has one. A source that `policy` does not
+/// allow is down, with the reason.
+pub async fn play(stream: &StreamManifest, policy: &SourcePolicy, mailbox: &Mailbox, metrics: &SourceMetrics) {
     let health = Health { stream: stream.name.clone(), metrics: metrics.clone() };
     let interval = stream.frame_interval;
     match &stream.source {
-        StreamSource::Dir { folder, repeat } => dir::play(folder, *repeat, interval, mailbox, health).await,
-        StreamSource::File(path) => file::play(path, interval, mailbox, health).await,
-        StreamSource::Http(url) => http::play(url, interval, mailbox, health).await,
+        StreamSource::Dir { folder, repeat } => {
+            dir::FolderSource::new(folder, *repeat, policy, interval, &health).play(mailbox).await;
+        }
+        StreamSource::File(path) => file::play(path, policy, interval, mailbox, &health).await,
+        StreamSource::Http(url) => http::play(url, policy, interval, mailbox, &health).await,
     }
     metrics.reporter.down(None);
 }

@@ -6,13 +6,18 @@
 
 use std::io::Cursor;
 
-use image::{ImageDecoder, ImageFormat, ImageReader};
+use image::{ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use crate::{Error, ErrorKind, Result};
 use lineside_ipc::frame::{Frame, FrameFormat, PixelLayout};
 use lineside_ipc::jpeg::{self, Extent};
+use lineside_ipc::picture_header::PictureHeader;
 
 use crate::picture::Picture;
+
+/// Memory in bytes that the decoder may take beside the pixels: for a row, and for metadata such as a color profile, which is
+/// compressed as well.
+const DECODER_BYTES: u64 = 4 << 20;
 
 /// What a frame may cost at most. The defaults fit a 24-megapixel line camera.
 #[derive(Debug, Clone, Copy)]
@@ -44,9 +49,19 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<Picture> {
         )));
     }
     let format = format_of(bytes)?;
-    let decoder = ImageReader::with_format(Cursor::new(bytes), format).into_decoder().map_err(bad_frame)?;
-    let (width, height) = decoder.dimensions();
+    let header = PictureHeader::read(bytes)
+        .map_err(|error| Error::new(ErrorKind::BadFrame, format!("the frame cannot be decoded: {error}")))?;
+    let (width, height) = (header.width, header.height);
     check_sides(width, height, limits)?;
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut decoder_limits = Limits::default();
+    decoder_limits.max_alloc = Some(header.decode_bytes().saturating_add(DECODER_BYTES));
+    reader.limits(decoder_limits);
+    let decoder = reader.into_decoder().map_err(bad_frame)?;
+    // The agent grants memory for what the header states, so the decoder must have read the same.
+    if decoder.dimensions() != (width, height) {
+        return Err(Error::new(ErrorKind::BadFrame, "the header of the frame is ambiguous"));
+    }
     // A 16-bit RGBA source takes eight bytes a pixel while it is decoded.
     if decoder.total_bytes() > limits.total_pixels_max.saturating_mul(8) {
         return Err(too_large(format!("the frame takes {} bytes while it is decoded", decoder.total_bytes())));
@@ -174,6 +189,32 @@ mod tests {
         let error = decode(&bomb, &DecodeLimits::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FrameTooLarge);
         assert!(error.to_string().contains("60000x60000"), "{error}");
+    }
+
+    /// The decoder gets as much memory as the header states, and needs no more for any kind of pixel.
+    #[test]
+    fn pictures_of_every_pixel_type_are_decoded_within_the_memory_of_their_header() {
+        use image::DynamicImage;
+        let side = 700;
+        for picture in [
+            DynamicImage::new_luma8(side, side),
+            DynamicImage::new_luma_a8(side, side),
+            DynamicImage::new_rgb8(side, side),
+            DynamicImage::new_rgba8(side, side),
+            DynamicImage::new_luma16(side, side),
+            DynamicImage::new_luma_a16(side, side),
+            DynamicImage::new_rgb16(side, side),
+            DynamicImage::new_rgba16(side, side),
+        ] {
+            let mut bytes = Cursor::new(Vec::new());
+            picture.write_to(&mut bytes, ImageFormat::Png).unwrap();
+            let bytes = bytes.into_inner();
+            let decoded = ImageReader::with_format(Cursor::new(&bytes), ImageFormat::Png).into_decoder().unwrap();
+            let header = PictureHeader::read(&bytes).unwrap();
+            let copy = if picture.color() == image::ColorType::Rgb8 { 0 } else { u64::from(side * side) * 3 };
+            assert_eq!(decoded.total_bytes() + copy, header.decode_bytes(), "{:?}", picture.color());
+            assert!(decode(&bytes, &DecodeLimits::default()).is_ok(), "{:?}", picture.color());
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //!
 //! The model is the queue and back-end thread of text-embeddings-inference, and the dynamic batcher of Triton.
 
+mod decode_budget;
 mod deployment;
 mod dispatcher;
 mod fault;
@@ -18,6 +19,7 @@ mod job;
 mod metrics;
 mod queue;
 
+pub use decode_budget::{DecodeBudget, DecodePermit, FrameRefusal, FrameRefusalKind};
 pub use deployment::{Deployment, FaultRecorder, QUEUE_MAX, VersionSpec, WorkerFactory};
 pub use dispatcher::{BatchPolicy, SubmitErrorKind, VersionId};
 pub use fault::Fault;

@@ -1,8 +1,10 @@
 //! Attacks on a running agent: hostile models, rules, pictures, manifests and peers.
 
 mod authority;
+mod cameras;
 mod data_folder;
 mod manifests;
+mod pictures;
 mod rules;
 mod trust;
 mod workers;

@@ -99,8 +99,8 @@ struct EngineReport {
     runs: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
-    /// The measurements. `figures` is the name in `--json`.
-    #[serde(rename = "figures", skip_serializing_if = "Option::is_none")]
+    /// The measurements.
+    #[serde(skip_serializing_if = "Option::is_none")]
     benchmark: Option<Benchmark>,
 }
 

@@ -16,10 +16,10 @@ mod store;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 use crate::telemetry::SetLevel;
-use crate::{app, rules_child, telemetry};
+use crate::{app, picture_check, rules_child, telemetry};
 use lineside_models::admission;
 use lineside_models::store::probe;
 
@@ -81,12 +81,23 @@ enum Command {
     /// Check verdict rules. The agent starts this command as its child process.
     #[command(name = rules_child::SUBCOMMAND, hide = true)]
     RulesChild,
+    /// Decode a picture. The agent starts this command as its child process.
+    #[command(name = picture_check::SUBCOMMAND, hide = true)]
+    PictureChild,
     /// Open the index of the store. The agent starts this command as its child process.
     #[command(name = app::INDEX_SUBCOMMAND, hide = true)]
     IndexChild {
         /// Folder of the index.
         folder: PathBuf,
     },
+}
+
+/// The option of the commands that read the data folder.
+#[derive(Args)]
+struct DataDir {
+    /// Data folder of the agent.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/lineside", env = "LINESIDE_DATA_DIR", global = true)]
+    data_dir: PathBuf,
 }
 
 /// The failure of a command, by exit status.
@@ -128,6 +139,7 @@ pub fn main() -> ExitCode {
         Command::AdmissionChild => admission::child_main().map_err(|error| Failure::Failed(error.into())),
         Command::WorkerChild => lineside_worker::child_main().map_err(|error| Failure::Failed(error.into())),
         Command::RulesChild => rules_child::child_main().map_err(|error| Failure::Failed(error.into())),
+        Command::PictureChild => picture_check::child_main().map_err(|error| Failure::Failed(error.into())),
         Command::IndexChild { folder } => probe(&folder).map_err(|error| Failure::Failed(error.into())),
     });
     match outcome {

@@ -11,7 +11,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use super::progress::message_bar;
-use super::{Failure, write_out};
+use super::{DataDir, Failure, write_out};
 
 use lineside_common::folder_lock::FolderLock;
 use lineside_spool::{Record, RecordKind, SpoolView, purge};
@@ -24,9 +24,8 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Data folder of the agent.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/lineside", env = "LINESIDE_DATA_DIR", global = true)]
-    data_dir: PathBuf,
+    #[command(flatten)]
+    data: DataDir,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -83,8 +82,8 @@ impl From<Partition> for RecordKind {
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
-    let root = lineside_spool::folder(&arguments.data_dir);
-    let view = SpoolView::open(&root).with_context(|| format!("--data-dir {}", arguments.data_dir.display()))?;
+    let root = lineside_spool::folder(&arguments.data.data_dir);
+    let view = SpoolView::open(&root).with_context(|| format!("--data-dir {}", arguments.data.data_dir.display()))?;
     match arguments.command {
         Command::Stat => stat(&view, arguments.json),
         Command::Ls { limit } => list(&view, limit, arguments.json)?,
@@ -97,7 +96,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         }
         Command::Purge { kind, .. } => {
             let kind = kind.map(RecordKind::from);
-            let _lock = FolderLock::acquire(&arguments.data_dir, "lineside spool purge", LOCK_TIMEOUT)
+            let _lock = FolderLock::acquire(&arguments.data.data_dir, "lineside spool purge", LOCK_TIMEOUT)
                 .context("cannot purge the spool")?;
             let purged =
                 purge(&root, |other| kind.is_none_or(|kind| kind == other)).context("cannot purge the spool")?;

@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::progress::byte_bar;
-use super::{Failure, write_out};
+use super::{DataDir, Failure, write_out};
 use crate::app::STORE_FOLDER;
 use lineside_common::clock;
 use lineside_common::digest::Digest;
@@ -26,9 +26,8 @@ use lineside_models::store::{Blob, DigestRecordKind, FailureRecord, Index, Store
 pub(super) struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Data folder of the agent.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/lineside", env = "LINESIDE_DATA_DIR", global = true)]
-    data_dir: PathBuf,
+    #[command(flatten)]
+    data: DataDir,
     /// Maximum size of the store, in MiB. Use the value of the agent.
     #[arg(long, value_name = "MIB", default_value_t = 4096, env = "LINESIDE_STORE_MIB_MAX", global = true)]
     store_mib_max: u64,
@@ -107,19 +106,19 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     if !matches!(arguments.command, Command::Export { .. }) {
         files::private_by_default();
     }
-    let root = arguments.data_dir.join(STORE_FOLDER);
+    let root = arguments.data.data_dir.join(STORE_FOLDER);
     // A mistyped folder must not be created. Only an import may create the store.
     if !root.is_dir() && !matches!(arguments.command, Command::Import { .. }) {
         let message = format!(
             "--data-dir {} does not contain a model store; specify the data folder of the agent",
-            arguments.data_dir.display()
+            arguments.data.data_dir.display()
         );
         return Err(Failure::Failed(anyhow::anyhow!(message)));
     }
     let open = || -> anyhow::Result<Store> {
         Store::open(&root, bytes_of_mib(arguments.store_mib_max), Index::off()).context("cannot open the store")
     };
-    let last_good = LastGoodVersions::read(&arguments.data_dir);
+    let last_good = LastGoodVersions::read(&arguments.data.data_dir);
     let json = arguments.json;
     match arguments.command {
         Command::Ls => Ok(list(&open()?, &last_good, json)?),

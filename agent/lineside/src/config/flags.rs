@@ -96,12 +96,29 @@ struct Definitions {
     /// Labels of this node for the node selectors of manifests: key=value,key=value.
     #[arg(long, value_name = "LABELS")]
     labels: Option<String>,
+    #[command(flatten, next_help_heading = "Cameras")]
+    cameras: CameraArguments,
     #[command(flatten, next_help_heading = "MQTT")]
     mqtt_more: MqttArguments,
     #[command(flatten, next_help_heading = "Spool")]
     spool: SpoolArguments,
     #[command(flatten, next_help_heading = "Models")]
     models: ModelArguments,
+}
+
+#[derive(Args)]
+struct CameraArguments {
+    /// Folders that file: models, and file: and dir: cameras may be read from, separated by commas [default: the data folder and, with
+    /// --manifests, the folder that contains the manifests folder].
+    #[arg(long, value_name = "DIRS")]
+    file_roots: Option<String>,
+    /// Hosts that cameras may have: host, host:port, or a network such as 10.20.0.0/16, separated by commas. This node must be
+    /// listed as a host, such as 127.0.0.1:1984; * stands for every other host [default: *].
+    #[arg(long, value_name = "HOSTS")]
+    camera_hosts: Option<String>,
+    /// Memory for all frames that are decoded at the same time [default: 256].
+    #[arg(long, value_name = "MIB")]
+    decode_mib: Option<String>,
 }
 
 #[derive(Args)]
@@ -157,10 +174,6 @@ struct ModelArguments {
     /// every host except this node [default: *, without redirects to other hosts; none with a cluster].
     #[arg(long, value_name = "HOSTS")]
     source_hosts: Option<String>,
-    /// Folders that file: models may be read from, separated by commas
-    /// [default: the folder of the manifests and the data folder; the data folder with a cluster].
-    #[arg(long, value_name = "DIRS")]
-    file_roots: Option<String>,
     /// Allow http: sources, and registries and object stores without TLS.
     #[arg(long)]
     source_http: bool,

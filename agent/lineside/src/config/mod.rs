@@ -3,3 +3,4 @@
 pub mod flags;
 pub mod mqtt;
 pub mod settings;
+pub mod sources;

@@ -18,9 +18,9 @@ use url::Url;
 
 use super::flags::{Flags, setting_names};
 use super::mqtt;
+use super::sources::{self, SourcesConfig};
 use lineside_api::kinds::yaml;
 use lineside_api::names::{ConfigErrors, NameError, is_name, topic_segment};
-use lineside_common::file_roots::FileRoots;
 use lineside_common::net::AllowedHosts;
 use lineside_kube::ClusterConfig;
 use lineside_models::ModelsConfig;
@@ -67,6 +67,8 @@ pub struct Config {
     pub spool: SpoolConfig,
     /// Sources, store, signatures and admission of models.
     pub models: ModelsConfig,
+    /// Folders and hosts of camera sources, and the memory for decoding.
+    pub sources: SourcesConfig,
 }
 
 /// Source of the desired state.
@@ -188,8 +190,15 @@ impl ConfigLayers {
         let mqtt = mqtt::resolve(self, &mut errors);
         let spool = mqtt::spooling(self, &mut errors);
         let mut models = self.models(&mut errors);
-        if let (Some(desired_state), Some(data_dir)) = (&desired_state, &data_dir) {
-            self.authority(&mut models, desired_state, Path::new(data_dir));
+        let sources = match (&desired_state, &data_dir) {
+            (Some(desired_state), Some(data_dir)) => {
+                self.source_hosts(&mut models, desired_state);
+                Some(sources::resolve(self, desired_state, Path::new(data_dir), &mut errors))
+            }
+            _ => None,
+        };
+        if let Some(sources) = &sources {
+            models.file_roots = sources.policy.files.clone();
         }
         let complete = || {
             Some(Config {
@@ -203,6 +212,7 @@ impl ConfigLayers {
                 labels: labels?,
                 spool,
                 models,
+                sources: sources?,
             })
         };
         match complete() {
@@ -352,28 +362,13 @@ impl ConfigLayers {
     /// In a cluster the authors of EdgeModels are usually not those who configure the agent, and a default of all hosts
     /// would let an author use the agent to reach the site's network. Hosts that follow from the applied models would allow
     /// the same. Therefore no host is allowed there unless it is listed; `file:` sources need no host.
-    fn authority(&self, models: &mut ModelsConfig, desired_state: &DesiredSource, data_dir: &Path) {
+    fn source_hosts(&self, models: &mut ModelsConfig, desired_state: &DesiredSource) {
         let is_cluster = matches!(desired_state, DesiredSource::Cluster(_));
         models.source_hosts = match self.text("source-hosts") {
             None if !is_cluster => AllowedHosts::any(),
             _ => self.list("source-hosts").collect(),
         };
-        let roots: Vec<PathBuf> = match (self.text("file-roots"), desired_state) {
-            (Some(_), _) => self.list("file-roots").map(PathBuf::from).collect(),
-            (None, DesiredSource::Folder(folder)) => vec![folder.clone(), data_dir.to_owned()],
-            (None, DesiredSource::Cluster(_)) => vec![data_dir.to_owned()],
-        };
-        // The agent's own state and the mounted secrets stay out of reach, whatever is allowed.
-        let secrets = self.text("mqtt-secret").map(PathBuf::from).into_iter().chain([models.secrets_dir.clone()]);
-        let secrets = secrets.chain([PathBuf::from("/var/run/secrets")]).chain(models.peer_token.clone());
-        let kubeconfig = self.text("kubeconfig").map(PathBuf::from);
-        models.file_roots = FileRoots::new(roots, own_files(data_dir).chain(secrets).chain(kubeconfig));
     }
-}
-
-/// The files and folders of the agent in its data folder.
-fn own_files(data_dir: &Path) -> impl Iterator<Item = PathBuf> {
-    DATA_FOLDER_ENTRIES.iter().map(|name| data_dir.join(name))
 }
 
 /// `data-dir` as `LINESIDE_DATA_DIR`.

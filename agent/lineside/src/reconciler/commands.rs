@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use lineside_api::message::CommandOutcome;
-use lineside_common::clock;
+use lineside_common::{clock, error_chain};
 use lineside_ipc::frame::Frame;
 use lineside_mqtt::command::{Command, CommandError, CommandRequest};
+use lineside_scheduler::DecodeBudget;
 use tokio::sync::oneshot;
 
 use super::Reconciler;
+use crate::picture_check;
 use crate::stream_runner::StreamRunner;
 
 /// Largest frame of a snapshot, in bytes. Base64 makes four bytes of three, and a message has at most 4 MiB.
@@ -32,7 +34,7 @@ impl<S: StreamRunner> Reconciler<S> {
             Command::Resume(stream) => self.core.resume(&stream).then(|| self.paused()).ok_or(stream),
             Command::Snapshot(stream) => match self.streams.next_frame(&stream) {
                 Some(frame) => {
-                    tokio::spawn(snapshot(stream, frame, reply));
+                    tokio::spawn(snapshot(stream, frame, self.decode_budget.clone(), reply));
                     return;
                 }
                 None => Err(stream),
@@ -47,21 +49,42 @@ impl<S: StreamRunner> Reconciler<S> {
     }
 }
 
-/// Replies with the next frame of a stream.
+/// Replies with the next frame of a stream, if it is a picture.
 async fn snapshot(
     stream: String,
     frame: oneshot::Receiver<Frame>,
+    budget: DecodeBudget,
     reply: oneshot::Sender<Result<CommandOutcome, CommandError>>,
 ) {
     let outcome = match tokio::time::timeout(SNAPSHOT_TIMEOUT, frame).await {
-        Ok(Ok(frame)) if frame.data.len() <= SNAPSHOT_BYTES_MAX => Ok(CommandOutcome {
-            stream: Some(stream),
-            captured_at: Some(clock::rfc3339(frame.captured_at)),
-            image: Some(BASE64.encode(&frame.data)),
-            ..CommandOutcome::default()
-        }),
-        Ok(Ok(frame)) => Err(CommandError::FrameTooLarge { bytes: frame.data.len(), max: SNAPSHOT_BYTES_MAX }),
+        Ok(Ok(frame)) => picture(stream, frame, &budget).await,
         _ => Err(CommandError::NoFrame { stream }),
     };
     drop(reply.send(outcome));
+}
+
+/// The frame as the outcome of a snapshot. The camera source may be anything that a manifest names; only what a child process
+/// decoded as a picture leaves the node.
+async fn picture(stream: String, frame: Frame, budget: &DecodeBudget) -> Result<CommandOutcome, CommandError> {
+    if frame.data.len() > SNAPSHOT_BYTES_MAX {
+        return Err(CommandError::FrameTooLarge { bytes: frame.data.len(), max: SNAPSHOT_BYTES_MAX });
+    }
+    let refused = |reason: String| CommandError::NotAPicture { stream: stream.clone(), reason };
+    let permit = budget.acquire(&frame, u64::MAX).await.map_err(|refusal| refused(refusal.to_string()))?;
+    let data = frame.data.clone();
+    let checked = tokio::task::spawn_blocking(move || {
+        let checked = picture_check::check(&data);
+        drop(permit);
+        checked
+    });
+    let picture = match checked.await {
+        Ok(checked) => checked.map_err(|error| refused(error_chain(&error)))?,
+        Err(error) => return Err(refused(error.to_string())),
+    };
+    Ok(CommandOutcome {
+        stream: Some(stream),
+        captured_at: Some(clock::rfc3339(frame.captured_at)),
+        image: Some(BASE64.encode(&picture)),
+        ..CommandOutcome::default()
+    })
 }

@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use lineside_common::digest::Digest;
 use lineside_models::last_good::LastGoodVersions;
 use lineside_mqtt::command::CommandRequest;
-use lineside_scheduler::{Deployment, SchedulerMetrics};
+use lineside_scheduler::{DecodeBudget, Deployment, SchedulerMetrics};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -65,6 +65,8 @@ pub struct ReconcilerParts<S> {
     pub scheduler_metrics: SchedulerMetrics,
     /// Commands of operators.
     pub commands: mpsc::Receiver<CommandRequest>,
+    /// The memory for decoding, which snapshots share with the streams.
+    pub decode_budget: DecodeBudget,
     /// Publishes the state.
     pub publisher: StatePublisher,
 }
@@ -78,6 +80,7 @@ pub struct Reconciler<S> {
     streams: S,
     scheduler_metrics: SchedulerMetrics,
     commands: mpsc::Receiver<CommandRequest>,
+    decode_budget: DecodeBudget,
     publisher: StatePublisher,
     deployments: HashMap<String, Arc<Deployment>>,
     /// Bounded by the number of models: each has at most one load.
@@ -95,6 +98,7 @@ impl<S: StreamRunner> Reconciler<S> {
             streams: parts.streams,
             scheduler_metrics: parts.scheduler_metrics,
             commands: parts.commands,
+            decode_budget: parts.decode_budget,
             publisher: parts.publisher,
             deployments: HashMap::new(),
             outcomes: mpsc::unbounded_channel(),

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use lineside_api::kinds::StreamManifest;
-use lineside_capture::{Mailbox, SourceMetrics, StreamReporter, mailbox};
+use lineside_capture::{Mailbox, SourceMetrics, SourcePolicy, StreamReporter, mailbox};
 use lineside_common::supervisor::{OnFailure, SupervisedTask, Supervisor};
 use lineside_ipc::frame::Frame;
 use lineside_scheduler::Deployment;
@@ -30,6 +30,8 @@ pub struct StreamContext {
     pub registry: Arc<StreamRegistry>,
     /// Where results go.
     pub messages: Arc<MessageWriter>,
+    /// What sources may read.
+    pub sources: Arc<SourcePolicy>,
     /// What is counted.
     pub metrics: StreamMetrics,
 }
@@ -65,15 +67,16 @@ impl RunningStream {
             let client = client.clone();
             async move { client.lock().await.run(stop).await }
         });
-        let (manifest, left) = (Arc::new(manifest), mailbox.clone());
+        let (manifest, policy, left) = (Arc::new(manifest), context.sources.clone(), mailbox.clone());
         let mut is_restart = false;
         let source = context.supervisor.spawn(&format!("stream-source/{name}"), OnFailure::Restart, move |stop| {
             if std::mem::replace(&mut is_restart, true) {
                 metrics.reporter.down(Some("its source failed and was restarted"));
             }
-            let (manifest, mailbox, metrics) = (manifest.clone(), left.clone(), metrics.clone());
+            let (manifest, policy) = (manifest.clone(), policy.clone());
+            let (mailbox, metrics) = (left.clone(), metrics.clone());
             let work = async move {
-                lineside_capture::play(&manifest, &mailbox, &metrics).await;
+                lineside_capture::play(&manifest, &policy, &mailbox, &metrics).await;
                 // A source that has an end has reached it. The stream stays, without frames, until it is stopped.
                 std::future::pending::<()>().await;
             };

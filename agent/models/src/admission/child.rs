@@ -137,7 +137,7 @@ fn check_sample(pipeline: &mut Pipeline, sample: &GoldenSample) -> Result<(), Er
     let actual = serde_json::to_value(PredictionInfo::from(inference.prediction))
         .map_err(|reason| error(ErrorKind::BadOutput, reason.to_string()))?;
     golden::compare(&sample.expected, actual, sample.tolerance, inference.image_size)
-        .map_err(|reason| error(ErrorKind::BadOutput, reason.to_string()))
+        .map_err(|reason| error(reason.kind(), reason.to_string()))
 }
 
 /// Checks that the result of a frame can be sent. The rest of the message is small, and counted generously.

@@ -7,6 +7,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use lineside_inference::ErrorKind;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -41,6 +42,18 @@ pub(super) enum GoldenMismatch {
     /// Another difference.
     #[error("{0}")]
     Different(String),
+}
+
+impl GoldenMismatch {
+    /// The kind of the error: a sample that is not valid is an error of the manifest and not of the model.
+    pub(super) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::InvalidSample(_) => ErrorKind::BadSpec,
+            Self::InvalidOutput(_) | Self::NoCommonField | Self::Value { .. } | Self::Different(_) => {
+                ErrorKind::BadOutput
+            }
+        }
+    }
 }
 
 /// The compared fields of a result. A field is `None` where the JSON leaves it out.
@@ -250,6 +263,10 @@ mod tests {
         assert!(check(&json!({}), &actual).unwrap_err().contains("no field"));
         let error = compare("{", actual.clone(), 0.1, (1, 1)).unwrap_err();
         assert!(matches!(error, GoldenMismatch::InvalidSample(_)));
+        // It does not count against the model.
+        assert_eq!(error.kind(), ErrorKind::BadSpec);
+        let error = compare(r#"{"classes": []}"#, json!({"score": 1}), 0.1, (1, 1)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadOutput);
         assert!(check(&json!({"classes": 7}), &actual).unwrap_err().contains("not valid"));
     }
 

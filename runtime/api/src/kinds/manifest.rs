@@ -400,6 +400,10 @@ pub struct RawStreamSpec {
     /// Default: no limit.
     #[schemars(range(min = 1, max = 86_400_000))]
     pub max_age_ms: Option<u64>,
+    /// Largest number of pixels of a frame, width times height. A larger frame is not decoded and is counted as failed.
+    /// Default: 40000000.
+    #[schemars(range(min = 1, max = 40_000_000), extend("default" = 40_000_000))]
+    pub max_pixels: Option<u64>,
     /// CEL expression over the prediction, whose value is "pass", "reject" or "none". Default: every verdict is none.
     #[schemars(length(max = 4096))]
     pub verdict: Option<String>,
@@ -483,7 +487,7 @@ mod tests {
         let text = format!(
             "{HEAD}kind: EdgeModel\nmetadata: {{name: m, labels: {{a: b}}}}\nspec:\n  version: 3\n  source: {{uri: 'file:m.onnx'}}\n\
              ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'dir:frames'}}\n  model: m\n  \
-             fps: 10\n  maxAgeMs: 200\n  verdict: 'classes.size() > 0 ? \"pass\" : \"none\"'\n  onError: reject\n"
+             fps: 10\n  maxAgeMs: 200\n  maxPixels: 2000000\n  verdict: 'classes.size() > 0 ? \"pass\" : \"none\"'\n  onError: reject\n"
         );
         let objects = read(&text, Path::new("/m"), &|_| Ok(())).unwrap();
         let [Object::Model(model), Object::Stream(stream)] = objects.as_slice() else { panic!("{objects:?}") };
@@ -494,13 +498,14 @@ mod tests {
         assert_eq!(stream.on_error, OnError::Reject);
         let without = read(&text.replace("onError: reject", "onError: none"), Path::new("/m"), &|_| Ok(())).unwrap();
         assert!(matches!(&without[1], Object::Stream(stream) if stream.on_error == OnError::None));
+        assert_eq!(stream.pixels_max, 2_000_000);
     }
 
     #[test]
     fn every_error_of_a_file_names_its_object_and_field() {
         let text = format!(
             "{HEAD}kind: EdgeModel\nmetadata: {{name: Bad_Name}}\nspec: {{version: -1, source: {{digest: x}}, engine: fast}}\n\
-             ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'ftp://x'}}\n  fps: fast\n  \
+             ---\n{HEAD}kind: CameraStream\nmetadata: {{name: s}}\nspec:\n  source: {{uri: 'ftp://x'}}\n  fps: fast\n  maxPixels: 0\n  \
              verdict: 'nonsense('\n  onError: pass\n  roi: [[0, 0]]\n---\nkind: Pod\nmetadata: {{name: p}}\n---\n{{}}\n"
         );
         let errors = read(&text, Path::new("/"), &check_rule).unwrap_err().into_list();
@@ -512,6 +517,7 @@ mod tests {
             "EdgeModel Bad_Name spec.source.digest: ",
             "CameraStream s spec.source.uri: the scheme ftp: is not supported",
             "CameraStream s spec.fps: ",
+            "CameraStream s spec.maxPixels: 0 is not between 1 and 40000000",
             "CameraStream s spec.model: is missing",
             "CameraStream s spec.verdict: ",
             "CameraStream s spec.onError: ",

@@ -14,6 +14,8 @@ const FPS_MIN: f64 = 0.000_011_5;
 const FPS_MAX: f64 = 1000.0;
 /// Largest age of a frame: one day.
 const AGE_MAX_MS: u64 = 86_400_000;
+/// Largest number of pixels of a frame, and the default; the decoder accepts no more.
+const PIXELS_MAX: u64 = 40_000_000;
 const DEADBAND_DEFAULT: f32 = 0.05;
 /// Anomaly scores are in the scale of the model, so the bound only excludes infinity and NaN.
 const DEADBAND_MAX: f32 = 1e6;
@@ -33,6 +35,8 @@ pub struct StreamManifest {
     pub frame_interval: Option<Duration>,
     /// Largest age of a frame; older frames are dropped.
     pub age_max: Option<Duration>,
+    /// Largest number of pixels of a frame; larger frames are not decoded.
+    pub pixels_max: u64,
     /// The verdict rule: a CEL expression.
     pub verdict: Option<String>,
     /// The verdict when the rule fails or exceeds its bounds.
@@ -91,6 +95,10 @@ impl StreamManifest {
         } else {
             errors.check_range(&at("maxAgeMs"), raw.max_age_ms.as_ref(), &(1..=AGE_MAX_MS));
         }
+        let pixels_max = raw.max_pixels.unwrap_or(PIXELS_MAX);
+        if !(1..=PIXELS_MAX).contains(&pixels_max) {
+            errors.add(at("maxPixels"), format!("{pixels_max} is not between 1 and {PIXELS_MAX}"));
+        }
         let report = raw.report.and_then(|report| Report::resolve(&at("report"), &report, errors));
         let verdict = raw.verdict.filter(|rule| errors.take(&at("verdict"), (reader.check_rule)(rule)).is_some());
         Some(Self {
@@ -99,6 +107,7 @@ impl StreamManifest {
             model: model?,
             frame_interval: frame_interval?,
             age_max: raw.max_age_ms.map(Duration::from_millis),
+            pixels_max,
             verdict,
             on_error: raw.on_error.unwrap_or_default(),
             report,

@@ -19,9 +19,9 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::app::App;
 use crate::config::settings::{Config, DesiredSource};
+use crate::config::sources::SourcesConfig;
 use crate::telemetry::SetLevel;
 use lineside_api::message::Topics;
-use lineside_common::file_roots::FileRoots;
 use lineside_common::{files, shutdown};
 use lineside_models::ModelsConfig;
 use lineside_mqtt::config::{Broker, MqttConfig};
@@ -68,17 +68,21 @@ async fn run_demo(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<
     shutdown::on_signals(stop.clone()).context("cannot install the signal handlers")?;
     let address = LoopbackBroker::start().await.context("cannot start the broker of the demo")?.address();
     let broker = Broker { host: address.ip().to_string(), port: address.port(), tls: false, credentials: None };
+    let desired_state = DesiredSource::Folder(folder.path().join("manifests"));
+    let data_dir = folder.path().join("data");
+    let sources = SourcesConfig::new(&desired_state, &data_dir);
     let config = Config {
         node: "demo-node".to_owned(),
         site: "demo".to_owned(),
         prefix: "lineside".to_owned(),
-        desired_state: DesiredSource::Folder(folder.path().join("manifests")),
-        data_dir: folder.path().join("data"),
+        desired_state,
+        data_dir,
         mqtt: MqttConfig::new(broker.clone()),
         http: ([127, 0, 0, 1], 0).into(),
         labels: BTreeMap::new(),
         spool: SpoolConfig::default(),
-        models: ModelsConfig { file_roots: FileRoots::new([folder.path().to_owned()], []), ..ModelsConfig::default() },
+        models: ModelsConfig { file_roots: sources.policy.files.clone(), ..ModelsConfig::default() },
+        sources,
     };
     let topics = Topics::new(&config.prefix, &config.site, &config.node);
     let app = App::start(config, set_level).await?;

@@ -174,11 +174,13 @@ impl App {
             turn: Arc::new(Semaphore::new(1)),
         }));
         let blobs = shared.store.clone();
+        let decode_budget = DecodeBudget::new(config.sources.decode_bytes);
         let context = StreamContext {
             supervisor: shared.supervisor.clone(),
             registry: shared.registry.clone(),
             messages: shared.messages.clone(),
             sources: Arc::new(config.sources.policy.clone()),
+            decode_budget: decode_budget.clone(),
             metrics: stream_metrics,
         };
         let reconciler = Reconciler::new(ReconcilerParts {
@@ -191,7 +193,7 @@ impl App {
             streams: RunningStreams::new(context),
             scheduler_metrics: SchedulerMetrics::register(&shared.registrar)?,
             commands,
-            decode_budget: DecodeBudget::new(config.sources.decode_bytes),
+            decode_budget,
             publisher: StatePublisher {
                 status: shared.status.clone(),
                 health: shared.health.clone(),

@@ -4,6 +4,9 @@
 //! cores. More would only make frames older. Results are processed in the order of the frames, whatever the order in which
 //! instances and versions answer.
 //!
+//! A frame is decoded only when its header states a picture within the stream's limit, and when the node's budget of memory for
+//! decoding has room for it.
+//!
 //! A frame of a live source that finds no version, or no room, is skipped. A frame that must be kept is submitted again.
 
 use std::collections::BTreeMap;
@@ -13,7 +16,7 @@ use std::time::Duration;
 
 use lineside_capture::{MailboxReceiver, TakenFrame};
 use lineside_ipc::frame::Frame;
-use lineside_scheduler::{Deployment, Job, JobOutcome, Priority, SubmitErrorKind};
+use lineside_scheduler::{DecodeBudget, DecodePermit, Deployment, Job, JobOutcome, Priority, SubmitErrorKind};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -31,6 +34,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 struct Pending {
     taken: TakenFrame,
     _permit: OwnedSemaphorePermit,
+    /// The frame's share of the memory for decoding; `None` until it has one.
+    decoding: Option<DecodePermit>,
 }
 
 /// Submits the frames of one stream.
@@ -39,6 +44,9 @@ pub(super) struct StreamClient {
     deployment: Arc<Deployment>,
     shared: Arc<Shared>,
     in_flight: Arc<Semaphore>,
+    budget: DecodeBudget,
+    /// Largest number of pixels of a frame.
+    pixels_max: u64,
     next: u64,
     /// Frames that must be kept and were cancelled, with their sequence number.
     cancelled: mpsc::UnboundedReceiver<(u64, Pending)>,
@@ -53,13 +61,21 @@ struct Shared {
 }
 
 impl StreamClient {
-    pub(super) fn new(mailbox: MailboxReceiver, deployment: Arc<Deployment>, inspector: Arc<Inspector>) -> Self {
+    pub(super) fn new(
+        mailbox: MailboxReceiver,
+        deployment: Arc<Deployment>,
+        inspector: Arc<Inspector>,
+        budget: DecodeBudget,
+        pixels_max: u64,
+    ) -> Self {
         let (retry, cancelled) = mpsc::unbounded_channel();
         Self {
             mailbox,
             deployment,
             shared: Arc::new(Shared { inspector, order: Mutex::default(), retry }),
             in_flight: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
+            budget,
+            pixels_max,
             next: 0,
             cancelled,
         }
@@ -88,7 +104,7 @@ impl StreamClient {
             if stable.wait_for(Option::is_some).await.is_err() {
                 return std::future::pending().await;
             }
-            let (number, pending) = tokio::select! {
+            let (number, mut pending) = tokio::select! {
                 biased;
                 Some(again) = self.cancelled.recv() => again,
                 pending = take(&self.mailbox, &self.in_flight), if takes_new => {
@@ -97,6 +113,16 @@ impl StreamClient {
                     (number, pending)
                 }
             };
+            if pending.decoding.is_none() {
+                match self.budget.acquire(&pending.taken.frame, self.pixels_max).await {
+                    Ok(permit) => pending.decoding = Some(permit),
+                    Err(refusal) => {
+                        self.shared.inspector.on_refusal(&pending.taken.frame, &refusal.to_string());
+                        self.shared.complete(number, pending, JobOutcome::Cancelled);
+                        continue;
+                    }
+                }
+            }
             self.submit(number, pending).await;
         }
     }
@@ -139,7 +165,7 @@ impl StreamClient {
 /// Waits for room in flight, then for a frame.
 async fn take(mailbox: &MailboxReceiver, in_flight: &Arc<Semaphore>) -> Pending {
     match in_flight.clone().acquire_owned().await {
-        Ok(permit) => Pending { taken: mailbox.take().await, _permit: permit },
+        Ok(permit) => Pending { taken: mailbox.take().await, _permit: permit, decoding: None },
         // The semaphore is never closed.
         Err(_) => std::future::pending().await,
     }

@@ -30,6 +30,7 @@ const REASONS_MAX: usize = 8;
 /// Judges and reports the frames of one stream.
 pub(super) struct Inspector {
     stream: String,
+    model: String,
     rule: Option<Arc<str>>,
     on_error: OnError,
     age_max: Option<Duration>,
@@ -54,6 +55,7 @@ impl Inspector {
     pub(super) fn new(manifest: &StreamManifest, metrics: StreamChildren, messages: Arc<MessageWriter>) -> Self {
         Self {
             stream: manifest.name.clone(),
+            model: manifest.model.clone(),
             rule: manifest.verdict.as_deref().map(Arc::from),
             on_error: manifest.on_error,
             age_max: manifest.age_max,
@@ -91,7 +93,13 @@ impl Inspector {
     /// Counts a frame that could not be inspected, and logs a new reason.
     pub(super) fn on_failure(&self, frame: &Frame, model: &ModelInfo, error: &WorkError) {
         self.metrics.failed.inc();
-        self.log_failure(&error.to_string(), frame, model);
+        self.log_failure(&error.to_string(), frame, &model.name);
+    }
+
+    /// Counts a frame that no model received, because its header is refused, and logs a new reason.
+    pub(super) fn on_refusal(&self, frame: &Frame, reason: &str) {
+        self.metrics.failed.inc();
+        self.log_failure(reason, frame, &self.model);
     }
 
     /// Judges a prediction and writes the result.
@@ -130,18 +138,18 @@ impl Inspector {
         // Records that were dropped for room are counted by the spool.
         if self.messages.result(&body) == AppendOutcome::TooLarge {
             let reason = format!("the result is larger than {RECORD_BYTES_MAX} bytes and cannot be sent");
-            self.log_failure(&reason, frame, &model);
+            self.log_failure(&reason, frame, &model.name);
         }
     }
 
-    fn log_failure(&self, reason: &str, frame: &Frame, model: &ModelInfo) {
+    fn log_failure(&self, reason: &str, frame: &Frame, model: &str) {
         let mut state = self.state.lock();
         state.good_frames = 0;
         if state.logged.len() < REASONS_MAX && state.logged.insert(reason.to_owned()) {
             tracing::warn!(
                 event = "frame_failed",
                 stream = self.stream,
-                model = model.name,
+                model,
                 frame = frame.name.as_deref().unwrap_or_default(),
                 reason,
                 "Frame failed"

@@ -11,7 +11,7 @@ use lineside_api::kinds::StreamManifest;
 use lineside_capture::{Mailbox, SourceMetrics, SourcePolicy, StreamReporter, mailbox};
 use lineside_common::supervisor::{OnFailure, SupervisedTask, Supervisor};
 use lineside_ipc::frame::Frame;
-use lineside_scheduler::Deployment;
+use lineside_scheduler::{DecodeBudget, Deployment};
 use tokio::sync::{Mutex as AsyncMutex, oneshot};
 
 use super::client::StreamClient;
@@ -32,6 +32,8 @@ pub struct StreamContext {
     pub messages: Arc<MessageWriter>,
     /// What sources may read.
     pub sources: Arc<SourcePolicy>,
+    /// The memory for decoding, which all streams share.
+    pub decode_budget: DecodeBudget,
     /// What is counted.
     pub metrics: StreamMetrics,
 }
@@ -62,7 +64,13 @@ impl RunningStream {
         let metrics =
             SourceMetrics { reporter: reporter.clone(), reconnects: children.reconnects, failed: children.failed };
         // The client outlives its task: a restarted task continues with the frames in flight and their order.
-        let client = Arc::new(AsyncMutex::new(StreamClient::new(receiver, deployment, inspector)));
+        let client = Arc::new(AsyncMutex::new(StreamClient::new(
+            receiver,
+            deployment,
+            inspector,
+            context.decode_budget.clone(),
+            manifest.pixels_max,
+        )));
         let client = context.supervisor.spawn(&format!("stream-client/{name}"), OnFailure::Restart, move |stop| {
             let client = client.clone();
             async move { client.lock().await.run(stop).await }

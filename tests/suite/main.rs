@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the message")]
 
 mod admission;
+mod attack;
 mod bad_input;
 mod broker;
 mod cameras;

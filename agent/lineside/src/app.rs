@@ -26,7 +26,6 @@ use lineside_mqtt::publisher::{Publisher, PublisherContext};
 use lineside_scheduler::SchedulerMetrics;
 use lineside_spool::{Options, Spool, SpoolMetrics};
 use parking_lot::Mutex;
-use prometheus::IntCounter;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
 use crate::config::settings::{Config, DesiredSource};
@@ -34,7 +33,8 @@ use crate::desired::cluster::ClusterSync;
 use crate::desired::folder_watcher::{FolderMetrics, FolderWatcher};
 use crate::desired::{DesiredState, Node};
 use crate::http::health::Health;
-use crate::http::server::{HttpState, Server, router};
+use crate::http::routes::{HttpState, probe_router, router};
+use crate::http::server::{HttpMetrics, Server};
 use crate::http::status_store::StatusStore;
 use crate::message_writer::MessageWriter;
 use crate::metrics_publisher::publish_metrics;
@@ -57,6 +57,7 @@ const INDEX_DEADLINE: Duration = Duration::from_secs(3);
 /// A running agent.
 pub struct App {
     http: SocketAddr,
+    probes: Option<SocketAddr>,
     supervisor: Supervisor,
     /// In the order in which they are stopped.
     tasks: Vec<SupervisedTask>,
@@ -87,8 +88,10 @@ impl App {
         let epoch = next_epoch(&config)?;
         let registrar = Registrar::default();
         let supervisor = supervisor(&registrar)?;
-        let server = Arc::new(Server::bind(config.http).await?);
+        let server = Server::bind(config.http).await?;
         let http = server.address();
+        let probe_server = Server::bind_probes(config.probes).await?;
+        let probes = probe_server.as_ref().map(Server::address);
         let keys = config.models.trusted_keys.as_ref();
         let keys = keys.map(|path| Keyring::read(path, config.models.signature_threshold).context("--trusted-keys"));
         let keys = keys.transpose()?;
@@ -101,7 +104,7 @@ impl App {
         let shared = Shared {
             registry: StreamRegistry::new(messages.clone(), stream_metrics.up.clone()),
             status: Arc::new(StatusStore::new(&config.node, &config.site, epoch, store.clone())),
-            health: Arc::new(Health::new(Instant::now())),
+            health: Arc::new(Health::new(config.readiness, Instant::now())),
             relist: Arc::new(Notify::new()),
             registrar,
             supervisor,
@@ -117,12 +120,13 @@ impl App {
             site = config.site,
             epoch,
             %http,
+            probes = probes.map(|address| address.to_string()),
             brokers = ?config.mqtt.brokers,
             desired_state = %config.desired_state,
             waiting = shared.spool.stats().records,
             "Lineside started"
         );
-        let serve = shared.serve(&config, server, store_metrics.clone())?;
+        let serve = shared.serve(&config, server, probe_server, store_metrics.clone())?;
         let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
         let metrics_task = shared.publish_metrics(&config, store_metrics.clone());
         let publisher = Arc::new(Publisher::new(PublisherContext {
@@ -203,13 +207,19 @@ impl App {
             }
         }));
         tasks.extend(metrics_task);
-        tasks.extend([publish, serve]);
-        Ok(Self { http, supervisor: shared.supervisor, tasks, spool: shared.spool })
+        tasks.push(publish);
+        tasks.extend(serve);
+        Ok(Self { http, probes, supervisor: shared.supervisor, tasks, spool: shared.spool })
     }
 
     /// The address of the HTTP server.
     pub fn http(&self) -> SocketAddr {
         self.http
+    }
+
+    /// The address of the probe server, where there is one.
+    pub fn probes(&self) -> Option<SocketAddr> {
+        self.probes
     }
 
     /// The supervisor of all tasks.
@@ -236,13 +246,14 @@ impl App {
 }
 
 impl Shared {
-    /// Starts the HTTP server.
+    /// Starts the HTTP server, and the probe server where there is one.
     fn serve(
         &self,
         config: &Config,
-        server: Arc<Server>,
+        server: Server,
+        probe_server: Option<Server>,
         store_metrics: StoreMetrics,
-    ) -> anyhow::Result<SupervisedTask> {
+    ) -> anyhow::Result<Vec<SupervisedTask>> {
         let state = HttpState {
             health: self.health.clone(),
             registrar: self.registrar.clone(),
@@ -252,13 +263,18 @@ impl Shared {
             store_metrics,
             peer_token: config.models.peer_token.clone(),
         };
-        let refused: IntCounter = self
-            .registrar
-            .counter("http_connections_refused_total", "Connections that were closed because there were too many.")?;
-        Ok(self.supervisor.spawn("http", OnFailure::Restart, move |stop| {
-            let (server, router, refused) = (server.clone(), router(state.clone()), refused.clone());
-            async move { server.run(router, refused, stop).await }
-        }))
+        let metrics = HttpMetrics::register(&self.registrar)?;
+        let probes = probe_server.map(|server| ("probes", server, probe_router(state.clone())));
+        let servers = probes.into_iter().chain([("http", server, router(state))]);
+        Ok(servers
+            .map(|(name, server, router)| {
+                let (server, metrics) = (Arc::new(server), metrics.clone());
+                self.supervisor.spawn(name, OnFailure::Restart, move |stop| {
+                    let (server, router, metrics) = (server.clone(), router.clone(), metrics.clone());
+                    async move { server.run(router, metrics, stop).await }
+                })
+            })
+            .collect())
     }
 
     /// Starts publishing metrics over MQTT, where that is configured.
@@ -268,7 +284,7 @@ impl Shared {
         let (spool, store) = (self.spool.clone(), self.store.clone());
         Some(self.supervisor.spawn("metrics-publisher", OnFailure::Restart, move |stop| {
             let (spool, store, store_metrics) = (spool.clone(), store.clone(), store_metrics.clone());
-            let refresh = move || crate::http::server::refresh(&spool, &store, &store_metrics);
+            let refresh = move || crate::http::routes::refresh(&spool, &store, &store_metrics);
             publish_metrics(registrar.clone(), messages.clone(), every, refresh, stop)
         }))
     }

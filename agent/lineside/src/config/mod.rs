@@ -2,4 +2,5 @@
 
 pub mod flags;
 pub mod mqtt;
+pub mod probes;
 pub mod settings;

@@ -506,6 +506,7 @@ impl Core {
         });
         Snapshot {
             is_configured: self.desired.is_some(),
+            is_restored: self.observed.models.values().all(ObservedModel::is_restored),
             labels: self.node.labels.clone(),
             models: self.assignment.models.values().map(|wanted| self.model_snapshot(wanted)).collect(),
             streams: running.chain(paused).collect(),

@@ -113,7 +113,7 @@ impl StatePublisher {
         self.publish_events(events);
         self.publish_signatures(snapshot, now);
         self.status.set(state);
-        self.health.beat(Instant::now(), snapshot.is_configured, health);
+        self.health.beat(Instant::now(), snapshot.is_configured && snapshot.is_restored, health);
     }
 
     fn publish_states(&mut self, states: BTreeMap<String, (u64, ModelState)>) {

@@ -14,6 +14,8 @@ use crate::desired::{Identity, Refused};
 pub(super) struct Snapshot {
     /// Whether a desired state is known; without one no agent is ready.
     pub is_configured: bool,
+    /// Whether no model waits for the restoration of the version that served last.
+    pub is_restored: bool,
     /// The labels that selectors are matched with.
     pub labels: BTreeMap<String, String>,
     /// The models that are assigned to this node, by name.

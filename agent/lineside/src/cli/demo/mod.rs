@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use crate::app::App;
+use crate::config::probes::{ProbesSetting, ReadinessMode};
 use crate::config::settings::{Config, DesiredSource};
 use crate::telemetry::SetLevel;
 use lineside_api::message::Topics;
@@ -74,6 +75,8 @@ async fn run_demo(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<
         data_dir: folder.path().join("data"),
         mqtt: MqttConfig::new(broker.clone()),
         http: ([127, 0, 0, 1], 0).into(),
+        probes: ProbesSetting::Off,
+        readiness: ReadinessMode::default(),
         labels: BTreeMap::new(),
         spool: SpoolConfig::default(),
         models: ModelsConfig::default(),

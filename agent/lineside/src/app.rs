@@ -13,7 +13,7 @@ use lineside_api::message::Topics;
 use lineside_common::metrics::Registrar;
 use lineside_common::supervisor::{OnFailure, SupervisedTask, Supervisor, TaskFailure};
 use lineside_common::{child_process, error_chain, files};
-use lineside_kube::{ClusterClient, ClusterStatePublisher, KubeMetrics};
+use lineside_kube::{ClusterClient, ClusterStatePublisher, ClusterStateReader, KubeMetrics};
 use lineside_models::admission::AdmissionLimits;
 use lineside_models::fetch::Fetcher;
 use lineside_models::last_good::LastGoodVersions;
@@ -143,6 +143,7 @@ impl App {
             metrics: MqttMetrics::register(&shared.registrar)?,
         }));
         let broker = publisher.broker_state();
+        broker.register_gauge(&shared.registrar)?;
         let publish = shared.supervisor.spawn("publisher", OnFailure::Restart, move |stop| {
             let publisher = publisher.clone();
             async move { publisher.run(stop).await }
@@ -190,7 +191,7 @@ impl App {
                 events: shared.messages.clone(),
                 spool: shared.spool.clone(),
                 supervisor: shared.supervisor.clone(),
-                streams: shared.registry.subscribe(),
+                streams: shared.registry.clone(),
                 broker,
                 cluster,
                 published: Published::default(),
@@ -261,6 +262,7 @@ impl Shared {
             status: self.status.clone(),
             store: self.store.clone(),
             store_metrics,
+            streams: self.registry.clone(),
             peer_token: config.models.peer_token.clone(),
         };
         let metrics = HttpMetrics::register(&self.registrar)?;
@@ -281,10 +283,11 @@ impl Shared {
     fn publish_metrics(&self, config: &Config, store_metrics: StoreMetrics) -> Option<SupervisedTask> {
         let every = config.mqtt.metrics_every?;
         let (registrar, messages) = (self.registrar.clone(), self.messages.clone());
-        let (spool, store) = (self.spool.clone(), self.store.clone());
+        let (spool, store, streams) = (self.spool.clone(), self.store.clone(), self.registry.clone());
         Some(self.supervisor.spawn("metrics-publisher", OnFailure::Restart, move |stop| {
             let (spool, store, store_metrics) = (spool.clone(), store.clone(), store_metrics.clone());
-            let refresh = move || crate::http::routes::refresh(&spool, &store, &store_metrics);
+            let streams = streams.clone();
+            let refresh = move || crate::http::routes::refresh(&spool, &store, &store_metrics, &streams);
             publish_metrics(registrar.clone(), messages.clone(), every, refresh, stop)
         }))
     }
@@ -295,7 +298,7 @@ impl Shared {
         &self,
         config: &Config,
         desired: watch::Sender<Option<Arc<DesiredState>>>,
-    ) -> anyhow::Result<(Vec<SupervisedTask>, Option<watch::Receiver<lineside_kube::ClusterState>>)> {
+    ) -> anyhow::Result<(Vec<SupervisedTask>, Option<ClusterStateReader>)> {
         match &config.desired_state {
             DesiredSource::Folder(folder) => {
                 let watcher = Arc::new(FolderWatcher {
@@ -320,10 +323,11 @@ impl Shared {
                     desired,
                     reread: self.relist.clone(),
                     status: self.status.clone(),
-                    watch_failures: metrics.cluster_watch_failures.clone(),
-                    state: ClusterStatePublisher::new(metrics, Instant::now()),
+                    watch_failures: metrics.cluster_watch_failures,
+                    state: ClusterStatePublisher::new(Instant::now()),
                 };
-                let state = sync.state.subscribe();
+                let state = sync.state.reader();
+                state.register_gauges(&self.registrar)?;
                 Ok((sync.start(&self.supervisor), Some(state)))
             }
         }

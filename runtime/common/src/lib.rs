@@ -1,5 +1,5 @@
 //! The foundation of the workspace, which uses no other crate of it: backoff, clock, digests, durable files, supervised
-//! tasks and child processes, metrics, rate limits.
+//! tasks and child processes, heartbeats, metrics, rate limits.
 
 pub mod allocator;
 pub mod backoff;
@@ -8,6 +8,7 @@ pub mod clock;
 pub mod digest;
 mod error_chain;
 pub mod files;
+pub mod heartbeat;
 mod log_on_change;
 pub mod metrics;
 pub mod process_stats;

@@ -5,11 +5,18 @@ use std::net::TcpStream as StdTcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use std::{collections::BTreeMap, fs};
 
+use lineside::app::App;
+use lineside::config::flags::Flags;
+use lineside::config::settings::ConfigLayers;
+use lineside_api::names::ConfigErrors;
 use lineside_tests::agent::{Agent, AgentOptions};
-use lineside_tests::broker::UNREACHABLE_BROKER;
-use lineside_tests::http;
-use lineside_tests::wait::{TIMEOUT, until_true};
+use lineside_tests::broker::{Broker, UNREACHABLE_BROKER};
+use lineside_tests::site::{TestSite, status};
+use lineside_tests::wait::{TIMEOUT, until, until_long, until_true};
+use lineside_tests::{frame, http, stream_manifest, utf8};
+use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
@@ -155,4 +162,93 @@ fn a_second_agent_starts_although_the_default_address_of_the_probes_is_in_use() 
     let (with, without): (Vec<&Agent>, Vec<&Agent>) = agents.iter().partition(|agent| agent.probes().is_some());
     assert!(with.len() <= 1, "another agent of this machine may have the address");
     assert!(without.iter().all(|agent| agent.events("probes_not_bound").len() == 1));
+}
+
+/// Status and reason of a condition in a status document.
+fn condition(status: &Value, kind: &str) -> (String, String) {
+    let mut conditions = status["conditions"].as_array().into_iter().flatten();
+    let found = conditions.find(|condition| condition["type"] == kind).cloned().unwrap_or_default();
+    let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
+    (text("status"), text("message"))
+}
+
+#[test]
+fn a_stalled_publisher_is_not_shown_as_connected() {
+    let site = TestSite::with_broker();
+    let (manifests, data) = (site.path("manifests"), site.data());
+    let flags = [
+        ("node", "edge-1"),
+        ("http", "127.0.0.1:0"),
+        ("probes", "off"),
+        ("mqtt", &site.broker_url()),
+        ("manifests", utf8(&manifests)),
+        ("data-dir", utf8(&data)),
+    ];
+    let flags: BTreeMap<String, String> = flags.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let config = ConfigLayers::new(Flags(flags)).resolve(ConfigErrors::default(), "edge-1").unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let app = runtime.block_on(App::start(config, Arc::new(|level: &str| Ok(level.to_owned())))).unwrap();
+    let address = app.http().to_string();
+    let shown = |gauge: &str, expected: &str| {
+        let (_, metrics) = http::get(&address, "/metrics").ok()?;
+        let (_, body) = http::get(&address, "/v1/status").ok()?;
+        let found = condition(&serde_json::from_str(&body).ok()?, "BrokerConnected");
+        let is_shown = metrics.contains(&format!("lineside_mqtt_connected {gauge}\n")) && found.0 == expected;
+        is_shown.then_some(found.1)
+    };
+    until("the broker to be connected", || shown("1", "True"));
+    // The task does not end, so that nothing but the missing heartbeats shows that it does not work.
+    assert!(app.supervisor().inject_stall("publisher"));
+    let reason = until_long("the broker to be disconnected", || shown("0", "False"));
+    assert!(reason.contains("the publisher has not reported"), "{reason}");
+    runtime.block_on(app.stop());
+}
+
+#[test]
+fn a_stream_whose_frames_fail_is_not_up_and_does_not_take_readiness_away() {
+    let site = TestSite::with_broker_and_stream(20);
+    let folder = site.path("pictures");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("a.jpg"), b"not a picture").unwrap();
+    let uri = format!("dir://{}?loop=true", folder.display());
+    site.apply("stream.yaml", &stream_manifest("line-1", &uri, "parts", "  fps: 20\n"));
+    let mut agent = site.start(&[]);
+    let stream = |agent: &Agent| status(agent)["streams"][0].clone();
+    agent.wait_for_event("stream_unhealthy");
+    let down = until("the stream to be down", || Some(stream(&agent)).filter(|stream| stream["up"] == false));
+    assert!(down["reason"].as_str().unwrap().starts_with("most of the last 20 frames failed, such as: "), "{down}");
+    assert_eq!(agent.metric("lineside_stream_up{stream=\"line-1\"}"), 0.0);
+    let (degraded, message) = condition(&status(&agent), "Degraded");
+    assert!(degraded == "True" && message.contains("line-1"), "{message}");
+    agent.wait_until_ready();
+    // The camera delivers pictures again.
+    fs::write(folder.join(".b"), frame("part-001-good.jpg")).unwrap();
+    fs::rename(folder.join(".b"), folder.join("a.jpg")).unwrap();
+    agent.wait_for_event("stream_recovered");
+    agent.wait_for_metric_value("lineside_stream_up{stream=\"line-1\"}", 1.0);
+    assert_eq!(stream(&agent)["up"], true);
+    site.wait_for_new_results(5);
+    assert!(agent.terminate().success());
+}
+
+#[test]
+fn log_entries_of_one_kind_are_limited_and_counted() {
+    const COMMANDS: usize = 3_000;
+    let (folder, broker) = (tempfile::tempdir().unwrap(), Broker::start());
+    let data = folder.path().join("data");
+    let flags = ["--mqtt-commands", "pause"];
+    let options = AgentOptions { manifests: folder.path(), data: &data, mqtt: &broker.url(), flags: &flags };
+    let mut agent = Agent::start(&options);
+    agent.wait_for_metric_value("lineside_mqtt_connected", 1.0);
+    broker.publish_repeatedly("lineside/v1/plant/edge-1/cmd/pause/set", "{", COMMANDS);
+    agent.wait_for_metric("lineside_mqtt_received_total{kind=\"command\",outcome=\"refused\"}", COMMANDS as f64);
+    assert!(agent.terminate().success());
+    let (logged, left_out) = until("every command to be logged or counted", || {
+        let summaries = agent.events("logs_suppressed").into_iter().filter(|entry| entry["of"] == "command_failed");
+        let left_out: u64 = summaries.filter_map(|entry| entry["count"].as_u64()).sum();
+        let logged = agent.events("command_failed").len();
+        (logged as u64 + left_out == COMMANDS as u64).then_some((logged, left_out))
+    });
+    eprintln!("{COMMANDS} invalid commands: {logged} log entries, {left_out} left out");
+    assert!((20..100).contains(&logged), "{logged}");
 }

@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::health::Health;
 use super::status_store::StatusStore;
+use crate::streams::StreamRegistry;
 use lineside_common::metrics::Registrar;
 use lineside_models::StoreMetrics;
 use lineside_models::store::Store;
@@ -32,6 +33,8 @@ pub struct HttpState {
     pub status: Arc<StatusStore>,
     /// The model store, whose files are served to peers.
     pub store: Arc<Store>,
+    /// The streams, whose states are evaluated at each scrape.
+    pub streams: Arc<StreamRegistry>,
     /// The gauges of the store.
     pub store_metrics: StoreMetrics,
     /// File with the token that the agents of the site share. Without it no files are served to peers.
@@ -83,8 +86,9 @@ async fn readyz(State(state): State<HttpState>) -> Response {
 }
 
 /// Updates the gauges that are only set on demand.
-pub fn refresh(spool: &Spool, store: &Store, store_metrics: &StoreMetrics) {
+pub fn refresh(spool: &Spool, store: &Store, store_metrics: &StoreMetrics, streams: &StreamRegistry) {
     spool.update_metrics();
+    streams.evaluate(Instant::now());
     // When the store cannot be read, its gauges keep their last values; the status reports the error.
     if let Ok(usage) = tokio::task::block_in_place(|| store.usage()) {
         store_metrics.set_usage(&usage);
@@ -92,7 +96,7 @@ pub fn refresh(spool: &Spool, store: &Store, store_metrics: &StoreMetrics) {
 }
 
 async fn metrics(State(state): State<HttpState>) -> Response {
-    refresh(&state.spool, &state.store, &state.store_metrics);
+    refresh(&state.spool, &state.store, &state.store_metrics, &state.streams);
     match state.registrar.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(json!({"error": error.to_string()}))).into_response(),

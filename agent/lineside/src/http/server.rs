@@ -40,8 +40,10 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// Connections that are accepted before the tasks of the accepted ones run.
 const ACCEPT_BURST: u32 = 16;
-/// Evicted connections whose tasks have not ended yet. With more of them, the accept loop waits for these tasks.
+/// Evicted connections whose tasks have not ended yet. With more of them, the accept loop pauses.
 const EVICTED_OPEN_MAX: usize = 64;
+/// Pause of the accept loop while too many evicted connections are open.
+const EVICTED_PAUSE: Duration = Duration::from_millis(1);
 
 /// The metrics of the HTTP servers of a process.
 #[derive(Clone)]
@@ -168,8 +170,8 @@ impl Server {
                 tokio::task::yield_now().await;
             }
             // The tasks of evicted connections end as soon as they run.
-            while connections.len() > open_max {
-                tokio::task::yield_now().await;
+            while connections.len() > open_max && !stop.is_cancelled() {
+                tokio::time::sleep(EVICTED_PAUSE).await;
             }
         }
         connections.close();

@@ -1,5 +1,5 @@
-//! What records the activity of a connection for the [`ConnectionTable`](super::connection_table::ConnectionTable): wrappers of
-//! its socket and of the bodies of its responses. The tests are those of the server, over real sockets.
+//! Wrappers of a connection's socket and of the bodies of its responses, which record its activity for the connection table. The
+//! tests are those of the server, over real sockets.
 
 use std::io;
 use std::pin::Pin;

@@ -169,8 +169,9 @@ impl StreamReporter for StreamHandle {
         let mut observed = self.monitor.observed.lock();
         let now = Instant::now();
         observed.health.on_frame(now);
-        (observed.is_source_up, observed.source_reason) = (true, None);
-        self.monitor.publish(&mut observed, now)
+        let was_source_up = std::mem::replace(&mut observed.is_source_up, true);
+        observed.source_reason = None;
+        self.monitor.publish(&mut observed, now) && !was_source_up
     }
 
     fn down(&self, reason: Option<&str>) {

@@ -13,6 +13,7 @@ use lineside::config::settings::ConfigLayers;
 use lineside_api::names::ConfigErrors;
 use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::{Broker, UNREACHABLE_BROKER};
+use lineside_tests::scripted_api::ScriptedApi;
 use lineside_tests::site::{TestSite, status};
 use lineside_tests::wait::{TIMEOUT, until, until_long, until_true};
 use lineside_tests::{frame, http, stream_manifest, utf8};
@@ -173,15 +174,15 @@ fn condition(status: &Value, kind: &str) -> (String, String) {
 }
 
 #[test]
-fn a_stalled_publisher_is_not_shown_as_connected() {
-    let site = TestSite::with_broker();
-    let (manifests, data) = (site.path("manifests"), site.data());
+fn connections_of_stalled_tasks_are_not_shown_as_connected() {
+    let (site, api) = (TestSite::with_broker(), ScriptedApi::start());
+    let (kubeconfig, data) = (api.kubeconfig(&site.path("")), site.data());
     let flags = [
         ("node", "edge-1"),
         ("http", "127.0.0.1:0"),
         ("probes", "off"),
         ("mqtt", &site.broker_url()),
-        ("manifests", utf8(&manifests)),
+        ("kubeconfig", utf8(&kubeconfig)),
         ("data-dir", utf8(&data)),
     ];
     let flags: BTreeMap<String, String> = flags.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
@@ -189,18 +190,26 @@ fn a_stalled_publisher_is_not_shown_as_connected() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let app = runtime.block_on(App::start(config, Arc::new(|level: &str| Ok(level.to_owned())))).unwrap();
     let address = app.http().to_string();
-    let shown = |gauge: &str, expected: &str| {
+    // The message of the condition, once metric and condition show the expected state.
+    let shown = |name: &str, kind: &str, is_connected: bool| {
         let (_, metrics) = http::get(&address, "/metrics").ok()?;
         let (_, body) = http::get(&address, "/v1/status").ok()?;
-        let found = condition(&serde_json::from_str(&body).ok()?, "BrokerConnected");
-        let is_shown = metrics.contains(&format!("lineside_mqtt_connected {gauge}\n")) && found.0 == expected;
-        is_shown.then_some(found.1)
+        let (status, message) = condition(&serde_json::from_str(&body).ok()?, kind);
+        let gauge = format!("lineside_{name}_connected {}\n", u8::from(is_connected));
+        let expected = if is_connected { "True" } else { "False" };
+        (metrics.contains(&gauge) && status == expected).then_some(message)
     };
-    until("the broker to be connected", || shown("1", "True"));
-    // The task does not end, so that nothing but the missing heartbeats shows that it does not work.
-    assert!(app.supervisor().inject_stall("publisher"));
-    let reason = until_long("the broker to be disconnected", || shown("0", "False"));
-    assert!(reason.contains("the publisher has not reported"), "{reason}");
+    let connections = [("mqtt", "BrokerConnected", "publisher"), ("cluster", "ClusterConnected", "cluster-follower")];
+    for (name, kind, _) in connections {
+        until_long(&format!("{kind} to be true"), || shown(name, kind, true));
+    }
+    for (name, kind, task) in connections {
+        // The task does not end, so that nothing but the missing heartbeats shows that it does not work.
+        assert!(app.supervisor().inject_stall(task));
+        let message = until_long(&format!("{kind} to be false"), || shown(name, kind, false));
+        eprintln!("{task} stalled: {message}");
+    }
+    assert_eq!(app.supervisor().failure(), None);
     runtime.block_on(app.stop());
 }
 

@@ -27,7 +27,7 @@ use lineside_common::metrics::Registrar;
 /// The bounds of the main server.
 const MAIN_LIMITS: ConnectionLimits = ConnectionLimits { total: 512, per_address: 256 };
 /// The bounds of the probe server, whose clients are the kubelet and scrapers.
-const PROBE_LIMITS: ConnectionLimits = ConnectionLimits { total: 256, per_address: 128 };
+const PROBE_LIMITS: ConnectionLimits = ConnectionLimits { total: 160, per_address: 128 };
 /// Time limit for the headers of a request, including the next request on a kept-alive connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum size of the headers and of the read buffer of a connection, in bytes.

@@ -24,8 +24,10 @@ use tokio::runtime::Runtime;
 
 /// Connections of the attack.
 const SLOW_CLIENTS: usize = 2_000;
-/// Probes of each listener during the attack.
+/// Least number of probes of each listener during the attack.
 const PROBES: usize = 200;
+/// Connections that the slow clients open while each listener is probed.
+const RECONNECTS: u64 = 5_000;
 /// Time between two lines of headers of a slow client.
 const DRIP_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -81,17 +83,20 @@ async fn drip(address: &str, connections: &AtomicU64) {
     }
 }
 
-/// Sends probes one after another. Returns how many failed, and the longest time until a response.
-fn probe(address: &str) -> (usize, Duration) {
-    let (mut failed, mut worst) = (0, Duration::ZERO);
-    for _ in 0..PROBES {
+/// Sends probes one after another, at least [`PROBES`], until the slow clients have opened [`RECONNECTS`] more connections. Returns
+/// how many were sent and how many failed, and the longest time until a response.
+fn probe(address: &str, slow: &SlowClients) -> (usize, usize, Duration) {
+    let (mut sent, mut failed, mut worst) = (0, 0, Duration::ZERO);
+    let end = slow.connections() + RECONNECTS;
+    while sent < PROBES || slow.connections() < end {
+        sent += 1;
         let started = Instant::now();
         match http::get(address, "/livez") {
             Ok((200, _)) => worst = worst.max(started.elapsed()),
             _ => failed += 1,
         }
     }
-    (failed, worst)
+    (sent, failed, worst)
 }
 
 fn agent(folder: &std::path::Path, flags: &[&str]) -> Agent {
@@ -111,9 +116,9 @@ fn slow_clients_do_not_keep_probes_from_being_answered() {
         let slow = SlowClients::start(attacked, SLOW_CLIENTS);
         until_true("the attack to be under way", || slow.connections() > SLOW_CLIENTS as u64);
         for (probed, target) in [(&main, "the HTTP server"), (&probes, "the probe server")] {
-            let (failed, worst) = probe(probed);
+            let (sent, failed, worst) = probe(probed, &slow);
             eprintln!(
-                "attack on {name}, {} connections so far: {failed} of {PROBES} probes of {target} failed, \
+                "attack on {name}, {} connections so far: {failed} of {sent} probes of {target} failed, \
                  the slowest took {worst:?}",
                 slow.connections()
             );
@@ -235,7 +240,7 @@ fn a_stream_whose_frames_fail_is_not_up_and_does_not_take_readiness_away() {
     fs::rename(folder.join(".b"), folder.join("a.jpg")).unwrap();
     agent.wait_for_event("stream_recovered");
     agent.wait_for_metric_value("lineside_stream_up{stream=\"line-1\"}", 1.0);
-    assert_eq!(stream(&agent)["up"], true);
+    until_true("the status to show the stream up", || stream(&agent)["up"] == true);
     site.wait_for_new_results(5);
     assert!(agent.terminate().success());
 }

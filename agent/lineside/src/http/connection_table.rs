@@ -2,13 +2,13 @@
 //! argument.
 //!
 //! A new connection is always preferred to one that waits: a client that opens many connections and completes no request loses
-//! its own oldest ones, and a probe, which sends its request at once, is answered. A connection whose request is being answered
-//! keeps its place while the response makes progress.
+//! its own oldest ones, and a probe, which sends its request at once, is answered. Connections with an incomplete request are closed
+//! first, then those without one. A connection whose request is being answered keeps its place while the response makes progress.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
@@ -33,6 +33,8 @@ pub(super) struct Connection {
     /// Time of the last activity, in microseconds after `created`.
     active_at: AtomicU64,
     requests: AtomicU32,
+    /// Whether bytes have arrived since the last request.
+    has_partial_request: AtomicBool,
     /// Cancelled when another connection takes the place of this one.
     pub(super) evicted: CancellationToken,
 }
@@ -44,6 +46,7 @@ impl Connection {
             created: now,
             active_at: AtomicU64::new(0),
             requests: AtomicU32::new(0),
+            has_partial_request: AtomicBool::new(false),
             evicted: CancellationToken::new(),
         }
     }
@@ -55,14 +58,21 @@ impl Connection {
         self.active_at.store(micros, Ordering::Relaxed);
     }
 
+    /// Records that bytes of a request have arrived.
+    pub(super) fn record_partial_request(&self) {
+        self.has_partial_request.store(true, Ordering::Relaxed);
+    }
+
     /// Records that a request is complete and is being answered.
     pub(super) fn begin_request(&self, now: Instant) {
+        self.has_partial_request.store(false, Ordering::Relaxed);
         self.record_activity(now);
         self.requests.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Records that a response is complete.
     pub(super) fn end_request(&self, now: Instant) {
+        self.has_partial_request.store(false, Ordering::Relaxed);
         self.record_activity(now);
         self.requests.fetch_sub(1, Ordering::Relaxed);
     }
@@ -131,13 +141,17 @@ impl ConnectionTable {
         Admission::Admitted { id, connection, has_evicted }
     }
 
-    /// Removes and cancels the connection that has been idle for the longest time, of one address or of all. `false` when every
-    /// connection is being answered.
+    /// Removes and cancels the connection that has been idle for the longest time, of one address or of all; first among those with
+    /// an incomplete request. `false` when every connection is being answered.
     pub(super) fn evict_idlest(&mut self, address: Option<IpAddr>, now: Instant) -> bool {
         let candidates = self.connections.iter().filter(|(_, connection)| {
             address.is_none_or(|address| connection.address == address) && connection.can_be_evicted(now)
         });
-        let idlest = candidates.min_by_key(|(id, connection)| (connection.active_at(), **id)).map(|(id, _)| *id);
+        let rank = |id: u64, connection: &Connection| {
+            let has_partial_request = connection.has_partial_request.load(Ordering::Relaxed);
+            (!has_partial_request, connection.active_at(), id)
+        };
+        let idlest = candidates.min_by_key(|(id, connection)| rank(**id, connection)).map(|(id, _)| *id);
         let Some(id) = idlest else { return false };
         if let Some(connection) = self.connections.get(&id) {
             connection.evicted.cancel();
@@ -187,6 +201,21 @@ mod tests {
         assert!(has_evicted && second.evicted.is_cancelled());
         assert!([&other, &first, &third].iter().all(|connection| !connection.evicted.is_cancelled()));
         assert_eq!((table.connections.len(), table.by_address[&address(1)]), (3, 2));
+    }
+
+    #[test]
+    fn an_incomplete_request_is_closed_before_a_connection_that_has_sent_nothing_yet() {
+        let (mut table, start) = (ConnectionTable::new(LIMITS), Instant::now());
+        let (_, probe, _) = admit(&mut table, 1, start);
+        let (_, slow, _) = admit(&mut table, 1, start + Duration::from_millis(1));
+        slow.record_partial_request();
+        let (_, newest, _) = admit(&mut table, 1, start + Duration::from_millis(2));
+        assert!(slow.evicted.is_cancelled() && !probe.evicted.is_cancelled());
+        probe.record_partial_request();
+        probe.begin_request(start + Duration::from_millis(3));
+        probe.end_request(start + Duration::from_millis(4));
+        assert!(admit(&mut table, 1, start + Duration::from_millis(5)).2);
+        assert!(newest.evicted.is_cancelled() && !probe.evicted.is_cancelled(), "it was answered");
     }
 
     #[test]

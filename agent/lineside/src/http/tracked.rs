@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 
 use super::connection_table::Connection;
 
-/// A socket whose writes are recorded as activity.
+/// A socket whose writes are recorded as activity, and whose reads as parts of a request.
 pub(super) struct TrackedStream {
     stream: TcpStream,
     connection: Arc<Connection>,
@@ -39,7 +39,12 @@ impl AsyncRead for TrackedStream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if buffer.filled().len() > before {
+            self.connection.record_partial_request();
+        }
+        read
     }
 }
 

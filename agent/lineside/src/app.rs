@@ -88,9 +88,9 @@ impl App {
         let epoch = next_epoch(&config)?;
         let registrar = Registrar::default();
         let supervisor = supervisor(&registrar)?;
-        let server = Server::bind(config.http).await?;
+        let server = Server::bind(config.http)?;
         let http = server.address();
-        let probe_server = Server::bind_probes(config.probes).await?;
+        let probe_server = Server::bind_probes(config.probes)?;
         let probes = probe_server.as_ref().map(Server::address);
         let keys = config.models.trusted_keys.as_ref();
         let keys = keys.map(|path| Keyring::read(path, config.models.signature_threshold).context("--trusted-keys"));

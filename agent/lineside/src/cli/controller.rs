@@ -107,8 +107,8 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
             .set(1);
         let supervisor = Supervisor::new(restarts);
         let heartbeat = Arc::new(Heartbeat::new(Instant::now()));
-        let server = Server::bind(arguments.http).await?;
-        let probes = Server::bind_probes(arguments.probes.unwrap_or_default()).await?;
+        let server = Server::bind(arguments.http)?;
+        let probes = Server::bind_probes(arguments.probes.unwrap_or_default())?;
         tracing::info!(
             event = "controller_started",
             version = env!("CARGO_PKG_VERSION"),

@@ -3,7 +3,8 @@
 //!
 //! A new connection is always preferred to one that waits: a client that opens many connections and completes no request loses
 //! its own oldest ones, and a probe, which sends its request at once, is answered. Connections with an incomplete request are closed
-//! first, then those without one. A connection whose request is being answered keeps its place while the response makes progress.
+//! first, then those without one that are older than [`GRACE`]: a request that has arrived may not have been read yet. While all are
+//! younger, no connection is accepted. A connection whose request is being answered keeps its place while the response makes progress.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -15,6 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 /// Time without progress after which a response no longer protects its connection: the client does not read it.
 const STALLED_AFTER: Duration = Duration::from_secs(5);
+
+/// Age up to which a connection that has sent nothing is not closed.
+const GRACE: Duration = Duration::from_millis(200);
 
 /// The bounds of the connections of one server.
 #[derive(Debug, Clone, Copy)]
@@ -85,9 +89,14 @@ impl Connection {
         self.created + Duration::from_micros(self.active_at.load(Ordering::Relaxed))
     }
 
-    /// Whether no request is being answered, or its response has stalled.
+    fn has_partial_request(&self) -> bool {
+        self.has_partial_request.load(Ordering::Relaxed)
+    }
+
+    /// Whether the response has stalled, or no request is being answered and none can be complete.
     pub(super) fn can_be_evicted(&self, now: Instant) -> bool {
-        !self.is_answering() || now.saturating_duration_since(self.active_at()) >= STALLED_AFTER
+        let idle = now.saturating_duration_since(self.active_at());
+        if self.is_answering() { idle >= STALLED_AFTER } else { self.has_partial_request() || idle >= GRACE }
     }
 }
 
@@ -103,6 +112,8 @@ pub(super) enum Admission {
         /// Whether another connection was closed to make room.
         has_evicted: bool,
     },
+    /// No connection can be closed yet; it is tried again.
+    Wait,
     /// The connection is closed: all connections of the address, or of all addresses, are being answered.
     Refused,
 }
@@ -132,7 +143,11 @@ impl ConnectionTable {
         };
         let is_full = of_address >= self.limits.per_address || self.connections.len() >= self.limits.total;
         if is_full && !has_evicted {
-            return Admission::Refused;
+            let mut others = self
+                .connections
+                .values()
+                .filter(|other| of_address < self.limits.per_address || other.address == address);
+            return if others.all(|other| other.is_answering()) { Admission::Refused } else { Admission::Wait };
         }
         let (id, connection) = (self.next_id, Arc::new(Connection::new(address, now)));
         self.next_id += 1;
@@ -147,10 +162,7 @@ impl ConnectionTable {
         let candidates = self.connections.iter().filter(|(_, connection)| {
             address.is_none_or(|address| connection.address == address) && connection.can_be_evicted(now)
         });
-        let rank = |id: u64, connection: &Connection| {
-            let has_partial_request = connection.has_partial_request.load(Ordering::Relaxed);
-            (!has_partial_request, connection.active_at(), id)
-        };
+        let rank = |id: u64, connection: &Connection| (!connection.has_partial_request(), connection.active_at(), id);
         let idlest = candidates.min_by_key(|(id, connection)| rank(**id, connection)).map(|(id, _)| *id);
         let Some(id) = idlest else { return false };
         if let Some(connection) = self.connections.get(&id) {
@@ -185,7 +197,7 @@ mod tests {
     fn admit(table: &mut ConnectionTable, last: u8, now: Instant) -> (u64, Arc<Connection>, bool) {
         match table.admit(address(last), now) {
             Admission::Admitted { id, connection, has_evicted } => (id, connection, has_evicted),
-            Admission::Refused => panic!("refused"),
+            Admission::Refused | Admission::Wait => panic!("not admitted"),
         }
     }
 
@@ -197,7 +209,8 @@ mod tests {
         let (_, first, _) = admit(&mut table, 1, at(1));
         let (_, second, _) = admit(&mut table, 1, at(2));
         first.record_activity(at(3));
-        let (_, third, has_evicted) = admit(&mut table, 1, at(4));
+        assert!(matches!(table.admit(address(1), at(199)), Admission::Wait), "its request may not have been read yet");
+        let (_, third, has_evicted) = admit(&mut table, 1, at(202));
         assert!(has_evicted && second.evicted.is_cancelled());
         assert!([&other, &first, &third].iter().all(|connection| !connection.evicted.is_cancelled()));
         assert_eq!((table.connections.len(), table.by_address[&address(1)]), (3, 2));
@@ -214,7 +227,7 @@ mod tests {
         probe.record_partial_request();
         probe.begin_request(start + Duration::from_millis(3));
         probe.end_request(start + Duration::from_millis(4));
-        assert!(admit(&mut table, 1, start + Duration::from_millis(5)).2);
+        assert!(admit(&mut table, 1, start + Duration::from_millis(203)).2);
         assert!(newest.evicted.is_cancelled() && !probe.evicted.is_cancelled(), "it was answered");
     }
 
@@ -223,7 +236,7 @@ mod tests {
         let (mut table, start) = (ConnectionTable::new(LIMITS), Instant::now());
         let open: Vec<_> =
             (1..=4_u8).map(|last| admit(&mut table, last, start + Duration::from_millis(last.into())).1).collect();
-        assert!(admit(&mut table, 5, start + Duration::from_millis(9)).2);
+        assert!(admit(&mut table, 5, start + GRACE * 2).2);
         let closed: Vec<bool> = open.iter().map(|connection| connection.evicted.is_cancelled()).collect();
         assert_eq!(closed, [true, false, false, false]);
         assert_eq!((table.connections.len(), table.by_address.len()), (4, 4));
@@ -260,7 +273,7 @@ mod tests {
         let (mut table, start) = (ConnectionTable::new(LIMITS), Instant::now());
         let mut open = Vec::new();
         for step in 0..2_000_u64 {
-            let now = start + Duration::from_millis(step);
+            let now = start + Duration::from_millis(step * 100);
             match table.admit(address((step * 7 % 5) as u8), now) {
                 Admission::Admitted { id, connection, .. } => {
                     if step % 3 == 0 {
@@ -268,7 +281,7 @@ mod tests {
                     }
                     open.push((id, connection));
                 }
-                Admission::Refused => {}
+                Admission::Refused | Admission::Wait => {}
             }
             if step % 4 == 0 && !open.is_empty() {
                 let (id, _) = open.remove((step as usize * 31) % open.len());

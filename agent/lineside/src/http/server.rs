@@ -1,8 +1,8 @@
 //! The HTTP/1.1 server, with its own accept loop: it bounds the connections of all clients and of each address, the time in which
 //! a client must send its headers, and the lifetime of a connection. The server of axum has none of these limits.
 //!
-//! Every connection is accepted at once, so that the queue of the kernel never fills up. At a bound, the connection that has been
-//! idle for the longest time is closed. `tests/suite/attack/http.rs` tests it with 2,000 slow clients.
+//! At a bound, a new connection takes the place of the one that has been idle for the longest time, so that the queue of the kernel
+//! never fills up. `tests/suite/attack/http.rs` tests it with 2,000 slow clients.
 
 use std::convert::Infallible;
 use std::io;
@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use parking_lot::Mutex;
 use prometheus::IntCounter;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -38,12 +38,15 @@ const CONNECTION_LIFETIME: Duration = Duration::from_secs(60);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause after a failed accept, which happens when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// Connections that the kernel keeps until they are accepted; the kernel may reduce it (`net.core.somaxconn`). A client that finds
+/// the queue full tries again after a second or later.
+const BACKLOG: u32 = 4096;
 /// Connections that are accepted before the tasks of the accepted ones run.
 const ACCEPT_BURST: u32 = 16;
 /// Evicted connections whose tasks have not ended yet. With more of them, the accept loop pauses.
 const EVICTED_OPEN_MAX: usize = 64;
-/// Pause of the accept loop while too many evicted connections are open.
-const EVICTED_PAUSE: Duration = Duration::from_millis(1);
+/// Pause of the accept loop while no connection can be closed, or too many evicted ones are still open.
+const FULL_PAUSE: Duration = Duration::from_millis(1);
 
 /// The metrics of the HTTP servers of a process.
 #[derive(Clone)]
@@ -83,8 +86,8 @@ impl Server {
     ///
     /// # Errors
     /// When the address cannot be bound. The message names it.
-    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
-        Self::bind_for("--http", address, MAIN_LIMITS).await
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        Self::bind_for("--http", address, MAIN_LIMITS)
     }
 
     /// Binds the address of `--probes`. `None` when the probe server is switched off, or when no address is configured and the
@@ -92,12 +95,12 @@ impl Server {
     ///
     /// # Errors
     /// When the configured address cannot be bound. The message names it.
-    pub async fn bind_probes(setting: ProbesSetting) -> io::Result<Option<Self>> {
+    pub fn bind_probes(setting: ProbesSetting) -> io::Result<Option<Self>> {
         match setting {
             ProbesSetting::Off => Ok(None),
-            ProbesSetting::Address(address) => Self::bind_for("--probes", address, PROBE_LIMITS).await.map(Some),
+            ProbesSetting::Address(address) => Self::bind_for("--probes", address, PROBE_LIMITS).map(Some),
             ProbesSetting::Default => {
-                let bound = Self::bind_for("--probes", ProbesSetting::DEFAULT, PROBE_LIMITS).await;
+                let bound = Self::bind_for("--probes", ProbesSetting::DEFAULT, PROBE_LIMITS);
                 if let Err(error) = &bound {
                     let reason = error.to_string();
                     tracing::info!(
@@ -111,8 +114,8 @@ impl Server {
         }
     }
 
-    async fn bind_for(flag: &str, address: SocketAddr, limits: ConnectionLimits) -> io::Result<Self> {
-        let listener = TcpListener::bind(address).await.map_err(|error| {
+    fn bind_for(flag: &str, address: SocketAddr, limits: ConnectionLimits) -> io::Result<Self> {
+        let listener = listen(address).map_err(|error| {
             io::Error::new(
                 error.kind(),
                 format!("{flag} {address} cannot be bound: {error}; use another address, or port 0 for a free port"),
@@ -149,9 +152,15 @@ impl Server {
                     continue;
                 }
             };
-            let admission = table.lock().admit(address.ip(), Instant::now());
+            let admission = loop {
+                let admission = table.lock().admit(address.ip(), Instant::now());
+                if stop.is_cancelled() || !matches!(admission, Admission::Wait) {
+                    break admission;
+                }
+                tokio::time::sleep(FULL_PAUSE).await;
+            };
             match admission {
-                Admission::Refused => metrics.refused.inc(),
+                Admission::Refused | Admission::Wait => metrics.refused.inc(),
                 Admission::Admitted { id, connection, has_evicted } => {
                     if has_evicted {
                         metrics.evicted.inc();
@@ -171,7 +180,7 @@ impl Server {
             }
             // The tasks of evicted connections end as soon as they run.
             while connections.len() > open_max && !stop.is_cancelled() {
-                tokio::time::sleep(EVICTED_PAUSE).await;
+                tokio::time::sleep(FULL_PAUSE).await;
             }
         }
         connections.close();
@@ -179,6 +188,13 @@ impl Server {
             tracing::debug!(open = connections.len(), "Open connections are closed at shutdown");
         }
     }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// The place of a connection in the table; released also when its task panics.

@@ -39,6 +39,7 @@ pub struct Agent {
     process: Process,
     logs: Arc<Mutex<Vec<Value>>>,
     http: String,
+    probes: Option<String>,
 }
 
 /// The options that every agent is started with.
@@ -123,10 +124,10 @@ impl Agent {
                 }
             }
         });
-        let mut agent = Self { process: Process::new(child), logs, http: String::new() };
-        agent.http = until("the agent to log its HTTP address", || {
-            agent.events("agent_started").first().and_then(|entry| entry["http"].as_str().map(str::to_owned))
-        });
+        let mut agent = Self { process: Process::new(child), logs, http: String::new(), probes: None };
+        let started = until("the agent to log its addresses", || agent.events("agent_started").first().cloned());
+        agent.http = started["http"].as_str().expect("the agent logs its HTTP address").to_owned();
+        agent.probes = started["probes"].as_str().map(str::to_owned);
         agent
     }
 
@@ -152,6 +153,11 @@ impl Agent {
     /// The address (host and port) of its HTTP server.
     pub fn http(&self) -> &str {
         &self.http
+    }
+
+    /// The address (host and port) of its probe server, where it has one.
+    pub fn probes(&self) -> Option<&str> {
+        self.probes.as_deref()
     }
 
     /// The process id.
@@ -185,13 +191,17 @@ impl Agent {
         until_true(&format!("{series} == {value}"), || self.metric(series) == value);
     }
 
-    /// Waits until `/readyz` responds with 200.
+    /// Waits until `/readyz` responds with 200 and every desired model serves.
     ///
     /// # Panics
     /// If it does not in time.
     pub fn wait_until_ready(&self) {
         until_true(&format!("readiness\n{:#?}", self.logs()), || {
-            crate::http::get(&self.http, "/readyz").is_ok_and(|(status, _)| status == 200)
+            crate::http::get(&self.http, "/readyz").is_ok_and(|(status, body)| {
+                let body: Value = serde_json::from_str(&body).unwrap_or_default();
+                let mut models = body["models"].as_object().into_iter().flatten();
+                status == 200 && models.all(|(_, model)| model["serving"].is_u64())
+            })
         });
     }
 

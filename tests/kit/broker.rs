@@ -261,6 +261,17 @@ impl Broker {
         arguments.extend(retain.then_some("-r"));
         run_with_input("mosquitto_pub", &arguments, payload);
     }
+
+    /// Publishes the same payload, which is one line, many times over one connection with QoS 1.
+    ///
+    /// # Panics
+    /// If the broker does not acknowledge.
+    pub fn publish_repeatedly(&self, topic: &str, payload: &str, count: usize) {
+        let flags = self.connect_options().flags();
+        let mut arguments: Vec<&str> = flags.iter().map(String::as_str).collect();
+        arguments.extend(["-q", "1", "-t", topic, "-l"]);
+        run_with_input("mosquitto_pub", &arguments, format!("{payload}\n").repeat(count).as_bytes());
+    }
 }
 
 /// Debian installs daemons in a folder that is not in the PATH of an ordinary user.

@@ -172,37 +172,6 @@ fn a_busy_port_and_an_unusable_data_folder_are_reported_and_exit_1() {
 }
 
 #[test]
-fn slow_http_clients_are_disconnected_and_others_are_served() {
-    use std::io::{Read as _, Write as _};
-    let folder = tempfile::tempdir().unwrap();
-    let mut agent = Agent::start(&AgentOptions {
-        manifests: folder.path(),
-        data: &folder.path().join("data"),
-        mqtt: UNREACHABLE_BROKER,
-        flags: &[],
-    });
-    let mut slow: Vec<_> = (0..300)
-        .map(|_| {
-            let mut stream = std::net::TcpStream::connect(agent.http()).unwrap();
-            drop(stream.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: "));
-            stream
-        })
-        .collect();
-    // Connections above the limit are closed immediately; below it, clients that send no complete header are
-    // disconnected after the header timeout.
-    let last = slow.last_mut().unwrap();
-    last.set_read_timeout(Some(lineside_tests::wait::TIMEOUT)).unwrap();
-    assert!(matches!(last.read(&mut [0; 64]), Ok(0) | Err(_)), "above the connection limit");
-    let first = &mut slow[0];
-    first.set_read_timeout(Some(lineside_tests::wait::TIMEOUT)).unwrap();
-    let mut rest = Vec::new();
-    drop(first.read_to_end(&mut rest));
-    agent.wait_until_ready();
-    assert!(agent.metric("lineside_http_connections_refused_total") >= 40.0);
-    assert!(agent.terminate().success());
-}
-
-#[test]
 fn a_model_with_oversized_results_is_refused_and_does_not_block_other_streams() {
     let broker = Broker::start();
     let subscriber = broker.subscribe("lineside/v1/plant/#");

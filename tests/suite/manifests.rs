@@ -31,7 +31,7 @@ impl Site {
             manifests: &folder.path().join("manifests"),
             data: &folder.path().join("data"),
             mqtt: &broker.url(),
-            flags: &["--labels", "line=a"],
+            flags: &["--labels", "line=a", "--readiness", "models"],
         });
         Self { _broker: broker, subscriber, folder, agent }
     }

@@ -234,10 +234,12 @@ fn inference_has_no_network_no_files_and_no_runtime() {
 }
 
 /// The files whose decisions are pure: no async, no I/O, and time is an argument.
-const PURE: [&str; 9] = [
+const PURE: [&str; 11] = [
     "agent/lineside/src/reconciler/plan.rs",
     "agent/lineside/src/desired/object_set.rs",
+    "agent/lineside/src/streams/health.rs",
     "agent/lineside/src/streams/report_filter.rs",
+    "agent/lineside/src/telemetry/rate_limit.rs",
     "agent/kube/src/status_events.rs",
     "agent/controller/src/aggregate.rs",
     "agent/controller/src/liveness.rs",

@@ -15,8 +15,9 @@ use lineside_tests::{model_manifest, utf8};
 use serde_json::Value;
 
 /// The tasks of an agent that reads a folder of manifests with one stream, and whether each is restarted.
-const TASKS: [(&str, bool); 7] = [
+const TASKS: [(&str, bool); 8] = [
     ("http", true),
+    ("probes", true),
     ("manifest-watcher", true),
     ("metrics-publisher", true),
     ("publisher", true),
@@ -31,6 +32,7 @@ fn config(site: &TestSite) -> Config {
         ("node", "edge-1"),
         ("site", "plant"),
         ("http", "127.0.0.1:0"),
+        ("probes", "127.0.0.1:0"),
         ("mqtt", &site.broker_url()),
         ("manifests", utf8(&manifests)),
         ("data-dir", utf8(&data)),

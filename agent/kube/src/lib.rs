@@ -30,7 +30,7 @@ pub mod status_events;
 pub mod status_writer;
 
 pub use client::ClusterClient;
-pub use cluster_state::{ClusterState, ClusterStatePublisher};
+pub use cluster_state::{ClusterState, ClusterStatePublisher, ClusterStateReader};
 pub use config::ClusterConfig;
 pub use crds::definitions;
 pub use error::{ClusterError, ClusterErrorKind};

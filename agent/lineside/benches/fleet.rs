@@ -206,8 +206,8 @@ async fn run(kubeconfig: &Path, agents: usize, idle_time: Duration) {
             desired: sender,
             reread: Arc::new(Notify::new()),
             status: status_store,
-            watch_failures: metrics.cluster_watch_failures.clone(),
-            state: ClusterStatePublisher::new(metrics, std::time::Instant::now()),
+            watch_failures: metrics.cluster_watch_failures,
+            state: ClusterStatePublisher::new(std::time::Instant::now()),
             rules: Arc::new(RuleChecker::new(|| Err(std::io::Error::other("the simulated agents have no rules")))),
         };
         supervised.extend(sync.start(&supervisor));
@@ -272,8 +272,8 @@ async fn watch_many_objects(kubeconfig: &Path, objects: usize, updates_per_secon
         desired: sender,
         reread: Arc::new(Notify::new()),
         status: Arc::new(StatusStore::new("sim-0", "sim", 1, store)),
-        watch_failures: metrics.cluster_watch_failures.clone(),
-        state: ClusterStatePublisher::new(metrics, std::time::Instant::now()),
+        watch_failures: metrics.cluster_watch_failures,
+        state: ClusterStatePublisher::new(std::time::Instant::now()),
         rules: Arc::new(RuleChecker::new(|| Err(std::io::Error::other("the simulated agents have no rules")))),
     };
     let tasks = sync.start(&supervisor());

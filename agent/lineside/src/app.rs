@@ -14,7 +14,7 @@ use lineside_api::message::Topics;
 use lineside_common::metrics::Registrar;
 use lineside_common::supervisor::{OnFailure, SupervisedTask, Supervisor, TaskFailure};
 use lineside_common::{child_process, error_chain, files};
-use lineside_kube::{ClusterClient, ClusterStatePublisher, KubeMetrics};
+use lineside_kube::{ClusterClient, ClusterStatePublisher, ClusterStateReader, KubeMetrics};
 use lineside_models::admission::AdmissionLimits;
 use lineside_models::fetch::Fetcher;
 use lineside_models::last_good::LastGoodVersions;
@@ -27,7 +27,6 @@ use lineside_mqtt::publisher::{Publisher, PublisherContext};
 use lineside_scheduler::{DecodeBudget, SchedulerMetrics};
 use lineside_spool::{Options, RECORD_BYTES_MAX, Spool, SpoolMetrics};
 use parking_lot::Mutex;
-use prometheus::IntCounter;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
 use crate::config::settings::{Config, DATA_FOLDER_ENTRIES, DesiredSource};
@@ -36,7 +35,8 @@ use crate::desired::cluster::ClusterSync;
 use crate::desired::folder_watcher::{FolderMetrics, FolderWatcher};
 use crate::desired::{DesiredState, Node};
 use crate::http::health::Health;
-use crate::http::server::{HttpState, Server, router};
+use crate::http::routes::{HttpState, probe_router, router};
+use crate::http::server::{HttpMetrics, Server};
 use crate::http::status_store::StatusStore;
 use crate::message_writer::MessageWriter;
 use crate::metrics_publisher::publish_metrics;
@@ -58,6 +58,7 @@ const INDEX_DEADLINE: Duration = Duration::from_secs(3);
 /// A running agent.
 pub struct App {
     http: SocketAddr,
+    probes: Option<SocketAddr>,
     supervisor: Supervisor,
     /// In the order in which they are stopped.
     tasks: Vec<SupervisedTask>,
@@ -94,8 +95,10 @@ impl App {
         make_data_folder_private(&config.data_dir);
         let registrar = Registrar::default();
         let supervisor = supervisor(&registrar)?;
-        let server = Arc::new(Server::bind(config.http).await?);
+        let server = Server::bind(config.http)?;
         let http = server.address();
+        let probe_server = Server::bind_probes(config.probes)?;
+        let probes = probe_server.as_ref().map(Server::address);
         let keys = config.models.trusted_keys.as_ref();
         let keys = keys.map(|path| Keyring::read(path, config.models.signature_threshold).context("--trusted-keys"));
         let keys = keys.transpose()?;
@@ -108,7 +111,7 @@ impl App {
         let shared = Shared {
             registry: StreamRegistry::new(messages.clone(), stream_metrics.up.clone()),
             status: Arc::new(StatusStore::new(&config.node, &config.site, epoch, store.clone())),
-            health: Arc::new(Health::new(Instant::now())),
+            health: Arc::new(Health::new(config.readiness, Instant::now())),
             relist: Arc::new(Notify::new()),
             registrar,
             supervisor,
@@ -125,12 +128,13 @@ impl App {
             folder_id = folder,
             epoch,
             %http,
+            probes = probes.map(|address| address.to_string()),
             brokers = ?config.mqtt.brokers,
             desired_state = %config.desired_state,
             waiting = shared.spool.stats().records,
             "Lineside started"
         );
-        let serve = shared.serve(&config, server, store_metrics.clone())?;
+        let serve = shared.serve(&config, server, probe_server, store_metrics.clone())?;
         let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
         let metrics_task = shared.publish_metrics(&config, store_metrics.clone());
         let publisher = Arc::new(Publisher::new(PublisherContext {
@@ -148,6 +152,7 @@ impl App {
             metrics: MqttMetrics::register(&shared.registrar)?,
         }));
         let (broker, node_clash) = (publisher.broker_state(), publisher.node_clash());
+        broker.register_gauge(&shared.registrar)?;
         let publish = shared.supervisor.spawn("publisher", OnFailure::Restart, move |stop| {
             let publisher = publisher.clone();
             async move { publisher.run(stop).await }
@@ -201,7 +206,7 @@ impl App {
                 events: shared.messages.clone(),
                 spool: shared.spool.clone(),
                 supervisor: shared.supervisor.clone(),
-                streams: shared.registry.subscribe(),
+                streams: shared.registry.clone(),
                 broker,
                 node_clash,
                 data_folder_problem: data_folder.refused_write().map(str::to_owned),
@@ -220,13 +225,19 @@ impl App {
             }
         }));
         tasks.extend(metrics_task);
-        tasks.extend([publish, serve]);
-        Ok(Self { http, supervisor: shared.supervisor, tasks, spool: shared.spool, _data_folder: data_folder })
+        tasks.push(publish);
+        tasks.extend(serve);
+        Ok(Self { http, probes, supervisor: shared.supervisor, tasks, spool: shared.spool, _data_folder: data_folder })
     }
 
     /// The address of the HTTP server.
     pub fn http(&self) -> SocketAddr {
         self.http
+    }
+
+    /// The address of the probe server, where there is one.
+    pub fn probes(&self) -> Option<SocketAddr> {
+        self.probes
     }
 
     /// The supervisor of all tasks.
@@ -253,13 +264,14 @@ impl App {
 }
 
 impl Shared {
-    /// Starts the HTTP server.
+    /// Starts the HTTP server, and the probe server where there is one.
     fn serve(
         &self,
         config: &Config,
-        server: Arc<Server>,
+        server: Server,
+        probe_server: Option<Server>,
         store_metrics: StoreMetrics,
-    ) -> anyhow::Result<SupervisedTask> {
+    ) -> anyhow::Result<Vec<SupervisedTask>> {
         let state = HttpState {
             health: self.health.clone(),
             registrar: self.registrar.clone(),
@@ -267,25 +279,32 @@ impl Shared {
             status: self.status.clone(),
             store: self.store.clone(),
             store_metrics,
+            streams: self.registry.clone(),
             peer_token: config.models.peer_token.clone(),
         };
-        let refused: IntCounter = self
-            .registrar
-            .counter("http_connections_refused_total", "Connections that were closed because there were too many.")?;
-        Ok(self.supervisor.spawn("http", OnFailure::Restart, move |stop| {
-            let (server, router, refused) = (server.clone(), router(state.clone()), refused.clone());
-            async move { server.run(router, refused, stop).await }
-        }))
+        let metrics = HttpMetrics::register(&self.registrar)?;
+        let probes = probe_server.map(|server| ("probes", server, probe_router(state.clone())));
+        let servers = probes.into_iter().chain([("http", server, router(state))]);
+        Ok(servers
+            .map(|(name, server, router)| {
+                let (server, metrics) = (Arc::new(server), metrics.clone());
+                self.supervisor.spawn(name, OnFailure::Restart, move |stop| {
+                    let (server, router, metrics) = (server.clone(), router.clone(), metrics.clone());
+                    async move { server.run(router, metrics, stop).await }
+                })
+            })
+            .collect())
     }
 
     /// Starts publishing metrics over MQTT, where that is configured.
     fn publish_metrics(&self, config: &Config, store_metrics: StoreMetrics) -> Option<SupervisedTask> {
         let every = config.mqtt.metrics_every?;
         let (registrar, messages) = (self.registrar.clone(), self.messages.clone());
-        let (spool, store) = (self.spool.clone(), self.store.clone());
+        let (spool, store, streams) = (self.spool.clone(), self.store.clone(), self.registry.clone());
         Some(self.supervisor.spawn("metrics-publisher", OnFailure::Restart, move |stop| {
             let (spool, store, store_metrics) = (spool.clone(), store.clone(), store_metrics.clone());
-            let refresh = move || crate::http::server::refresh(&spool, &store, &store_metrics);
+            let streams = streams.clone();
+            let refresh = move || crate::http::routes::refresh(&spool, &store, &store_metrics, &streams);
             publish_metrics(registrar.clone(), messages.clone(), every, refresh, stop)
         }))
     }
@@ -296,7 +315,7 @@ impl Shared {
         &self,
         config: &Config,
         desired: watch::Sender<Option<Arc<DesiredState>>>,
-    ) -> anyhow::Result<(Vec<SupervisedTask>, Option<watch::Receiver<lineside_kube::ClusterState>>)> {
+    ) -> anyhow::Result<(Vec<SupervisedTask>, Option<ClusterStateReader>)> {
         match &config.desired_state {
             DesiredSource::Folder(folder) => {
                 let metrics = FolderMetrics::register(&self.registrar)?;
@@ -319,11 +338,12 @@ impl Shared {
                     desired,
                     reread: self.relist.clone(),
                     status: self.status.clone(),
-                    watch_failures: metrics.cluster_watch_failures.clone(),
-                    state: ClusterStatePublisher::new(metrics, Instant::now()),
+                    watch_failures: metrics.cluster_watch_failures,
+                    state: ClusterStatePublisher::new(Instant::now()),
                     rules: Arc::new(RuleChecker::of_this_program()),
                 };
-                let state = sync.state.subscribe();
+                let state = sync.state.reader();
+                state.register_gauges(&self.registrar)?;
                 Ok((sync.start(&self.supervisor), Some(state)))
             }
         }

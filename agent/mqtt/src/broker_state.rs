@@ -1,9 +1,12 @@
 //! The state of the broker connection: a `watch` value that the publisher owns and others observe.
 //!
-//! The gauges `mqtt_connected` and `mqtt_broker_index` are written from this state and never read back.
+//! The publisher sends heartbeats while it runs. Without them the state is stale, and counts as disconnected. The gauge
+//! `mqtt_connected` is computed from both at each scrape.
 
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
+use lineside_common::heartbeat::TaskHeartbeat;
+use lineside_common::metrics::Registrar;
 use tokio::sync::watch;
 
 use crate::config::Broker;
@@ -37,25 +40,66 @@ impl BrokerState {
     }
 }
 
-/// Writes the state and the gauges that follow from it.
+/// Reads the state, with regard to the age of the publisher's last heartbeat. Clones read the same state.
+#[derive(Debug, Clone)]
+pub struct BrokerStateReader {
+    state: watch::Receiver<BrokerState>,
+    heartbeat: TaskHeartbeat,
+}
+
+impl BrokerStateReader {
+    /// The state at `now`: disconnected when the publisher has sent no heartbeat for too long.
+    pub fn at(&self, now: Instant) -> BrokerState {
+        let state = self.state.borrow().clone();
+        if state.is_connected() && self.heartbeat.is_stale(now) {
+            let age = self.heartbeat.age(now);
+            let since = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
+            let reason = format!("the publisher has not reported for {} s", age.as_secs());
+            return BrokerState::Disconnected { reason: Some(reason), since };
+        }
+        state
+    }
+
+    /// Registers the gauge `mqtt_connected`.
+    ///
+    /// # Errors
+    /// When the name is registered already.
+    pub fn register_gauge(&self, registrar: &Registrar) -> Result<(), prometheus::Error> {
+        let reader = self.clone();
+        registrar.computed_gauge("mqtt_connected", "Whether a broker connection is open.", move || {
+            i64::from(reader.at(Instant::now()).is_connected())
+        })
+    }
+}
+
+/// Writes the state and the gauge `mqtt_broker_index`, which follows from it.
 pub(crate) struct BrokerStateWriter {
     state: watch::Sender<BrokerState>,
+    heartbeat: TaskHeartbeat,
     metrics: MqttMetrics,
 }
 
 impl BrokerStateWriter {
     pub(crate) fn new(metrics: MqttMetrics) -> Self {
-        metrics.connected.set(0);
         let disconnected = BrokerState::Disconnected { reason: None, since: SystemTime::now() };
-        Self { state: watch::Sender::new(disconnected), metrics }
+        Self { state: watch::Sender::new(disconnected), heartbeat: TaskHeartbeat::new(Instant::now()), metrics }
     }
 
+    pub(crate) fn reader(&self) -> BrokerStateReader {
+        BrokerStateReader { state: self.state.subscribe(), heartbeat: self.heartbeat.clone() }
+    }
+
+    #[cfg(test)]
     pub(crate) fn subscribe(&self) -> watch::Receiver<BrokerState> {
         self.state.subscribe()
     }
 
+    /// Records that the publisher runs.
+    pub(crate) fn beat(&self, now: Instant) {
+        self.heartbeat.beat(now);
+    }
+
     pub(crate) fn set_connected(&self, index: usize, broker: &Broker) {
-        self.metrics.connected.set(1);
         self.metrics.broker_index.set(i64::try_from(index).unwrap_or(i64::MAX));
         let since = SystemTime::now();
         self.state.send_replace(BrokerState::Connected { index, broker: broker.to_string(), since });
@@ -63,7 +107,6 @@ impl BrokerStateWriter {
 
     /// Ends a connection, or notes why an attempt failed. `since` is kept while no connection is open.
     pub(crate) fn set_disconnected(&self, new_reason: Option<String>) {
-        self.metrics.connected.set(0);
         self.state.send_if_modified(|state| {
             let since = match state {
                 BrokerState::Disconnected { reason, .. } if *reason == new_reason => return false,
@@ -79,27 +122,46 @@ impl BrokerStateWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lineside_common::metrics::Registrar;
+    use lineside_common::heartbeat::STALE_AFTER;
 
     #[test]
     fn gauges_follow_the_state() {
-        let metrics = MqttMetrics::register(&Registrar::default()).unwrap();
+        let registrar = Registrar::default();
+        let metrics = MqttMetrics::register(&registrar).unwrap();
         let writer = BrokerStateWriter::new(metrics.clone());
         let state = writer.subscribe();
-        assert!(!state.borrow().is_connected());
+        writer.reader().register_gauge(&registrar).unwrap();
+        let connected = |value: u8| registrar.encode().unwrap().contains(&format!("lineside_mqtt_connected {value}\n"));
+        assert!(!state.borrow().is_connected() && connected(0));
         let broker =
             Broker { host: "b".to_owned(), port: 1883, tls: true, credentials: Some(("u".into(), "p".into())) };
         writer.set_connected(2, &broker);
         assert!(
             matches!(&*state.borrow(), BrokerState::Connected { index: 2, broker, .. } if broker == "mqtts://b:1883")
         );
-        assert_eq!((metrics.connected.get(), metrics.broker_index.get()), (1, 2));
+        assert!(connected(1) && metrics.broker_index.get() == 2);
         writer.set_disconnected(Some("reset".to_owned()));
-        assert_eq!((metrics.connected.get(), metrics.broker_index.get()), (0, 2));
+        assert!(connected(0) && metrics.broker_index.get() == 2);
         let BrokerState::Disconnected { since: first, .. } = *state.borrow() else { panic!("connected") };
         writer.set_disconnected(Some("refused".to_owned()));
         let expected = BrokerState::Disconnected { reason: Some("refused".to_owned()), since: first };
         assert_eq!(*state.borrow(), expected, "the time of the first failure is kept");
+    }
+
+    #[test]
+    fn the_state_of_a_publisher_without_heartbeats_is_disconnected() {
+        let writer = BrokerStateWriter::new(MqttMetrics::register(&Registrar::default()).unwrap());
+        let (reader, start) = (writer.reader(), Instant::now());
+        writer.set_connected(0, &Broker { host: "b".to_owned(), port: 1883, tls: false, credentials: None });
+        assert!(reader.at(start + STALE_AFTER).is_connected());
+        let later = start + STALE_AFTER * 2;
+        let BrokerState::Disconnected { reason: Some(reason), .. } = reader.at(later) else { panic!("connected") };
+        assert!(reason.contains("has not reported"), "{reason}");
+        writer.beat(later);
+        assert!(reader.at(later).is_connected(), "the publisher runs again");
+        writer.set_disconnected(Some("refused".to_owned()));
+        let BrokerState::Disconnected { reason, .. } = reader.at(later + STALE_AFTER * 2) else { panic!("connected") };
+        assert_eq!(reason.as_deref(), Some("refused"), "the reason of a lost connection is kept");
     }
 
     #[test]

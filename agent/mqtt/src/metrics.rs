@@ -4,11 +4,10 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge};
 
 use lineside_common::metrics::Registrar;
 
-/// What the publisher counts. Clones share the values. Gauges are written from the publisher's state and never read back.
+/// What the publisher counts. Clones share the values. Gauges are written from the publisher's state and never read back. The gauge
+/// `mqtt_connected` is that of [`BrokerStateReader`](crate::broker_state::BrokerStateReader).
 #[derive(Clone)]
 pub struct MqttMetrics {
-    /// `mqtt_connected`: 1 while a broker connection is open, otherwise 0.
-    pub connected: IntGauge,
     /// `mqtt_published_total`: messages that the broker acknowledged.
     pub published: IntCounter,
     /// `mqtt_results_published_total`: results among them.
@@ -30,7 +29,6 @@ impl MqttMetrics {
         let received =
             registrar.counters("mqtt_received_total", "Commands and triggers received.", &ReceivedCounters::LABELS)?;
         Ok(Self {
-            connected: registrar.gauge("mqtt_connected", "Whether a broker connection is open.")?,
             published: registrar.counter("mqtt_published_total", "Messages acknowledged by the broker.")?,
             results_published: registrar
                 .counter("mqtt_results_published_total", "Results acknowledged by the broker.")?,
@@ -128,7 +126,6 @@ mod tests {
         metrics.received.command_stale.inc();
         let text = registrar.encode().unwrap();
         for line in [
-            "lineside_mqtt_connected 0",
             "lineside_mqtt_published_total 0",
             "lineside_mqtt_results_published_total 0",
             "lineside_mqtt_broker_index 0",

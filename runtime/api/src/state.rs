@@ -74,7 +74,7 @@ impl From<String> for ModelState {
 pub struct StreamState {
     /// The model that processes the stream's frames.
     pub model: String,
-    /// Whether the camera delivers frames.
+    /// Whether the camera delivers frames and most of them are inspected.
     pub up: bool,
     /// Why the stream is not up; absent while it is up, and until the first connection attempt has ended.
     pub reason: Option<String>,

@@ -43,12 +43,12 @@ async fn play_once(
         let reason = "is H.264, which is not supported by this version; use MJPEG";
         return Err(CameraError::Rejected(format!("{} {reason}", path.display())));
     }
-    health.up();
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
     let mut rest = Bytes::from(bytes);
     let mut pace = Pace::new(interval);
     while let Some(frame) = next_frame(&mut rest) {
         pace.tick().await;
+        health.up();
         if interval.is_some() {
             mailbox.offer(captured(frame, name.clone(), true));
         } else {

@@ -39,7 +39,7 @@ const STEADY_AFTER: Duration = Duration::from_secs(5);
 pub trait StreamReporter: Send + Sync {
     /// Whether the stream is up.
     fn is_up(&self) -> bool;
-    /// Frames are being received. Returns `true` when the stream was down before.
+    /// A frame was received. Returns `true` when the stream was down before.
     fn up(&self) -> bool;
     /// No frames are being received, for this reason; a stream that ends or is stopped has none.
     fn down(&self, reason: Option<&str>);

@@ -1,5 +1,5 @@
 //! The foundation of the workspace, which uses no other crate of it: backoff, clock, digests, durable files, address and
-//! file policies, supervised tasks and child processes, metrics, rate limits.
+//! file policies, supervised tasks and child processes, heartbeats, metrics, rate limits.
 
 pub mod allocator;
 pub mod backoff;
@@ -10,6 +10,7 @@ mod error_chain;
 pub mod file_roots;
 pub mod files;
 pub mod folder_lock;
+pub mod heartbeat;
 mod log_on_change;
 pub mod metrics;
 pub mod net;

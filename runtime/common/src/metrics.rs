@@ -2,7 +2,8 @@
 //!
 //! Names follow the Prometheus conventions: prefix `lineside_`, base units, few labels. `docs/metrics.md` describes each metric.
 
-use prometheus::core::Collector;
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
 use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -46,6 +47,20 @@ impl Registrar {
         registered(&self.0, IntGauge::with_opts(Opts::new(name, help).namespace(NAMESPACE))?)
     }
 
+    /// A gauge whose value is computed by `compute` whenever the metrics are gathered, so that it is never older than the scrape.
+    ///
+    /// # Errors
+    /// When the name is registered already.
+    pub fn computed_gauge(
+        &self,
+        name: &str,
+        help: &str,
+        compute: impl Fn() -> i64 + Send + Sync + 'static,
+    ) -> Result<(), prometheus::Error> {
+        let gauge = IntGauge::with_opts(Opts::new(name, help).namespace(NAMESPACE))?;
+        self.0.register(Box::new(ComputedGauge { gauge, compute }))
+    }
+
     /// Histograms with labels and these upper bounds.
     ///
     /// # Errors
@@ -62,7 +77,7 @@ impl Registrar {
     }
 
     /// All metrics, as the `prometheus` crate describes them.
-    pub fn gather(&self) -> Vec<prometheus::proto::MetricFamily> {
+    pub fn gather(&self) -> Vec<MetricFamily> {
         self.0.gather()
     }
 
@@ -78,4 +93,40 @@ impl Registrar {
 fn registered<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> Result<C, prometheus::Error> {
     registry.register(Box::new(collector.clone()))?;
     Ok(collector)
+}
+
+/// A gauge that is computed when it is collected.
+struct ComputedGauge<F> {
+    gauge: IntGauge,
+    compute: F,
+}
+
+impl<F: Fn() -> i64 + Send + Sync> Collector for ComputedGauge<F> {
+    fn desc(&self) -> Vec<&Desc> {
+        self.gauge.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        self.gauge.set((self.compute)());
+        self.gauge.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_computed_gauge_has_its_value_at_the_time_of_the_scrape() {
+        let (registrar, value) = (Registrar::default(), Arc::new(AtomicI64::new(1)));
+        let source = value.clone();
+        registrar.computed_gauge("connected", "help", move || source.load(Ordering::Relaxed)).unwrap();
+        assert!(registrar.encode().unwrap().contains("lineside_connected 1\n"));
+        value.store(0, Ordering::Relaxed);
+        assert!(registrar.encode().unwrap().contains("lineside_connected 0\n"));
+        assert!(registrar.computed_gauge("connected", "help", || 0).is_err());
+    }
 }

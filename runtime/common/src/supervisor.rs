@@ -57,8 +57,15 @@ struct Inner {
     failed: watch::Sender<Option<TaskFailure>>,
     /// When each task failed last, and why.
     failures: Mutex<BTreeMap<String, (Instant, TaskFailure)>>,
-    /// By task: makes it panic.
-    injections: Mutex<BTreeMap<String, Arc<Notify>>>,
+    /// By task: makes it fail.
+    injections: Mutex<BTreeMap<String, Arc<Injection>>>,
+}
+
+/// Failures of a task that tests cause.
+#[derive(Default)]
+struct Injection {
+    panic: Notify,
+    stall: Notify,
 }
 
 /// A supervised task.
@@ -178,7 +185,14 @@ impl Supervisor {
     /// Makes a task panic, for tests of the consequences. `false` when no task has this name.
     pub fn inject_panic(&self, name: &str) -> bool {
         let injection = self.0.injections.lock().get(name).cloned();
-        injection.as_ref().inspect(|injection| injection.notify_one()).is_some()
+        injection.as_ref().inspect(|injection| injection.panic.notify_one()).is_some()
+    }
+
+    /// Makes a task stop working without ending, until it is stopped, for tests of the consequences. `false` when no task has
+    /// this name.
+    pub fn inject_stall(&self, name: &str) -> bool {
+        let injection = self.0.injections.lock().get(name).cloned();
+        injection.as_ref().inspect(|injection| injection.stall.notify_one()).is_some()
     }
 
     fn exit(&self, task: &str, reason: &str) {
@@ -199,7 +213,7 @@ struct TaskRun {
     name: String,
     on_failure: OnFailure,
     stop: CancellationToken,
-    injection: Arc<Notify>,
+    injection: Arc<Injection>,
 }
 
 impl TaskRun {
@@ -213,11 +227,14 @@ impl TaskRun {
         let mut backoff = Backoff::new(RESTART_FIRST, RESTART_CAP);
         loop {
             let started = Instant::now();
-            let (work, injection) = (start(stop.clone()), injection.clone());
+            let (work, injection, stopped) = (start(stop.clone()), injection.clone(), stop.clone());
             let ended = tokio::spawn(async move {
+                tokio::pin!(work);
                 tokio::select! {
-                    () = work => {}
-                    () = injection.notified() => injected(),
+                    () = &mut work => {}
+                    () = injection.panic.notified() => injected(),
+                    // The work is kept, and not polled.
+                    () = injection.stall.notified() => stopped.cancelled().await,
                 }
             })
             .await;

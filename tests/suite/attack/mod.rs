@@ -3,6 +3,7 @@
 mod authority;
 mod cameras;
 mod data_folder;
+mod http;
 mod manifests;
 mod pictures;
 mod rules;

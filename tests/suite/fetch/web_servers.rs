@@ -208,7 +208,7 @@ fn a_file_with_a_wrong_digest_is_rejected_with_both_digests_until_the_right_one_
     let server = FileServer::start(&wrong, Fault::None);
     apply(&site, "parts", &server.url("parts.onnx"), &digest(&right));
     let host = server.host();
-    let mut agent = site.start(&["--source-hosts", &host, "--source-http"]);
+    let mut agent = site.start(&["--source-hosts", &host, "--source-http", "--readiness", "models"]);
     let reason = wait_for_rejection(&agent, "parts");
     assert!(reason.contains(&digest(&wrong)) && reason.contains(&digest(&right)), "{reason}");
     assert!(model_status(&agent, "parts")["serving"].is_null());

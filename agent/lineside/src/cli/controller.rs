@@ -10,8 +10,9 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 
 use super::Failure;
+use crate::config::probes::ProbesSetting;
 use crate::http::controller::router;
-use crate::http::server::Server;
+use crate::http::server::{HttpMetrics, Server};
 use lineside_common::metrics::Registrar;
 use lineside_common::supervisor::Supervisor;
 use lineside_common::{allocator, shutdown};
@@ -48,6 +49,10 @@ pub(super) struct Arguments {
     /// Address of the HTTP server for /livez, /readyz and /metrics. Port 0 selects a free port, which is logged.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", env = "LINESIDE_HTTP", hide_env = true)]
     http: SocketAddr,
+    /// Address of a listener for /livez, /readyz and /metrics only, which other machines may reach; `off` for none. Port 0
+    /// selects a free port, which is logged [default: 127.0.0.1:8082 if it is free].
+    #[arg(long, value_name = "ADDRESS", env = "LINESIDE_PROBES", hide_env = true)]
+    probes: Option<ProbesSetting>,
     /// Allow --http to bind an address that is not a loopback address.
     #[arg(long, env = "LINESIDE_INSECURE_BIND", hide_env = true)]
     insecure_bind: bool,
@@ -94,8 +99,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         let cluster = Arc::new(ClusterClient::new(cluster_config, "lineside-controller", &identity).await?);
         let registrar = Registrar::default();
         let metrics = ControllerMetrics::register(&registrar)?;
-        let rejected_connections = registrar
-            .counter("http_connections_refused_total", "Connections that were closed because there were too many.")?;
+        let http_metrics = HttpMetrics::register(&registrar)?;
         let restarts = registrar.counters("task_restarts_total", "Tasks that failed, by name.", &["task"])?;
         registrar
             .gauges("build_info", "Always 1; the labels identify the build.", &["version"])?
@@ -103,19 +107,25 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
             .set(1);
         let supervisor = Supervisor::new(restarts);
         let heartbeat = Arc::new(Heartbeat::new(Instant::now()));
-        let server = Arc::new(Server::bind(arguments.http).await?);
+        let server = Server::bind(arguments.http)?;
+        let probes = Server::bind_probes(arguments.probes.unwrap_or_default())?;
         tracing::info!(
             event = "controller_started",
             version = env!("CARGO_PKG_VERSION"),
             identity,
             namespace = cluster.namespace(),
             http = %server.address(),
+            probes = probes.as_ref().map(|probes| probes.address().to_string()),
             "Controller started"
         );
-        let serving = (server.clone(), router(heartbeat.clone(), registrar), stop.clone());
+        let serving = (router(heartbeat.clone(), registrar), stop.clone());
         let mut serve = tokio::spawn(async move {
-            let (server, router, stop) = serving;
-            server.run(router, rejected_connections, stop).await;
+            let (router, stop) = serving;
+            let main = server.run(router.clone(), http_metrics.clone(), stop.clone());
+            match probes {
+                Some(probes) => drop(tokio::join!(main, probes.run(router, http_metrics, stop))),
+                None => main.await,
+            }
         });
         let controller =
             Controller::new(cluster, &identity, timeouts, heartbeat, metrics).run(&supervisor, stop.clone());

@@ -16,9 +16,10 @@ mod store;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 
-use crate::telemetry::SetLevel;
+use crate::telemetry::Telemetry;
 use crate::{app, picture_check, rules_child, telemetry};
 use lineside_models::admission;
 use lineside_models::store::probe;
@@ -124,10 +125,10 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    let outcome = start_logs(&cli).and_then(|set_level| match cli.command {
-        Command::Run(arguments) => run::run(*arguments, set_level),
+    let outcome = start_logs(&cli).and_then(|telemetry| match cli.command {
+        Command::Run(arguments) => run::run(*arguments, telemetry.set_level.clone()),
         #[cfg(feature = "demo")]
-        Command::Demo(arguments) => demo::run(arguments, set_level),
+        Command::Demo(arguments) => demo::run(arguments, telemetry.set_level.clone()),
         Command::Controller(arguments) => controller::run(arguments),
         Command::Crd(arguments) => crd::run(&arguments),
         Command::Check(arguments) => check::run(arguments),
@@ -163,11 +164,16 @@ fn write_out(text: &str) {
 }
 
 /// Starts the logs with the filter of `--log`, or with the default of the command.
-fn start_logs(cli: &Cli) -> Result<SetLevel, Failure> {
+fn start_logs(cli: &Cli) -> Result<Telemetry, Failure> {
+    let is_service = matches!(cli.command, Command::Run(_) | Command::Controller(_));
     // The other commands print to stdout; their logs are only useful when something fails.
-    let default_filter = if matches!(cli.command, Command::Run(_) | Command::Controller(_)) { "info" } else { "warn" };
-    telemetry::start(cli.log.as_deref().unwrap_or(default_filter))
-        .map_err(|error| Failure::Usage(vec![format!("--log: {}", lineside_common::error_chain(&error))]))
+    let default_filter = if is_service { "info" } else { "warn" };
+    let telemetry = telemetry::start(cli.log.as_deref().unwrap_or(default_filter))
+        .map_err(|error| Failure::Usage(vec![format!("--log: {}", lineside_common::error_chain(&error))]))?;
+    if is_service {
+        telemetry.report_suppressed_periodically().context("cannot start the thread that reports suppressed logs")?;
+    }
+    Ok(telemetry)
 }
 
 /// The async runtime. Inference has its own threads, so two threads are enough for the cameras, the broker and HTTP.

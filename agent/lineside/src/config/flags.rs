@@ -90,6 +90,14 @@ struct Definitions {
     /// [default: 127.0.0.1:8080].
     #[arg(long, value_name = "ADDRESS")]
     http: Option<String>,
+    /// Address of a listener for /livez, /readyz and /metrics only, which other machines may reach; `off` for none. With port 0,
+    /// a free port is chosen and logged [default: 127.0.0.1:8082 if it is free].
+    #[arg(long, value_name = "ADDRESS")]
+    probes: Option<String>,
+    /// What /readyz reports: agent (the desired state was read, and what can serve was restored) or models (every model
+    /// serves) [default: agent].
+    #[arg(long, value_name = "MODE")]
+    readiness: Option<String>,
     /// Allow an address in --http that other machines can reach.
     #[arg(long)]
     insecure_bind: bool,

@@ -2,5 +2,6 @@
 
 pub mod flags;
 pub mod mqtt;
+pub mod probes;
 pub mod settings;
 pub mod sources;

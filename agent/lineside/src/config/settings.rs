@@ -8,9 +8,11 @@
 //! reason no setting is called `port` or begins with `service`.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -18,6 +20,7 @@ use url::Url;
 
 use super::flags::{Flags, setting_names};
 use super::mqtt;
+use super::probes::{ProbesSetting, ReadinessMode};
 use super::sources::{self, SourcesConfig};
 use lineside_api::kinds::yaml;
 use lineside_api::names::{ConfigErrors, NameError, is_name, topic_segment};
@@ -61,6 +64,10 @@ pub struct Config {
     pub mqtt: MqttConfig,
     /// Address of the HTTP server.
     pub http: SocketAddr,
+    /// The listener of the probes.
+    pub probes: ProbesSetting,
+    /// What `/readyz` reports.
+    pub readiness: ReadinessMode,
     /// Labels of the node for node selectors.
     pub labels: BTreeMap<String, String>,
     /// The spool.
@@ -185,6 +192,8 @@ impl ConfigLayers {
             let address = bind_address(&text, insecure.unwrap_or(false));
             errors.take(&self.get("http").1, address)
         });
+        let probes = self.parsed::<ProbesSetting>("probes", &mut errors);
+        let readiness = self.parsed::<ReadinessMode>("readiness", &mut errors);
         let labels = labels.and_then(|text| errors.take(&self.get("labels").1, labels_of(&text)));
         let desired_state = self.desired_source(&mut errors);
         let mqtt = mqtt::resolve(self, &mut errors);
@@ -209,6 +218,8 @@ impl ConfigLayers {
                 data_dir: data_dir?.into(),
                 mqtt: mqtt?,
                 http: http?,
+                probes,
+                readiness,
                 labels: labels?,
                 spool,
                 models,
@@ -246,6 +257,12 @@ impl ConfigLayers {
         let read =
             read.ok_or_else(|| format!("`{value}` is not a number between {} and {}", range.start(), range.end()));
         errors.take(&self.get(setting).1, read).unwrap_or(otherwise)
+    }
+
+    /// A setting of a type with a default. An invalid value is added to the errors.
+    fn parsed<T: FromStr<Err: Display> + Default>(&self, setting: &'static str, errors: &mut ConfigErrors) -> T {
+        let value = self.text(setting).map(str::parse);
+        value.and_then(|value| errors.take(&self.get(setting).1, value)).unwrap_or_default()
     }
 
     /// The source of the desired state, of which there must be exactly one.
@@ -516,6 +533,13 @@ mod tests {
         assert!(with("0.0.0.0:8080", "false").unwrap_err()[0].contains("--insecure-bind"));
         assert!(with("0.0.0.0:8080", "true").is_ok());
         assert!(with("0.0.0.0:8080", "maybe").is_err());
+        let probes = |address: &str| {
+            resolved(&[("manifests", "/"), ("mqtt", "mqtt://b"), ("probes", address)], &[], "readiness: models\n")
+        };
+        let config = probes("0.0.0.0:8082").unwrap();
+        assert_eq!(config.probes, ProbesSetting::Address(([0, 0, 0, 0], 8082).into()), "probes are exempt");
+        assert_eq!((config.readiness, probes("off").unwrap().probes), (ReadinessMode::Models, ProbesSetting::Off));
+        assert!(probes("8082").unwrap_err()[0].starts_with("--probes: `8082` is not an address"));
     }
 
     /// No value of a setting makes the agent panic.

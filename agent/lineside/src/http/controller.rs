@@ -1,4 +1,4 @@
-//! The HTTP routes of the controller: liveness, readiness and metrics.
+//! The HTTP routes of the controller: liveness, readiness and metrics, on its HTTP server and on its probe server.
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use crate::config::probes::ReadinessMode;
 use lineside_api::state::ModelState;
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -30,7 +31,7 @@ pub struct ModelHealth {
 /// The readiness of the agent, as `/readyz` reports it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Readiness {
-    /// Whether the desired state is known and every desired model has a version that serves.
+    /// Whether the agent is ready, as the [mode](ReadinessMode) defines it.
     pub ready: bool,
     /// Why the desired state is not known, or cannot be read now. An agent that has read it once stays ready.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -41,6 +42,7 @@ pub struct Readiness {
 
 /// The health of the agent. The reconciler writes it, the probes read it.
 pub struct Health {
+    mode: ReadinessMode,
     state: Mutex<State>,
 }
 
@@ -48,20 +50,26 @@ struct State {
     last_heartbeat: Instant,
     is_settled: bool,
     reason: Option<String>,
+    /// Whether the agent was settled once.
+    was_settled: bool,
     models: BTreeMap<String, ModelHealth>,
 }
 
 impl Health {
     /// The health of an agent that starts at `now`: alive and not ready.
-    pub fn new(now: Instant) -> Self {
-        let state = State { last_heartbeat: now, is_settled: false, reason: None, models: BTreeMap::new() };
-        Self { state: Mutex::new(state) }
+    pub fn new(mode: ReadinessMode, now: Instant) -> Self {
+        let models = BTreeMap::new();
+        let state = State { last_heartbeat: now, is_settled: false, reason: None, was_settled: false, models };
+        Self { mode, state: Mutex::new(state) }
     }
 
-    /// Records a heartbeat of the reconciler and the states of the models. `is_settled` is set once the desired state is known; the
-    /// agent is not ready before. `reason` is why it is not known, or cannot be read now.
+    /// Records a heartbeat of the reconciler and the states of the models. `is_settled` is set once the desired state is known and
+    /// what served last was restored, or could not be; the agent is not ready before. `reason` is why the desired state is not
+    /// known, or cannot be read now.
     pub fn beat(&self, now: Instant, is_settled: bool, reason: Option<String>, models: BTreeMap<String, ModelHealth>) {
-        *self.state.lock() = State { last_heartbeat: now, is_settled, reason, models };
+        let mut state = self.state.lock();
+        let was_settled = state.was_settled || is_settled;
+        *state = State { last_heartbeat: now, is_settled, reason, was_settled, models };
     }
 
     /// Whether the last heartbeat is recent enough.
@@ -72,7 +80,13 @@ impl Health {
     /// The readiness of the agent and its models.
     pub fn readiness(&self) -> Readiness {
         let state = self.state.lock();
-        let ready = state.is_settled && state.models.values().all(|model| model.serving.is_some());
+        let ready = match self.mode {
+            ReadinessMode::Agent => state.was_settled,
+            ReadinessMode::Models => {
+                let is_served = !state.models.is_empty() && state.models.values().all(|model| model.serving.is_some());
+                state.is_settled && is_served
+            }
+        };
         Readiness { ready, reason: state.reason.clone(), models: state.models.clone() }
     }
 }
@@ -86,16 +100,33 @@ mod tests {
     }
 
     #[test]
-    fn agent_is_ready_when_every_model_serves_any_version() {
+    fn in_the_mode_models_every_model_must_serve_some_version() {
         let now = Instant::now();
-        let health = Health::new(now);
+        let health = Health::new(ReadinessMode::Models, now);
         assert!(!health.readiness().ready, "the reconciler has not run yet");
-        health.beat(now, false, Some("not known yet".into()), BTreeMap::new());
+        health.beat(now, false, None, model(Some(1)));
         assert!(!health.readiness().ready, "the desired state is not known yet");
         health.beat(now, true, None, BTreeMap::new());
+        assert!(!health.readiness().ready, "no model");
+        health.beat(now, true, None, model(None));
+        assert!(!health.readiness().ready);
+        health.beat(now, true, None, model(Some(1)));
         assert!(health.readiness().ready);
         health.beat(now, true, None, model(None));
         assert!(!health.readiness().ready);
+    }
+
+    #[test]
+    fn in_the_mode_agent_no_model_takes_readiness_away() {
+        let now = Instant::now();
+        let health = Health::new(ReadinessMode::Agent, now);
+        assert!(!health.readiness().ready, "the reconciler has not run yet");
+        health.beat(now, false, None, BTreeMap::new());
+        assert!(!health.readiness().ready, "the desired state is not known yet, or its models are being restored");
+        health.beat(now, true, None, model(None));
+        assert!(health.readiness().ready);
+        health.beat(now, false, None, model(None));
+        assert!(health.readiness().ready, "a model that is new, or fails, changes nothing");
         health.beat(now, true, Some("the folder cannot be read".into()), model(Some(1)));
         let readiness = health.readiness();
         assert_eq!((readiness.ready, readiness.reason.as_deref()), (true, Some("the folder cannot be read")));
@@ -104,7 +135,7 @@ mod tests {
     #[test]
     fn agent_is_alive_while_heartbeats_arrive() {
         let now = Instant::now();
-        let health = Health::new(now);
+        let health = Health::new(ReadinessMode::Agent, now);
         assert!(health.is_alive(now + Duration::from_secs(29)));
         assert!(!health.is_alive(now + Duration::from_secs(31)));
         health.beat(now + Duration::from_secs(31), true, None, BTreeMap::new());

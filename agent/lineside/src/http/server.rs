@@ -1,36 +1,33 @@
-//! The HTTP/1.1 server for health, metrics and status. It has its own accept loop, which limits the number of connections and the
-//! time in which a client must send its headers; the server of axum has neither limit. `tests/suite` tests it over real sockets.
+//! The HTTP/1.1 server, with its own accept loop: it bounds the connections of all clients and of each address, the time in which
+//! a client must send its headers, and the lifetime of a connection. The server of axum has none of these limits.
+//!
+//! At a bound, a new connection takes the place of the one that has been idle for the longest time, so that the queue of the kernel
+//! never fills up. `tests/suite/attack/http.rs` tests it with 2,000 slow clients.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::Json;
 use axum::Router;
-use axum::extract::{Path as UrlPath, State};
-use axum::http::{HeaderMap, StatusCode, Uri, header};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use parking_lot::Mutex;
 use prometheus::IntCounter;
-use serde_json::json;
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::health::Health;
-use super::status_store::StatusStore;
+use super::connection_table::{Admission, Connection, ConnectionLimits, ConnectionTable};
+use super::tracked::{RequestGuard, TrackedBody, TrackedStream};
+use crate::config::probes::ProbesSetting;
 use lineside_common::metrics::Registrar;
-use lineside_models::StoreMetrics;
-use lineside_models::store::Store;
-use lineside_spool::Spool;
 
-/// Maximum number of open connections. A further connection is closed immediately, and counted.
-const CONNECTIONS_MAX: usize = 256;
+/// The bounds of the main server.
+const MAIN_LIMITS: ConnectionLimits = ConnectionLimits { total: 512, per_address: 256 };
+/// The bounds of the probe server, whose clients are the kubelet and scrapers.
+const PROBE_LIMITS: ConnectionLimits = ConnectionLimits { total: 160, per_address: 128 };
 /// Time limit for the headers of a request, including the next request on a kept-alive connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum size of the headers and of the read buffer of a connection, in bytes.
@@ -40,46 +37,91 @@ const CONNECTION_LIFETIME: Duration = Duration::from_secs(60);
 /// Time limit for requests in progress at shutdown.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause after a failed accept, which happens when the process is out of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// Connections that the kernel keeps until they are accepted; the kernel may reduce it (`net.core.somaxconn`). A client that finds
+/// the queue full tries again after a second or later.
+const BACKLOG: u32 = 4096;
+/// Connections that are accepted before the tasks of the accepted ones run.
+const ACCEPT_BURST: u32 = 16;
+/// Evicted connections whose tasks have not ended yet. With more of them, the accept loop pauses.
+const EVICTED_OPEN_MAX: usize = 64;
+/// Pause of the accept loop while no connection can be closed, or too many evicted ones are still open.
+const FULL_PAUSE: Duration = Duration::from_millis(1);
 
-/// The state that the handlers share.
+/// The metrics of the HTTP servers of a process.
 #[derive(Clone)]
-pub struct HttpState {
-    /// Liveness and readiness.
-    pub health: Arc<Health>,
-    /// The registry of all metrics.
-    pub registrar: Registrar,
-    /// The spool, whose gauges are updated at each scrape.
-    pub spool: Arc<Spool>,
-    /// The node's status.
-    pub status: Arc<StatusStore>,
-    /// The model store, whose files are served to peers.
-    pub store: Arc<Store>,
-    /// The gauges of the store.
-    pub store_metrics: StoreMetrics,
-    /// File with the token that the agents of the site share. Without it no files are served to peers.
-    pub peer_token: Option<PathBuf>,
+pub struct HttpMetrics {
+    refused: IntCounter,
+    evicted: IntCounter,
+}
+
+impl HttpMetrics {
+    /// Registers the metrics.
+    ///
+    /// # Errors
+    /// When a name is registered already.
+    pub fn register(registrar: &Registrar) -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            refused: registrar.counter(
+                "http_connections_refused_total",
+                "Connections that were closed because all others were being answered.",
+            )?,
+            evicted: registrar.counter(
+                "http_connections_evicted_total",
+                "Idle connections that were closed because there were too many.",
+            )?,
+        })
+    }
 }
 
 /// A bound listener. It accepts connections once [`Server::run`] is called.
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
+    limits: ConnectionLimits,
 }
 
 impl Server {
-    /// Binds the address. Port 0 selects a free port.
+    /// Binds the address of `--http`. Port 0 selects a free port.
     ///
     /// # Errors
     /// When the address cannot be bound. The message names it.
-    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
-        let listener = TcpListener::bind(address).await.map_err(|error| {
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        Self::bind_for("--http", address, MAIN_LIMITS)
+    }
+
+    /// Binds the address of `--probes`. `None` when the probe server is switched off, or when no address is configured and the
+    /// default is in use, which is logged.
+    ///
+    /// # Errors
+    /// When the configured address cannot be bound. The message names it.
+    pub fn bind_probes(setting: ProbesSetting) -> io::Result<Option<Self>> {
+        match setting {
+            ProbesSetting::Off => Ok(None),
+            ProbesSetting::Address(address) => Self::bind_for("--probes", address, PROBE_LIMITS).map(Some),
+            ProbesSetting::Default => {
+                let bound = Self::bind_for("--probes", ProbesSetting::DEFAULT, PROBE_LIMITS);
+                if let Err(error) = &bound {
+                    let reason = error.to_string();
+                    tracing::info!(
+                        event = "probes_not_bound",
+                        reason,
+                        "No probe server: its default address is in use; the HTTP server answers the probes"
+                    );
+                }
+                Ok(bound.ok())
+            }
+        }
+    }
+
+    fn bind_for(flag: &str, address: SocketAddr, limits: ConnectionLimits) -> io::Result<Self> {
+        let listener = listen(address).map_err(|error| {
             io::Error::new(
                 error.kind(),
-                format!("--http {address} cannot be bound: {error}; use another address, or port 0 for a free port"),
+                format!("{flag} {address} cannot be bound: {error}; use another address, or port 0 for a free port"),
             )
         })?;
-        Ok(Self { address: listener.local_addr()?, listener })
+        Ok(Self { address: listener.local_addr()?, listener, limits })
     }
 
     /// The bound address.
@@ -87,50 +129,59 @@ impl Server {
         self.address
     }
 
-    /// Serves `router` until `stop`, then completes the requests in progress within a time limit. `rejected` counts the connections
-    /// above the limit.
-    pub async fn run(&self, router: Router, rejected: IntCounter, stop: CancellationToken) {
-        let service = TowerToHyperService::new(router);
-        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    /// Serves `router` until `stop`, then completes the requests in progress within a time limit.
+    pub async fn run(&self, router: Router, metrics: HttpMetrics, stop: CancellationToken) {
+        let table = Arc::new(Mutex::new(ConnectionTable::new(self.limits)));
         let connections = TaskTracker::new();
+        let open_max = self.limits.total + EVICTED_OPEN_MAX;
+        let mut burst = 0;
         loop {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
                 () = stop.cancelled() => break,
             };
-            let stream = match accepted {
-                Ok((stream, _)) => stream,
+            let (stream, address) = match accepted {
+                Ok(accepted) => accepted,
                 Err(error) => {
+                    // Out of file descriptors: the idlest connection returns its own.
+                    if table.lock().evict_idlest(None, Instant::now()) {
+                        metrics.evicted.inc();
+                    }
                     tracing::debug!(%error, "Cannot accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
-            let Ok(permit) = permits.clone().try_acquire_owned() else {
-                rejected.inc();
-                continue;
-            };
-            let (service, stop) = (service.clone(), stop.clone());
-            connections.spawn(async move {
-                let connection = hyper::server::conn::http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEADER_TIMEOUT)
-                    .max_buf_size(BUFFER_BYTES_MAX)
-                    .serve_connection(TokioIo::new(stream), service);
-                tokio::pin!(connection);
-                let outcome = tokio::select! {
-                    outcome = connection.as_mut() => outcome,
-                    () = tokio::time::sleep(CONNECTION_LIFETIME) => Ok(()),
-                    () = stop.cancelled() => {
-                        connection.as_mut().graceful_shutdown();
-                        connection.await
-                    }
-                };
-                if let Err(error) = outcome {
-                    tracing::debug!(%error, "A connection failed");
+            let admission = loop {
+                let admission = table.lock().admit(address.ip(), Instant::now());
+                if stop.is_cancelled() || !matches!(admission, Admission::Wait) {
+                    break admission;
                 }
-                drop(permit);
-            });
+                tokio::time::sleep(FULL_PAUSE).await;
+            };
+            match admission {
+                Admission::Refused | Admission::Wait => metrics.refused.inc(),
+                Admission::Admitted { id, connection, has_evicted } => {
+                    if has_evicted {
+                        metrics.evicted.inc();
+                    }
+                    let serving = serve(stream, router.clone(), connection, stop.clone());
+                    let entry = TableEntry { table: table.clone(), id };
+                    connections.spawn(async move {
+                        serving.await;
+                        drop(entry);
+                    });
+                }
+            }
+            burst += 1;
+            if burst >= ACCEPT_BURST {
+                burst = 0;
+                tokio::task::yield_now().await;
+            }
+            // The tasks of evicted connections end as soon as they run.
+            while connections.len() > open_max && !stop.is_cancelled() {
+                tokio::time::sleep(FULL_PAUSE).await;
+            }
         }
         connections.close();
         if tokio::time::timeout(DRAIN_TIMEOUT, connections.wait()).await.is_err() {
@@ -139,63 +190,65 @@ impl Server {
     }
 }
 
-/// The routes of the agent.
-pub fn router(state: HttpState) -> Router {
-    let mut router = Router::new()
-        .route("/livez", get(livez))
-        .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics))
-        .route("/v1/status", get(status));
-    if state.peer_token.is_some() {
-        router = router.route("/v1/blobs/sha256/{hex}", get(blob));
-    }
-    router.fallback(not_found).with_state(state)
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
-async fn status(State(state): State<HttpState>) -> Response {
-    Json(tokio::task::block_in_place(|| lineside_kube::status_writer::StatusSource::get(&*state.status)))
-        .into_response()
+/// The place of a connection in the table; released also when its task panics.
+struct TableEntry {
+    table: Arc<Mutex<ConnectionTable>>,
+    id: u64,
 }
 
-async fn blob(State(state): State<HttpState>, UrlPath(hex): UrlPath<String>, headers: HeaderMap) -> Response {
-    match &state.peer_token {
-        Some(token) => super::blobs::serve_blob(&state.store, token, &hex, &headers).await,
-        None => StatusCode::NOT_FOUND.into_response(),
+impl Drop for TableEntry {
+    fn drop(&mut self) {
+        self.table.lock().remove(self.id);
     }
 }
 
-async fn livez(State(state): State<HttpState>) -> Response {
-    if state.health.is_alive(Instant::now()) {
-        Json(json!({"alive": true})).into_response()
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": "the reconciler has stalled"}))).into_response()
+/// Serves one connection until the client or a time limit ends it, it is evicted, or the server stops.
+async fn serve(stream: TcpStream, router: Router, state: Arc<Connection>, stop: CancellationToken) {
+    let router = TowerToHyperService::new(router);
+    let owner = state.clone();
+    let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+        let guard = RequestGuard::new(owner.clone());
+        let response = hyper::service::Service::call(&router, request);
+        async move { Ok::<_, Infallible>(response.await?.map(|body| TrackedBody::new(body, guard))) }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(BUFFER_BYTES_MAX)
+        .serve_connection(TokioIo::new(TrackedStream::new(stream, state.clone())), service);
+    tokio::pin!(connection);
+    let lifetime = tokio::time::sleep(CONNECTION_LIFETIME);
+    tokio::pin!(lifetime);
+    let outcome = tokio::select! {
+        biased;
+        // First, so that a request that has arrived completely is answered even if its connection is evicted meanwhile.
+        outcome = connection.as_mut() => outcome,
+        () = state.evicted.cancelled() => {
+            if state.can_be_evicted(Instant::now()) {
+                Ok(())
+            } else {
+                // Its request has arrived since it was chosen.
+                connection.as_mut().graceful_shutdown();
+                tokio::select! {
+                    outcome = connection => outcome,
+                    () = lifetime => Ok(()),
+                }
+            }
+        }
+        () = &mut lifetime => Ok(()),
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = outcome {
+        tracing::debug!(%error, "A connection failed");
     }
-}
-
-async fn readyz(State(state): State<HttpState>) -> Response {
-    let readiness = state.health.readiness();
-    let status = if readiness.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(readiness)).into_response()
-}
-
-/// Updates the gauges that are only set on demand.
-pub fn refresh(spool: &Spool, store: &Store, store_metrics: &StoreMetrics) {
-    spool.update_metrics();
-    // When the store cannot be read, its gauges keep their last values; the status reports the error.
-    if let Ok(usage) = tokio::task::block_in_place(|| store.usage()) {
-        store_metrics.set_usage(&usage);
-    }
-}
-
-async fn metrics(State(state): State<HttpState>) -> Response {
-    refresh(&state.spool, &state.store, &state.store_metrics);
-    match state.registrar.encode() {
-        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(json!({"error": error.to_string()}))).into_response(),
-    }
-}
-
-async fn not_found(uri: Uri) -> Response {
-    let error = format!("{} does not exist; the paths are /livez, /readyz, /metrics and /v1/status", uri.path());
-    (StatusCode::NOT_FOUND, Json(json!({"error": error}))).into_response()
 }

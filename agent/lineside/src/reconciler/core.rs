@@ -543,6 +543,7 @@ impl Core {
             is_configured: desired.is_some_and(|desired| !desired.is_pending),
             unreadable: desired.and_then(|desired| desired.unreadable.clone()),
             rejected_files: desired.map(|desired| desired.rejected_files.clone()).unwrap_or_default(),
+            is_restored: self.observed.models.values().all(ObservedModel::is_restored),
             labels: self.node.labels.clone(),
             models: self.assignment.models.values().map(|wanted| self.model_snapshot(wanted)).collect(),
             streams: running.chain(paused).collect(),

@@ -537,6 +537,21 @@ fn a_restore_is_tried_again_later_while_nothing_serves() {
 }
 
 #[test]
+fn models_are_restored_once_a_version_serves_or_the_restore_has_failed() {
+    let mut bench = Bench::new();
+    bench.apply(&model("new", 1, ""));
+    assert!(bench.core.snapshot().is_restored, "nothing served before");
+    let mut bench = Bench::new();
+    bench.serve(&model("m", 1, ""));
+    let mut bench = bench.restart(true);
+    let restore = only_load(bench.apply(&model("m", 2, "")));
+    assert!(!bench.core.snapshot().is_restored);
+    bench.finish(&restore.manifest, true, Err(failure("damaged")));
+    bench.poll();
+    assert!(bench.core.snapshot().is_restored);
+}
+
+#[test]
 fn a_restore_is_not_superseded_by_a_changed_manifest() {
     let mut bench = Bench::new();
     bench.serve(&model("m", 1, ""));

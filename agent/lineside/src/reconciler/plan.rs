@@ -33,6 +33,12 @@ pub(super) struct ObservedModel {
 }
 
 impl ObservedModel {
+    /// Whether it does not wait for the restoration of what served last: a version serves, there is none to restore, or an
+    /// attempt has failed.
+    pub(super) fn is_restored(&self) -> bool {
+        self.serving.is_some() || self.last_good.is_none() || self.restore_at.is_some()
+    }
+
     /// Whether nothing of it runs, is being loaded, or has failed.
     pub(super) fn is_idle(&self) -> bool {
         self.serving.is_none() && self.loading.is_none() && self.failed.is_none()

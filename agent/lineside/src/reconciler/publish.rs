@@ -5,17 +5,18 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use lineside_api::message::NodeEvent;
-use lineside_api::state::{ModelState, StreamStates};
+use lineside_api::state::ModelState;
 use lineside_api::status::ModelStatus;
 use lineside_common::clock;
 use lineside_common::metrics::Registrar;
 use lineside_common::supervisor::Supervisor;
-use lineside_kube::ClusterState;
+use lineside_kube::ClusterStateReader;
 use lineside_models::signing::has_expired;
-use lineside_mqtt::broker_state::BrokerState;
+use lineside_mqtt::broker_state::BrokerStateReader;
 use lineside_mqtt::node_clash::NodeClash;
 use lineside_spool::Spool;
 use prometheus::IntGaugeVec;
+
 use tokio::sync::watch;
 
 use super::snapshot::Snapshot;
@@ -23,6 +24,7 @@ use super::status_builder::{Surroundings, build};
 use crate::http::health::{Health, ModelHealth};
 use crate::http::status_store::StatusStore;
 use crate::message_writer::MessageWriter;
+use crate::streams::StreamRegistry;
 
 /// The metrics of models.
 #[derive(Clone)]
@@ -64,16 +66,16 @@ pub struct StatePublisher {
     pub events: Arc<MessageWriter>,
     /// The spool, for its state.
     pub spool: Arc<Spool>,
-    /// The states of the streams.
-    pub streams: watch::Receiver<StreamStates>,
+    /// The streams.
+    pub streams: Arc<StreamRegistry>,
     /// The state of the broker connection.
-    pub broker: watch::Receiver<BrokerState>,
+    pub broker: BrokerStateReader,
     /// Another agent with the node's name on the broker.
     pub node_clash: watch::Receiver<Option<NodeClash>>,
     /// Why the data folder accepted no writes at the start; `None` if it did.
     pub data_folder_problem: Option<String>,
     /// The connection to the cluster; `None` for an agent that follows no cluster.
-    pub cluster: Option<watch::Receiver<ClusterState>>,
+    pub cluster: Option<ClusterStateReader>,
     /// Tasks that failed are reported.
     pub supervisor: Supervisor,
     /// What was published last.
@@ -94,12 +96,13 @@ impl StatePublisher {
     /// Publishes a snapshot.
     pub(super) fn publish(&mut self, snapshot: &Snapshot) {
         let now = SystemTime::now();
+        self.streams.evaluate(Instant::now());
         let stats = self.spool.stats();
         let clash = self.node_clash.borrow().clone();
         let around = Surroundings {
-            streams: &self.streams.borrow().clone(),
-            broker: &self.broker.borrow().clone(),
-            is_cluster_connected: self.cluster.as_ref().map(|cluster| cluster.borrow().is_connected()),
+            streams: &self.streams.subscribe().borrow().clone(),
+            broker: &self.broker.at(Instant::now()),
+            is_cluster_connected: self.cluster.as_ref().map(|cluster| cluster.at(Instant::now()).is_connected()),
             node_clash: clash.as_ref(),
             data_folder_problem: self.data_folder_problem.as_deref(),
             spool: &stats,
@@ -124,7 +127,12 @@ impl StatePublisher {
         self.publish_signatures(snapshot, now);
         self.publish_clash(clash);
         self.status.set(state);
-        self.health.beat(Instant::now(), snapshot.is_configured, snapshot.config_error(), health);
+        self.health.beat(
+            Instant::now(),
+            snapshot.is_configured && snapshot.is_restored,
+            snapshot.config_error(),
+            health,
+        );
     }
 
     fn publish_clash(&mut self, clash: Option<NodeClash>) {

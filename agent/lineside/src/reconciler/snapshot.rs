@@ -18,6 +18,8 @@ pub(super) struct Snapshot {
     pub unreadable: Option<String>,
     /// Manifest files whose present content is invalid.
     pub rejected_files: RejectedFiles,
+    /// Whether no model waits for the restoration of the version that served last.
+    pub is_restored: bool,
     /// The labels that selectors are matched with.
     pub labels: BTreeMap<String, String>,
     /// The models that are assigned to this node, by name.

@@ -19,6 +19,7 @@ use lineside_worker::WorkError;
 use parking_lot::Mutex;
 
 use super::metrics::StreamChildren;
+use super::registry::StreamMonitor;
 use super::report_filter::ReportFilter;
 use crate::message_writer::MessageWriter;
 
@@ -36,6 +37,7 @@ pub(super) struct Inspector {
     age_max: Option<Duration>,
     metrics: StreamChildren,
     messages: Arc<MessageWriter>,
+    monitor: Arc<StreamMonitor>,
     state: Mutex<State>,
 }
 
@@ -52,7 +54,12 @@ struct State {
 
 impl Inspector {
     /// The inspector of a stream.
-    pub(super) fn new(manifest: &StreamManifest, metrics: StreamChildren, messages: Arc<MessageWriter>) -> Self {
+    pub(super) fn new(
+        manifest: &StreamManifest,
+        metrics: StreamChildren,
+        messages: Arc<MessageWriter>,
+        monitor: Arc<StreamMonitor>,
+    ) -> Self {
         Self {
             stream: manifest.name.clone(),
             model: manifest.model.clone(),
@@ -61,6 +68,7 @@ impl Inspector {
             age_max: manifest.age_max,
             metrics,
             messages,
+            monitor,
             state: Mutex::new(State { filter: manifest.report.map(ReportFilter::new), ..State::default() }),
         }
     }
@@ -83,6 +91,7 @@ impl Inspector {
     /// Counts a frame whose result could not be processed.
     pub(super) fn count_failed(&self) {
         self.metrics.failed.inc();
+        self.monitor.on_failure("processing its result panicked");
     }
 
     /// Counts a frame that became too old.
@@ -93,18 +102,21 @@ impl Inspector {
     /// Counts a frame that could not be inspected, and logs a new reason.
     pub(super) fn on_failure(&self, frame: &Frame, model: &ModelInfo, error: &WorkError) {
         self.metrics.failed.inc();
+        self.monitor.on_failure(&error.to_string());
         self.log_failure(&error.to_string(), frame, &model.name);
     }
 
     /// Counts a frame that no model received, because its header is refused, and logs a new reason.
     pub(super) fn on_refusal(&self, frame: &Frame, reason: &str) {
         self.metrics.failed.inc();
+        self.monitor.on_failure(reason);
         self.log_failure(reason, frame, &self.model);
     }
 
     /// Judges a prediction and writes the result.
     pub(super) fn on_answer(&self, frame: &Frame, answer: Answer) {
         let Answer { inspection, model, queued } = answer;
+        self.monitor.on_result();
         let mut state = self.state.lock();
         self.note_good_frame(&mut state);
         let task = task_of(&inspection.prediction);

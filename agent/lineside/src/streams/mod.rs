@@ -1,6 +1,7 @@
 //! The streams of this node: from a camera frame to a result in the spool.
 
 mod client;
+mod health;
 mod inspector;
 mod metrics;
 pub mod registry;

@@ -58,9 +58,11 @@ impl RunningStream {
             "Stream started"
         );
         let children = context.metrics.of_stream(&name);
-        let inspector = Arc::new(Inspector::new(&manifest, children.clone(), context.messages.clone()));
+        let handle = context.registry.register(&name, &manifest.model, manifest.frame_interval);
+        let monitor = handle.monitor();
+        let inspector = Arc::new(Inspector::new(&manifest, children.clone(), context.messages.clone(), monitor));
         let (mailbox, receiver) = mailbox(children.skipped.clone());
-        let reporter: Arc<dyn StreamReporter> = Arc::new(context.registry.register(&name, &manifest.model));
+        let reporter: Arc<dyn StreamReporter> = Arc::new(handle);
         let metrics =
             SourceMetrics { reporter: reporter.clone(), reconnects: children.reconnects, failed: children.failed };
         // The client outlives its task: a restarted task continues with the frames in flight and their order.

@@ -16,7 +16,7 @@
 //! A record is deleted from the spool on its PUBACK and not before.
 //!
 //! [`Publisher::run`] may be called again after it has panicked: everything that outlives it is in the spool. A guard makes sure
-//! that [`BrokerState`] is `Disconnected`, and the spool informed, whenever `run` is not running.
+//! that [`BrokerState`](crate::broker_state::BrokerState) is `Disconnected`, and the spool informed, whenever `run` is not running.
 
 mod broker_selector;
 mod commands;
@@ -29,8 +29,9 @@ mod simulation;
 
 use std::time::SystemTime;
 
+use lineside_common::heartbeat::HEARTBEAT_INTERVAL;
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use self::broker_selector::{BrokerSelector, Selection};
@@ -38,7 +39,7 @@ use self::commands::Commands;
 pub use self::context::PublisherContext;
 use self::encoder::{Encoder, SessionSender};
 use self::session::{CREDENTIALS_CHECK_INTERVAL, Session, SessionEnd, SessionInputs};
-use crate::broker_state::{BrokerState, BrokerStateWriter};
+use crate::broker_state::{BrokerStateReader, BrokerStateWriter};
 use crate::connection;
 use crate::connection::{ConnectionEvent, ConnectionLoss, MqttReceiver};
 use crate::credentials::{BrokerCredentials, fingerprint};
@@ -81,9 +82,9 @@ impl Publisher {
         Self { context, state, clash: watch::Sender::new(None) }
     }
 
-    /// The state of the broker connection, which follows the publisher.
-    pub fn broker_state(&self) -> watch::Receiver<BrokerState> {
-        self.state.subscribe()
+    /// Reads the state of the broker connection.
+    pub fn broker_state(&self) -> BrokerStateReader {
+        self.state.reader()
     }
 
     /// Another agent with the same site and node name on the broker, while there is one. Not detected in Sparkplug mode, in which
@@ -98,6 +99,23 @@ impl Publisher {
         // An earlier run may have panicked with records in flight.
         self.context.spool.disconnected();
         let _guard = RunGuard(self);
+        tokio::select! {
+            () = self.publish(stop) => {}
+            () = self.send_heartbeats() => {}
+        }
+    }
+
+    /// Sends heartbeats as long as the task of the publisher is polled.
+    async fn send_heartbeats(&self) {
+        let mut ticks = tokio::time::interval(HEARTBEAT_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.state.beat(std::time::Instant::now());
+        }
+    }
+
+    async fn publish(&self, stop: CancellationToken) {
         let mut inputs = SessionInputs {
             commands: Commands::new(&self.context),
             streams: self.context.streams.clone(),
@@ -229,9 +247,10 @@ mod tests {
     use bytes::Bytes;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::{TcpListener, TcpStream};
-    use tokio::sync::{Notify, mpsc};
+    use tokio::sync::{Notify, mpsc, watch};
 
     use super::*;
+    use crate::broker_state::BrokerState;
     use crate::config::{Broker, MqttConfig};
     use crate::loopback::LoopbackBroker;
     use crate::metrics::MqttMetrics;
@@ -282,7 +301,7 @@ mod tests {
         }
 
         async fn wait_until_connected(&self) {
-            let mut state = self.publisher.broker_state();
+            let mut state = self.publisher.state.subscribe();
             let connected = state.wait_for(BrokerState::is_connected);
             drop(tokio::time::timeout(Duration::from_secs(10), connected).await.unwrap().unwrap());
         }
@@ -292,8 +311,12 @@ mod tests {
             assert_eq!(self.spool.stats().records, 0);
         }
 
+        fn is_connected(&self) -> bool {
+            self.publisher.broker_state().at(std::time::Instant::now()).is_connected()
+        }
+
         fn reason(&self) -> Option<String> {
-            match &*self.publisher.broker_state().borrow() {
+            match &*self.publisher.state.subscribe().borrow() {
                 BrokerState::Disconnected { reason, .. } => reason.clone(),
                 BrokerState::Connected { .. } => panic!("the publisher is connected"),
             }
@@ -318,7 +341,7 @@ mod tests {
             stop.cancel();
             task.await.unwrap();
             assert_eq!(self.reason(), None);
-            assert_eq!(self.metrics.connected.get(), 0);
+            assert!(!self.is_connected());
         }
 
         fn start(&self) -> (CancellationToken, tokio::task::JoinHandle<()>) {
@@ -345,13 +368,13 @@ mod tests {
         let panic = Arc::new(Notify::new());
         let until_published = async {
             fixture.wait_until_connected().await;
-            assert_eq!(fixture.metrics.connected.get(), 1);
+            assert!(fixture.is_connected());
             fixture.wait_until_published(1).await;
             panic.notify_one();
         };
         let (error, ()) = tokio::join!(fixture.run_until_panic(&panic), until_published);
         assert!(error.is_panic());
-        assert_eq!(fixture.metrics.connected.get(), 0);
+        assert!(!fixture.is_connected());
         assert_eq!(fixture.reason().as_deref(), Some("the publisher panicked"));
 
         fixture.append();
@@ -401,7 +424,7 @@ mod tests {
     async fn an_unreachable_broker_is_stated_as_the_reason() {
         let folder = tempfile::tempdir().unwrap();
         let fixture = Fixture::new(folder.path(), 1);
-        let mut state = fixture.publisher.broker_state();
+        let mut state = fixture.publisher.state.subscribe();
         let (stop, task) = fixture.start();
         tokio::time::timeout(Duration::from_secs(10), state.changed()).await.unwrap().unwrap();
         let reason = fixture.reason().unwrap();

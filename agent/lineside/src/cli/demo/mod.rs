@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use crate::app::App;
+use crate::config::probes::{ProbesSetting, ReadinessMode};
 use crate::config::settings::{Config, DesiredSource};
 use crate::config::sources::SourcesConfig;
 use crate::telemetry::SetLevel;
@@ -79,6 +80,8 @@ async fn run_demo(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<
         data_dir,
         mqtt: MqttConfig::new(broker.clone()),
         http: ([127, 0, 0, 1], 0).into(),
+        probes: ProbesSetting::Off,
+        readiness: ReadinessMode::default(),
         labels: BTreeMap::new(),
         spool: SpoolConfig::default(),
         models: ModelsConfig { file_roots: sources.policy.files.clone(), ..ModelsConfig::default() },

@@ -22,6 +22,7 @@ use lineside_common::backoff::Backoff;
 use lineside_ipc::frame::Frame;
 
 pub use mailbox::{Mailbox, MailboxReceiver, TakenFrame, mailbox};
+pub use multipart::{Multipart, MultipartError};
 
 /// Largest encoded frame, in bytes.
 const FRAME_BYTES_MAX: usize = 16 << 20;

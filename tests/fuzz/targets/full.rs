@@ -29,7 +29,7 @@ use tempfile::TempDir;
 use url::{Host, Url};
 
 /// The targets of this file.
-pub const TARGETS: &[FuzzTarget] = &[
+pub(crate) const TARGETS: &[FuzzTarget] = &[
     FuzzTarget { name: "picture", run: run_picture, seeds: picture_seeds },
     FuzzTarget { name: "model", run: run_model, seeds: model_seeds },
     FuzzTarget { name: "watch_message", run: run_watch_message, seeds: Vec::new },

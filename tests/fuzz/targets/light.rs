@@ -22,7 +22,7 @@ use serde_json::json;
 use url::Url;
 
 /// The targets of this file.
-pub const TARGETS: &[FuzzTarget] = &[
+pub(crate) const TARGETS: &[FuzzTarget] = &[
     FuzzTarget { name: "manifest", run: run_manifest, seeds: Vec::new },
     FuzzTarget { name: "object", run: run_object, seeds: Vec::new },
     FuzzTarget { name: "url", run: run_url, seeds: Vec::new },

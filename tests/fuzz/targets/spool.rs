@@ -9,7 +9,7 @@ use lineside_spool::simulation::{DrivenSpool, options};
 use lineside_spool::{DropReason, RecordKind};
 
 /// The targets of this file.
-pub const TARGETS: &[FuzzTarget] = &[FuzzTarget { name: "spool", run: run_spool, seeds }];
+pub(crate) const TARGETS: &[FuzzTarget] = &[FuzzTarget { name: "spool", run: run_spool, seeds }];
 
 const FILES_MAX: usize = 8;
 /// Bit of the first byte of a file: checksums are corrected.

@@ -81,7 +81,7 @@ fn run_model(input: &[u8]) {
         assert!(info.nodes > 0 && info.labels().is_none_or(|labels| !labels.is_empty()));
         let shapes = info.inputs.iter().chain(&info.outputs).map(|tensor| tensor.protocol_shape());
         assert!(shapes.flatten().all(|size| size >= -1));
-        drop(info.image_size());
+        assert!(info.image_size() != Some((0, 0)) || info.metadata.contains_key("imgsz"));
     }
 }
 
@@ -115,7 +115,9 @@ fn run_watch_message(input: &[u8]) {
 fn run_cached_objects(input: &[u8]) {
     let Ok(objects) = serde_json::from_slice::<Vec<ApiObject>>(input) else { return };
     let mut set = ObjectSet::default();
-    objects.into_iter().for_each(|object| drop(set.put(object)));
+    for object in objects {
+        set.put(object);
+    }
     let node = Node { name: "edge-1".to_owned(), labels: BTreeMap::from([("line".to_owned(), "a".to_owned())]) };
     let desired = set.desired_state(&node, &BTreeMap::new(), true);
     assert_eq!(desired.objects.len(), set.cacheable(&node).len());
@@ -211,7 +213,7 @@ fn run_store_record(input: &[u8]) {
         let versions = store.versions().unwrap();
         assert!(versions.len() <= 1);
         drop(store.version("m", 3).unwrap());
-        drop(store.set_pinned("m", 3, true).unwrap());
+        store.set_pinned("m", 3, true).unwrap();
         drop(store.read_digest_record::<FailureRecord>(&key));
         drop(store.read_digest_record::<AdmissionRecord>(&key));
         drop(store.usage().unwrap());

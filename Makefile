@@ -11,9 +11,13 @@ LAB_PACKAGES := containerd runc containernetworking-plugins nftables conntrack i
 LAB ?= target/lab/demo
 TOOLS := mosquitto_sub ffmpeg promtool docker-registry openssl
 VENV := .venv
+# Of `make fuzz`. The targets of FUZZ_FULL contain the inference engine, which takes many minutes to compile with sanitizers.
+SECONDS ?= 60
+FUZZ_LIGHT := command jpeg manifest mqtt_packet multipart name object rule sparkplug spool url
+FUZZ_FULL := address cached_objects config last_good model picture signature store_record watch_message
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help compiler demo build image test test-tools lab-tools lab-up lab-down lab-demo fleet check deny generate bench experiments figures fmt clean
+.PHONY: help compiler demo build image test test-tools lab-tools lab-up lab-down lab-demo fleet check deny generate bench experiments fuzz figures fmt clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +109,20 @@ experiments: compiler test-tools lab-tools ## Run the experiments with many iter
 	LINESIDE_EXPERIMENT_KILLS=100 LINESIDE_EXPERIMENT_INDEX_DAMAGE=100 LINESIDE_EXPERIMENT_MUTATIONS=200 LINESIDE_EXPERIMENT_SWAPS=200 \
 		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 admission:: store:: swaps::
 	LINESIDE_OUTAGE_RESULTS=12600 $(CARGO) test --workspace --test suite -- --nocapture --ignored endurance::memory
+
+# libFuzzer chooses inputs by the code that they reach. `cargo test -p lineside-fuzz` runs the same targets on stable Rust.
+fuzz: compiler ## Fuzz with libFuzzer on nightly Rust (TARGET=multipart, default: all without the engine; SECONDS=60 each)
+	@cargo fuzz --version >/dev/null 2>&1 || cargo +stable install cargo-fuzz --locked
+	@rustup toolchain list | grep -q '^nightly' || rustup toolchain install nightly --profile minimal
+	@mkdir -p target/fuzz-failures && cp Cargo.lock tests/fuzz/libfuzzer/
+	@set -e; for target in $(or $(TARGET),$(FUZZ_LIGHT)); do \
+		echo "fuzzing $$target for $(SECONDS) s"; \
+		case " $(FUZZ_FULL) " in *" $$target "*) features='--features full';; *) features=;; esac; \
+		corpus=$$PWD/target/fuzz-corpus/$$target; mkdir -p "$$corpus"; \
+		LINESIDE_FUZZ_TARGET=$$target LINESIDE_FUZZ_CORPUS=$$corpus cargo +nightly fuzz run --fuzz-dir tests/fuzz/libfuzzer \
+			--target-dir target/libfuzzer $$features any "$$corpus" -- -max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=2048 \
+			-max_len=65536 -artifact_prefix=$$PWD/target/fuzz-failures/$$target- -verbosity=0 -print_final_stats=1; \
+	done
 
 figures: test-tools ## Measure the release binary: size, memory, time to the first result, frames per second (MODELS=...)
 	$(CARGO) build --release --workspace

@@ -252,6 +252,15 @@ impl ClusterClient {
     }
 }
 
+/// Parses a message of a watch as the API server sends it, one JSON object: the change, and the resource version after it.
+///
+/// # Errors
+/// [`ClusterErrorKind::Unreachable`] for bytes that are not such a message; the kind of the status in an error message.
+pub fn parse_watch_message(kind: ResourceKind, message: &[u8]) -> Result<(WatchChange, Option<String>), ClusterError> {
+    let event = serde_json::from_slice(message).map_err(kube::Error::SerdeError)?;
+    change(kind, event)
+}
+
 /// The change in a message of a watch, and the resource version after it.
 fn change(kind: ResourceKind, event: WatchEvent<DynamicObject>) -> Result<(WatchChange, Option<String>), ClusterError> {
     match event {
@@ -298,7 +307,7 @@ mod tests {
 
     #[test]
     fn messages_of_a_watch_carry_the_resource_version() {
-        let read = |text: Value| change(ResourceKind::EdgeModel, serde_json::from_value(text).unwrap());
+        let read = |message: Value| parse_watch_message(ResourceKind::EdgeModel, message.to_string().as_bytes());
         let object = json!({"apiVersion": "lineside.dev/v1alpha1", "kind": "EdgeModel",
             "metadata": {"name": "m", "resourceVersion": "7"}});
         let (added, version) = read(json!({"type": "ADDED", "object": object})).unwrap();
@@ -310,5 +319,6 @@ mod tests {
             json!({"kind": "Status", "code": 410, "status": "Failure", "message": "too old", "reason": "Expired"});
         let error = read(json!({"type": "ERROR", "object": expired})).unwrap_err();
         assert_eq!(error.kind(), ClusterErrorKind::Expired);
+        assert_eq!(read(json!([])).unwrap_err().kind(), ClusterErrorKind::Unreachable);
     }
 }

@@ -29,7 +29,7 @@ mod resource;
 pub mod status_events;
 pub mod status_writer;
 
-pub use client::ClusterClient;
+pub use client::{ClusterClient, parse_watch_message};
 pub use cluster_state::{ClusterState, ClusterStatePublisher, ClusterStateReader};
 pub use config::ClusterConfig;
 pub use crds::definitions;

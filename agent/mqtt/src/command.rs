@@ -1,5 +1,6 @@
-//! Operator commands as the publisher hands them to the reconciler, and why a command fails.
+//! Operator commands: how they are parsed, how the publisher hands them to the reconciler, and why a command fails.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt;
 use std::str::FromStr;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use lineside_api::message::CommandOutcome;
+use lineside_api::message::{CommandMessage, CommandOutcome};
 
 /// Changes the log filter and returns the filter that is now in force. Takes a level such as `debug`, or a filter expression.
 pub type SetLevel = Arc<dyn Fn(&str) -> Result<String, LogLevelError> + Send + Sync>;
@@ -24,6 +25,55 @@ pub enum Command {
     Resume(String),
     /// Return the next frame of the stream of this name.
     Snapshot(String),
+}
+
+/// Maximum size of a command's payload in bytes.
+const COMMAND_BYTES_MAX: usize = 64 << 10;
+
+/// What a valid command does.
+#[derive(Debug, PartialEq, Eq)]
+pub enum CommandAction {
+    /// The reconciler executes the command.
+    Execute(Command),
+    /// The log filter is changed to this level or filter.
+    SetLevel(String),
+}
+
+impl CommandAction {
+    /// Parses the payload of the command `name`: the id of the request, and what it does if it is valid and in `allowed`.
+    pub fn parse(
+        name: &str,
+        payload: &[u8],
+        allowed: &BTreeSet<CommandName>,
+    ) -> (Option<String>, Result<Self, CommandError>) {
+        let request = if payload.is_empty() {
+            Ok(CommandMessage::default())
+        } else if payload.len() > COMMAND_BYTES_MAX {
+            Err(CommandError::PayloadTooLarge { bytes: payload.len(), max: COMMAND_BYTES_MAX })
+        } else {
+            serde_json::from_slice(payload).map_err(CommandError::from)
+        };
+        match request {
+            Ok(mut request) => (request.id.take(), Self::of(name, request, allowed)),
+            Err(error) => (None, Err(error)),
+        }
+    }
+
+    fn of(name: &str, request: CommandMessage, allowed: &BTreeSet<CommandName>) -> Result<Self, CommandError> {
+        let name: CommandName = name.parse()?;
+        if !allowed.contains(&name) {
+            return Err(CommandError::NotAllowed(name));
+        }
+        let CommandMessage { stream, level, .. } = request;
+        let stream = || stream.ok_or(CommandError::MissingField("stream"));
+        Ok(match name {
+            CommandName::LogLevel => Self::SetLevel(level.ok_or(CommandError::MissingField("level"))?),
+            CommandName::Pause => Self::Execute(Command::Pause(stream()?)),
+            CommandName::Resume => Self::Execute(Command::Resume(stream()?)),
+            CommandName::Snapshot => Self::Execute(Command::Snapshot(stream()?)),
+            CommandName::Reload => Self::Execute(Command::Reload),
+        })
+    }
 }
 
 /// A command and the channel for its outcome.
@@ -222,6 +272,32 @@ mod tests {
         let error = "explode".parse::<CommandName>().unwrap_err();
         assert_eq!(error.kind(), CommandErrorKind::NotFound);
         assert!(error.to_string().ends_with("log-level, pause, reload, resume, snapshot"), "{error}");
+    }
+
+    fn parsed(name: &str, payload: &str) -> Result<CommandAction, CommandErrorKind> {
+        let allowed = CommandName::ALL.into_iter().filter(|name| *name != CommandName::Snapshot).collect();
+        CommandAction::parse(name, payload.as_bytes(), &allowed).1.map_err(|error| error.kind())
+    }
+
+    #[test]
+    fn valid_commands_are_parsed() {
+        let stream = r#"{"id":"1","stream":"cam7"}"#;
+        assert_eq!(parsed("pause", stream), Ok(CommandAction::Execute(Command::Pause("cam7".into()))));
+        assert_eq!(parsed("resume", stream), Ok(CommandAction::Execute(Command::Resume("cam7".into()))));
+        assert_eq!(parsed("reload", ""), Ok(CommandAction::Execute(Command::Reload)));
+        assert_eq!(parsed("log-level", r#"{"level":"debug"}"#), Ok(CommandAction::SetLevel("debug".into())));
+        let (id, _) = CommandAction::parse("explode", stream.as_bytes(), &BTreeSet::new());
+        assert_eq!(id.as_deref(), Some("1"), "a command that is rejected is answered with its id");
+    }
+
+    #[test]
+    fn invalid_commands_are_rejected() {
+        for payload in ["{", "[1]", "{}", r#"{"speed":1}"#, &" ".repeat(COMMAND_BYTES_MAX + 1)] {
+            assert_eq!(parsed("pause", payload), Err(CommandErrorKind::Invalid), "{payload:.20}");
+        }
+        assert_eq!(parsed("log-level", "{}"), Err(CommandErrorKind::Invalid));
+        assert_eq!(parsed("explode", "{}"), Err(CommandErrorKind::NotFound));
+        assert_eq!(parsed("snapshot", "{}"), Err(CommandErrorKind::NotAllowed));
     }
 
     #[test]

@@ -13,12 +13,14 @@
 //!         -  4   CRC-32C of all bytes before
 //! ```
 //!
-//! Numbers are little-endian. The writer writes the cursor after every change and does not sync it, so the cursor survives the
+//! Numbers are little-endian. A slot is valid when its checksum is correct, its numbers are in range, and no completed position is
+//! one that is still to be assigned. The writer writes the cursor after every change and does not sync it, so the cursor survives the
 //! end of the process at once and a power cut within seconds. An outdated cursor only causes the spool to send delivered
 //! records again, which consumers recognise by their id. When there are more ranges than fit, the highest are omitted, with
 //! the same effect.
 
 use crate::position_set::PositionSet;
+use crate::record::{POSITION_MAX, TIME_MS_MAX};
 
 /// Size of a slot in bytes.
 pub(crate) const SLOT_BYTES: usize = 4096;
@@ -79,16 +81,24 @@ impl Cursor {
             return None;
         }
         let mut completed = PositionSet::default();
+        let mut highest = 0;
         for at in (HEADER_BYTES..end).step_by(16) {
             completed.insert(read_u64(at)?..=read_u64(at + 8)?);
+            highest = read_u64(at + 8)?.max(highest);
         }
-        Some(Self {
+        let cursor = Self {
             generation: read_u64(4)?,
             clock_ms: read_u64(12)?,
             next: read_u64(20)?,
             floor: read_u64(28)?,
             completed,
-        })
+        };
+        let is_valid = cursor.generation < u64::MAX
+            && cursor.clock_ms <= TIME_MS_MAX
+            && cursor.next <= POSITION_MAX + 1
+            && cursor.floor <= cursor.next
+            && (count == 0 || highest < cursor.next);
+        is_valid.then_some(cursor)
     }
 }
 
@@ -129,6 +139,20 @@ mod tests {
         }
         for end in 0..file.len() {
             assert!(Cursor::read(&file[..end]).is_none_or(|found| found.generation >= 4));
+        }
+    }
+
+    #[test]
+    fn numbers_out_of_range_make_a_slot_invalid() {
+        assert!(Cursor::read(&cursor(3, 1).encode()).is_some());
+        for invalid in [
+            Cursor { generation: u64::MAX, ..cursor(3, 1) },
+            Cursor { clock_ms: u64::MAX, ..cursor(3, 1) },
+            Cursor { next: u64::MAX, ..cursor(3, 1) },
+            Cursor { floor: 1001, ..cursor(3, 1) },
+            Cursor { next: 100, ..cursor(3, 1) },
+        ] {
+            assert_eq!(Cursor::read(&invalid.encode()), None, "{invalid:?}");
         }
     }
 

@@ -75,6 +75,16 @@ impl FakeDisk {
     pub(crate) fn set_faults(&self, faults: FaultMode) {
         self.state().faults = faults;
     }
+
+    /// Stores a file, synced.
+    pub(crate) fn put(&self, path: &Path, content: &[u8]) {
+        let mut state = self.state();
+        let content = Content { synced: content.to_vec(), current: content.to_vec(), unsynced: Vec::new() };
+        state.files.push(content);
+        let id = state.files.len() - 1;
+        state.names.insert(path.to_owned(), id);
+        state.synced_names.insert(path.to_owned(), id);
+    }
 }
 
 #[cfg(test)]

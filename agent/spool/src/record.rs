@@ -10,6 +10,12 @@ pub const RECORD_BYTES_MAX: u64 = 4 << 20;
 /// Maximum length of a topic in bytes, as defined by MQTT.
 pub const TOPIC_BYTES_MAX: usize = 65_535;
 
+/// Highest position of a record, and latest time in milliseconds during which the agent ran: about 280,000 years. Files that
+/// contain more are damaged. The bound keeps sums of positions and times free of overflow.
+pub(crate) const POSITION_MAX: u64 = 1 << 53;
+/// See [`POSITION_MAX`].
+pub(crate) const TIME_MS_MAX: u64 = 1 << 53;
+
 /// The kind of a record. Each kind has a partition of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RecordKind {

@@ -13,13 +13,13 @@
 //!           34  -   topic (UTF-8), then payload
 //! ```
 //!
-//! Numbers are little-endian. A record is valid when its checksum is correct and its position is higher than the previous
-//! valid one. The scan skips everything else, byte by byte, up to the next valid record. So a flipped bit costs one record,
+//! Numbers are little-endian. A record is valid when its checksum is correct, its position and time are in range, and its
+//! position is higher than the previous valid one. The scan skips everything else, byte by byte, up to the next valid record. So a flipped bit costs one record,
 //! and a torn end costs only what was never synced.
 
 use bytes::Bytes;
 
-use crate::record::{Record, RecordId, RecordKind};
+use crate::record::{POSITION_MAX, Record, RecordId, RecordKind, TIME_MS_MAX};
 
 /// The first bytes of a segment.
 pub(crate) const HEADER: &[u8; 8] = b"LSSEG01\n";
@@ -116,7 +116,8 @@ fn decode(kind: RecordKind, bytes: &Bytes, at: usize) -> Option<(Record, usize)>
         topic: topic.into(),
         payload: bytes.slice(at + topic_end..at + end),
     };
-    Some((record, at + end))
+    let is_in_range = record.id.position <= POSITION_MAX && record.created_ms <= TIME_MS_MAX;
+    is_in_range.then_some((record, at + end))
 }
 
 #[cfg(test)]
@@ -193,6 +194,14 @@ mod tests {
         assert!(positions(&scan(RecordKind::Result, &vec![0xFF; 1 << 16].into())).is_empty());
         let markers = b"LSR1".repeat(1 << 14);
         assert!(positions(&scan(RecordKind::Result, &markers.into())).is_empty());
+    }
+
+    #[test]
+    fn a_position_or_time_out_of_range_is_damage() {
+        let late = Record { created_ms: TIME_MS_MAX + 1, ..record(3, "late") };
+        let found =
+            scan(RecordKind::Result, &segment(&[record(1, "a"), record(u64::MAX, "far"), late, record(4, "d")]).into());
+        assert_eq!((positions(&found), found.is_damaged), (vec![1, 4], true));
     }
 
     #[test]

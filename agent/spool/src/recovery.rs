@@ -17,8 +17,9 @@ use crate::record::{RECORD_BYTES_MAX, Record, RecordKind};
 use crate::record_format;
 use crate::segment::{self, Segment};
 
-/// Bytes that a segment may exceed its size by when it is read.
-const READ_MARGIN_BYTES: u64 = 1 << 20;
+/// Bytes that are read of a segment. A segment exceeds its target size, 1 MiB, by at most one record; a larger file was not
+/// written by the spool.
+const SEGMENT_READ_BYTES_MAX: u64 = 8 * RECORD_BYTES_MAX;
 
 /// Who reads a spool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +119,7 @@ pub(crate) fn read_segments(
             segments.push(segment);
         } else if let Some(first) = segment::first_of_open(&name) {
             let path = folder.join(&name);
-            let content = disk.read(&path, u64::MAX).during("read", &path)?;
+            let content = disk.read(&path, SEGMENT_READ_BYTES_MAX).during("read", &path)?;
             let records = record_format::scan(kind, &Bytes::from(content)).records;
             match describe_open(name, first, bytes, &records) {
                 Some((mut segment, last_ms)) => {
@@ -201,8 +202,6 @@ pub(crate) fn read_records(
     kind: RecordKind,
     segment: &Segment,
 ) -> io::Result<Vec<Record>> {
-    // A segment exceeds its target size by at most one record. A larger file was not written by the spool.
-    let bytes_max = segment.bytes.max(RECORD_BYTES_MAX) + READ_MARGIN_BYTES;
-    let bytes = disk.read(&folder.join(&segment.name), bytes_max)?;
+    let bytes = disk.read(&folder.join(&segment.name), SEGMENT_READ_BYTES_MAX)?;
     Ok(record_format::scan(kind, &Bytes::from(bytes)).records)
 }

@@ -45,6 +45,16 @@ impl DrivenSpool {
         Self::open(FakeDisk::default(), options)
     }
 
+    /// Starts a process on a disk with these files, each with its path below the folder of the spool, such as
+    /// `result/00000000000000000001.open`.
+    pub fn recover<'a>(files: impl IntoIterator<Item = (&'a str, &'a [u8])>, options: Options) -> Self {
+        let disk = FakeDisk::default();
+        for (path, content) in files {
+            disk.put(&Path::new(ROOT).join(path), content);
+        }
+        Self::open(disk, options)
+    }
+
     #[allow(clippy::expect_used, reason = "test support: the simulated disk has no faults when a spool is opened")]
     fn open(disk: FakeDisk, options: Options) -> Self {
         let time_ms = Arc::new(AtomicU64::new(0));

@@ -513,3 +513,13 @@ fn metrics_follow_the_state() {
     assert_eq!(metrics.degraded.get(), 1);
     assert_eq!(driven.spool.stats().degraded.unwrap().kind, std::io::ErrorKind::StorageFull);
 }
+
+#[test]
+fn a_file_name_that_claims_many_records_is_read_at_once() {
+    let name = format!("result/{:020}-{:020}-0-ffffffffffffffff.seg", 1, 1u64 << 52);
+    let mut driven = DrivenSpool::recover([(name.as_str(), &b""[..])], unbounded());
+    fill(&driven, [1]);
+    assert_eq!(driven.drain().len(), 1);
+    assert_eq!(driven.dropped(DropReason::Damaged), 1 << 52);
+    assert_eq!(driven.kill().spool.stats().records, 0);
+}

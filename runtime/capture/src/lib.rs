@@ -23,6 +23,7 @@ use lineside_common::backoff::Backoff;
 use lineside_ipc::frame::Frame;
 
 pub use mailbox::{Mailbox, MailboxReceiver, TakenFrame, mailbox};
+pub use multipart::{Multipart, MultipartError};
 pub use policy::{CameraHostError, CameraHosts, InvalidCameraHost, SourcePolicy};
 
 /// Largest encoded frame, in bytes.

@@ -20,7 +20,7 @@ const PREAMBLE_BYTES_MAX: usize = 64 << 10;
 
 /// Why a body cannot be parsed. The connection has to be closed then.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum MultipartError {
+pub enum MultipartError {
     /// No boundary within the first 64 KiB.
     #[error("the response does not contain the declared boundary")]
     MissingBoundary,
@@ -42,7 +42,7 @@ pub(super) enum MultipartError {
 }
 
 /// A parser that receives the body in pieces.
-pub(super) struct Multipart {
+pub struct Multipart {
     boundary: Option<Vec<u8>>,
     part_bytes_max: usize,
     buffer: BytesMut,
@@ -62,7 +62,7 @@ enum State {
 
 impl Multipart {
     /// A parser for the boundary of the `Content-Type`, if it has one.
-    pub(super) fn new(boundary: Option<&str>, part_bytes_max: usize) -> Self {
+    pub fn new(boundary: Option<&str>, part_bytes_max: usize) -> Self {
         let boundary = boundary
             .map(|text| text.trim_matches('"').trim_start_matches('-').as_bytes().to_vec())
             .filter(|boundary| !boundary.is_empty());
@@ -70,7 +70,7 @@ impl Multipart {
     }
 
     /// Appends received bytes.
-    pub(super) fn feed(&mut self, bytes: &[u8]) {
+    pub fn feed(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }
 
@@ -78,7 +78,7 @@ impl Multipart {
     ///
     /// # Errors
     /// [`MultipartError`].
-    pub(super) fn next_part(&mut self) -> Result<Option<Bytes>, MultipartError> {
+    pub fn next_part(&mut self) -> Result<Option<Bytes>, MultipartError> {
         loop {
             match self.state {
                 State::Boundary { skipped } => match self.line(HEADER_BYTES_MAX)? {

@@ -6,14 +6,12 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot};
 
 use super::context::PublisherContext;
-use crate::command::{Command, CommandError, CommandName, CommandRequest, SetLevel};
+use crate::command::{CommandAction, CommandError, CommandName, CommandRequest, SetLevel};
 use crate::connection::MqttMessage;
 use crate::metrics::MqttMetrics;
-use lineside_api::message::{CommandMessage, CommandOutcome, CommandState, IncomingTopic, Topics};
+use lineside_api::message::{CommandOutcome, CommandState, IncomingTopic, Topics};
 use lineside_common::{LogOnChange, clock, error_chain};
 
-/// Maximum size of a command's payload in bytes.
-const COMMAND_BYTES_MAX: usize = 64 << 10;
 /// A command that has not completed within this time is answered with an error.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of replies that wait to be published. Further replies are dropped and logged.
@@ -85,7 +83,7 @@ impl Commands {
 
     /// Starts a command. Its reply is published when it completes.
     fn dispatch(&self, name: &str, payload: &[u8]) {
-        let (id, action) = parse(name, payload, &self.allowed);
+        let (id, action) = CommandAction::parse(name, payload, &self.allowed);
         let (name, executor, responder) = (name.to_owned(), self.executor.clone(), self.responder.clone());
         tokio::spawn(async move {
             let result = match action {
@@ -95,48 +93,6 @@ impl Commands {
             responder.respond(&name, id, result);
         });
     }
-}
-
-/// What a valid command does.
-#[derive(Debug, PartialEq, Eq)]
-enum CommandAction {
-    Execute(Command),
-    SetLevel(String),
-}
-
-/// The id of the request, and what it does if it is valid and allowed.
-fn parse(
-    name: &str,
-    payload: &[u8],
-    allowed: &BTreeSet<CommandName>,
-) -> (Option<String>, Result<CommandAction, CommandError>) {
-    let request = if payload.is_empty() {
-        Ok(CommandMessage::default())
-    } else if payload.len() > COMMAND_BYTES_MAX {
-        Err(CommandError::PayloadTooLarge { bytes: payload.len(), max: COMMAND_BYTES_MAX })
-    } else {
-        serde_json::from_slice(payload).map_err(CommandError::from)
-    };
-    match request {
-        Ok(mut request) => (request.id.take(), action(name, request, allowed)),
-        Err(error) => (None, Err(error)),
-    }
-}
-
-fn action(name: &str, request: CommandMessage, allowed: &BTreeSet<CommandName>) -> Result<CommandAction, CommandError> {
-    let name: CommandName = name.parse()?;
-    if !allowed.contains(&name) {
-        return Err(CommandError::NotAllowed(name));
-    }
-    let CommandMessage { stream, level, .. } = request;
-    let stream = || stream.ok_or(CommandError::MissingField("stream"));
-    Ok(match name {
-        CommandName::LogLevel => CommandAction::SetLevel(level.ok_or(CommandError::MissingField("level"))?),
-        CommandName::Pause => CommandAction::Execute(Command::Pause(stream()?)),
-        CommandName::Resume => CommandAction::Execute(Command::Resume(stream()?)),
-        CommandName::Snapshot => CommandAction::Execute(Command::Snapshot(stream()?)),
-        CommandName::Reload => CommandAction::Execute(Command::Reload),
-    })
 }
 
 /// Executes commands: the log filter directly, all others through the reconciler.
@@ -213,33 +169,7 @@ impl CommandResponder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::command::CommandErrorKind;
-
-    fn parsed(name: &str, payload: &str) -> Result<CommandAction, CommandErrorKind> {
-        let allowed = CommandName::ALL.into_iter().filter(|name| *name != CommandName::Snapshot).collect();
-        parse(name, payload.as_bytes(), &allowed).1.map_err(|error| error.kind())
-    }
-
-    #[test]
-    fn valid_commands_are_parsed() {
-        let stream = r#"{"id":"1","stream":"cam7"}"#;
-        assert_eq!(parsed("pause", stream), Ok(CommandAction::Execute(Command::Pause("cam7".into()))));
-        assert_eq!(parsed("resume", stream), Ok(CommandAction::Execute(Command::Resume("cam7".into()))));
-        assert_eq!(parsed("reload", ""), Ok(CommandAction::Execute(Command::Reload)));
-        assert_eq!(parsed("log-level", r#"{"level":"debug"}"#), Ok(CommandAction::SetLevel("debug".into())));
-        let (id, _) = parse("explode", stream.as_bytes(), &BTreeSet::new());
-        assert_eq!(id.as_deref(), Some("1"), "a command that is rejected is answered with its id");
-    }
-
-    #[test]
-    fn invalid_commands_are_rejected() {
-        for payload in ["{", "[1]", "{}", r#"{"speed":1}"#, &" ".repeat(COMMAND_BYTES_MAX + 1)] {
-            assert_eq!(parsed("pause", payload), Err(CommandErrorKind::Invalid), "{payload:.20}");
-        }
-        assert_eq!(parsed("log-level", "{}"), Err(CommandErrorKind::Invalid));
-        assert_eq!(parsed("explode", "{}"), Err(CommandErrorKind::NotFound));
-        assert_eq!(parsed("snapshot", "{}"), Err(CommandErrorKind::NotAllowed));
-    }
+    use crate::command::Command;
 
     fn executor(capacity: usize) -> (CommandExecutor, mpsc::Receiver<CommandRequest>) {
         let (requests, receiver) = mpsc::channel(capacity);

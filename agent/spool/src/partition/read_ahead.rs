@@ -82,7 +82,12 @@ impl Partition {
 
     /// Replaces records that a segment does not contain by those in memory, and drops the others as damaged.
     fn drop_missing(&mut self, range: RangeInclusive<u64>, dropped: &mut DropCounts) {
-        for position in range {
+        let (first, last) = range.into_inner();
+        // The name of a damaged file may claim any number of records, so those that no memory holds are not visited one by one.
+        if let Some(last) = self.memory_first().checked_sub(1).map(|before_memory| last.min(before_memory)) {
+            dropped.add(DropReason::Damaged, self.complete_range(first..=last));
+        }
+        for position in first.max(self.memory_first())..=last {
             if !self.is_deliverable(position) {
                 continue;
             }
@@ -94,6 +99,40 @@ impl Partition {
                 }
             }
         }
+    }
+
+    /// Marks the positions of a range as completed that are not in flight. Returns how many were pending.
+    fn complete_range(&mut self, range: RangeInclusive<u64>) -> u64 {
+        let (mut from, last) = (*range.start().max(&self.floor()), *range.end());
+        if from > last {
+            return 0;
+        }
+        let in_flight: Vec<u64> = self.in_flight.range(from..=last).map(|(position, _)| *position).collect();
+        let mut gaps = Vec::new();
+        for position in in_flight {
+            if from < position {
+                gaps.push((from, position - 1));
+            }
+            from = position + 1;
+        }
+        if from <= last {
+            gaps.push((from, last));
+        }
+        let mut newly_completed = 0;
+        for (first, last) in gaps {
+            newly_completed += last - first + 1 - self.completed.count_within(first..=last);
+            for segment in &mut self.segments {
+                let (from, to) = (segment.first.max(first), segment.last.min(last));
+                if from <= to {
+                    let pending = to - from + 1 - self.completed.count_within(from..=to);
+                    segment.pending = segment.pending.saturating_sub(pending);
+                    self.may_have_completed_segments |= segment.pending == 0;
+                }
+            }
+            self.completed.insert(first..=last);
+        }
+        self.release_completed();
+        newly_completed
     }
 
     fn is_deliverable(&self, position: u64) -> bool {

@@ -94,7 +94,8 @@ deny: ## Check licences, bans and sources of dependencies, and advisories if the
 # The tests that compare generated files with the code write the files if this variable is set. Their names contain one of the
 # two words.
 generate: ## Generate the JSON Schemas, CRDs and code map from the code, and agent/mqtt/src/sparkplug_b.rs from sparkplug_b.proto
-	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --lib --test suite -- committed generated
+	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --lib -- committed generated
+	LINESIDE_UPDATE_GENERATED=1 $(CARGO) test --quiet --workspace --test suite -- committed generated
 
 bench: ## Measure the stages of the data plane and the spool (Criterion)
 	$(CARGO) bench --workspace --bench stages

@@ -153,7 +153,7 @@ mod tests {
         let writer = BrokerStateWriter::new(MqttMetrics::register(&Registrar::default()).unwrap());
         let (reader, start) = (writer.reader(), Instant::now());
         writer.set_connected(0, &Broker { host: "b".to_owned(), port: 1883, tls: false, credentials: None });
-        assert!(reader.at(start + STALE_AFTER).is_connected());
+        assert!(reader.at(start + STALE_AFTER / 2).is_connected());
         let later = start + STALE_AFTER * 2;
         let BrokerState::Disconnected { reason: Some(reason), .. } = reader.at(later) else { panic!("connected") };
         assert!(reason.contains("has not reported"), "{reason}");

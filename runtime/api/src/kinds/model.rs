@@ -27,6 +27,8 @@ const STD_MIN: f32 = 1e-6;
 const TOP_K_MAX: u32 = 100_000;
 /// Largest number of labels.
 const LABELS_MAX: usize = 10_000;
+/// Memory of a worker in MiB. The custom resource definition has the same bounds.
+const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=1_048_576;
 /// Largest number of instances. Each has its own thread and working memory.
 const INSTANCES_MAX: u32 = 64;
 /// Largest number of frames in a batch.
@@ -155,6 +157,7 @@ fn check_runtime(at: &impl Fn(&str) -> String, runtime: &RuntimeSpec, errors: &m
     errors.check_range(&at("runtime.threads"), runtime.threads.as_ref(), &(1..=THREADS_MAX));
     errors.check_range(&at("runtime.instances"), runtime.instances.as_ref(), &(1..=INSTANCES_MAX));
     errors.check_range(&at("runtime.maxBatchSize"), runtime.max_batch_size.as_ref(), &(1..=BATCH_SIZE_MAX));
+    errors.check_range(&at("runtime.memoryMiB"), runtime.memory_mib.as_ref(), &MEMORY_MIB);
     errors.check_range(&at("runtime.maxQueueDelayMicroseconds"), delay, &(0..=QUEUE_DELAY_MAX_MICROSECONDS));
 }
 

@@ -172,7 +172,7 @@ impl App {
             limits: AdmissionLimits {
                 memory_bytes: config.models.admission_memory_bytes,
                 seconds: config.models.admission_seconds,
-                result_bytes: RECORD_BYTES_MAX as u64,
+                result_bytes: RECORD_BYTES_MAX,
             },
             metrics: AdmissionMetrics::register(&shared.registrar)?,
             memory: MemoryBudget::of_node(),

@@ -103,8 +103,10 @@ mod tests {
     #[test]
     fn added_streams_are_announced_and_removed_streams_deleted() {
         let topics = Topics::new("lineside", "plant", "edge.1");
-        let now =
-            StreamStates::from([("cam7".to_owned(), StreamState { model: "m".to_owned(), up: true, reason: None })]);
+        let now = StreamStates::from([(
+            "cam7".to_owned(),
+            StreamState { model: "m".to_owned(), up: true, reason: None, rule_failure: None },
+        )]);
         let messages = discovery("homeassistant", "edge.1", &topics, &StreamStates::new(), &now);
         let names: Vec<&str> = messages.iter().map(|message| &*message.topic).collect();
         assert_eq!(

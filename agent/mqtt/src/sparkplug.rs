@@ -378,7 +378,9 @@ mod tests {
     fn streams(names: &[(&str, bool)]) -> StreamStates {
         names
             .iter()
-            .map(|(name, up)| ((*name).to_owned(), StreamState { model: "m".to_owned(), up: *up, reason: None }))
+            .map(|(name, up)| {
+                ((*name).to_owned(), StreamState { model: "m".to_owned(), up: *up, reason: None, rule_failure: None })
+            })
             .collect()
     }
 

@@ -138,6 +138,8 @@ pub enum Reason {
     Settled,
     /// The signature of a serving version has expired.
     SignatureExpired,
+    /// The verdict rule of a stream fails.
+    RuleFailed,
     /// The disk rejects the spool's writes.
     SpoolDegraded,
     /// The spool dropped records to stay within its limit.

@@ -78,6 +78,8 @@ pub struct StreamState {
     pub up: bool,
     /// Why the stream is not up; absent while it is up, and until the first connection attempt has ended.
     pub reason: Option<String>,
+    /// Why the verdict rule of the last frame failed; absent while it succeeds.
+    pub rule_failure: Option<String>,
 }
 
 /// The states of all running streams, by name.

@@ -52,7 +52,7 @@ mod tests {
         assert!(!heartbeat.is_stale(start + STALE_AFTER));
         let later = start + STALE_AFTER + Duration::from_millis(1);
         assert!(heartbeat.is_stale(later));
-        heartbeat.clone().beat(later);
+        heartbeat.beat(later);
         assert!(!heartbeat.is_stale(later + STALE_AFTER));
         assert_eq!(heartbeat.age(later + Duration::from_secs(3)), Duration::from_secs(3));
         heartbeat.beat(start);

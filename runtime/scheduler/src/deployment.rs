@@ -537,7 +537,7 @@ fn start_again(
     let mut backoff = Backoff::new(first, cap);
     let mut delay = delay;
     for attempt in 1.. {
-        std::thread::sleep(delay);
+        wait(delay);
         let Some(sink) = shared.upgrade().and_then(|shared| {
             let is_wanted = shared.state.lock().workers.contains_key(&version.id);
             is_wanted.then(|| shared.event_sink(version.id, generation))
@@ -551,6 +551,12 @@ fn start_again(
         }
     }
     Ok(None)
+}
+
+/// Blocks this thread, which does nothing else.
+fn wait(delay: Duration) {
+    let (never, lock) = (Condvar::new(), Mutex::new(()));
+    never.wait_for(&mut lock.lock(), delay);
 }
 
 /// Hands outcomes to their clients. A client that panics costs its own job and no other.

@@ -254,6 +254,9 @@ fn problems(
         (Reason::StreamDown, format!("{}: {why}", stream.name))
     });
     add_first(&mut problems, down, "streams are down");
+    let failing = around.streams.iter().filter_map(|(name, state)| Some((name, state.rule_failure.as_ref()?)));
+    let failing = failing.map(|(name, why)| (Reason::RuleFailed, format!("{name}: {why}")));
+    add_first(&mut problems, failing, "verdict rules fail");
     if models.len() > ITEMS_MAX || streams.len() > ITEMS_MAX {
         problems.push((Reason::LimitExceeded, format!("only {ITEMS_MAX} models and streams of a node are listed")));
     }
@@ -358,7 +361,12 @@ mod tests {
             streams: vec![stream("up"), stream("down"), paused, orphan],
             ..Snapshot::default()
         };
-        let state = |up, reason: Option<&str>| StreamState { model: "m".into(), up, reason: reason.map(str::to_owned) };
+        let state = |up, reason: Option<&str>| StreamState {
+            model: "m".into(),
+            up,
+            reason: reason.map(str::to_owned),
+            rule_failure: None,
+        };
         let states: StreamStates = BTreeMap::from([
             ("up".into(), state(true, None)),
             ("down".into(), state(false, Some("connection refused"))),

@@ -185,7 +185,10 @@ impl Inspector {
         match outcome {
             None => Verdict::None,
             Some(RuleOutcome::Verdict(verdict)) => {
-                state.rule_fails = false;
+                if std::mem::replace(&mut state.rule_fails, false) {
+                    tracing::info!(event = "rule_recovered", stream = self.stream, "The verdict rule succeeds again");
+                    self.monitor.on_rule(None);
+                }
                 *verdict
             }
             Some(RuleOutcome::Failed(reason)) => {
@@ -197,6 +200,7 @@ impl Inspector {
                         reason,
                         "The verdict rule failed; the verdict is that of onError"
                     );
+                    self.monitor.on_rule(Some(reason));
                 }
                 self.on_error.verdict()
             }

@@ -53,7 +53,8 @@ impl StreamRegistry {
         let gauge = self.up.with_label_values(&[stream]);
         gauge.set(0);
         self.states.send_modify(|states| {
-            states.insert(stream.to_owned(), StreamState { model: model.to_owned(), up: false, reason: None });
+            let state = StreamState { model: model.to_owned(), up: false, reason: None, rule_failure: None };
+            states.insert(stream.to_owned(), state);
         });
         let observed = Observed {
             is_source_up: false,
@@ -112,6 +113,21 @@ impl StreamMonitor {
         let mut observed = self.observed.lock();
         observed.health.on_failure(reason);
         self.publish(&mut observed, Instant::now());
+    }
+
+    /// The verdict rule has begun to fail, for this reason, or succeeds again.
+    pub(super) fn on_rule(&self, failure: Option<&str>) {
+        let (stream, failure) = (self.stream.clone(), failure.map(str::to_owned));
+        self.registry.states.send_modify(|states| {
+            if let Some(state) = states.get_mut(&stream) {
+                state.rule_failure.clone_from(&failure);
+            }
+        });
+        let event = match failure {
+            Some(reason) => NodeEvent::RuleFailed { stream, reason },
+            None => NodeEvent::RuleRecovered { stream },
+        };
+        self.registry.events.event(event);
     }
 
     /// Publishes the state if it has changed. Returns whether the stream went up or down.

@@ -20,14 +20,17 @@ pub(super) fn pictures(width: u32, height: u32) -> impl Iterator<Item = Syntheti
         let mut random = fastrand::Rng::with_seed(7);
         (0..bytes).map(|_| random.u8(..)).collect()
     };
-    let make: [(&str, Box<dyn Fn() -> Vec<u8>>); 5] = [
-        ("grey", Box::new(move || vec![128; bytes])),
-        ("dark", Box::new(move || vec![0; bytes])),
-        ("bright", Box::new(move || vec![255; bytes])),
-        ("noisy", Box::new(noise)),
-        ("natural", Box::new(move || natural(width, height))),
-    ];
-    make.into_iter().map(move |(name, rgb)| Synthetic { name, width, height, rgb: rgb() })
+    // One picture at a time is in memory.
+    ["grey", "dark", "bright", "noisy", "natural"].into_iter().map(move |name| {
+        let rgb = match name {
+            "grey" => vec![128; bytes],
+            "dark" => vec![0; bytes],
+            "bright" => vec![255; bytes],
+            "noisy" => noise(),
+            _ => natural(width, height),
+        };
+        Synthetic { name, width, height, rgb }
+    })
 }
 
 /// A picture like a photo of a part: a background that changes slowly, discs with sharp edges in front of it, and the noise of a

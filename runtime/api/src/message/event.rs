@@ -41,6 +41,18 @@ pub enum NodeEvent {
         #[serde(skip_serializing_if = "Option::is_none")]
         reason: Option<String>,
     },
+    /// The verdict rule of a stream failed or exceeded its bounds; the verdict is that of `onError` until it succeeds again.
+    RuleFailed {
+        /// Name of the stream.
+        stream: String,
+        /// Reason, for people.
+        reason: String,
+    },
+    /// The verdict rule of a stream succeeds again.
+    RuleRecovered {
+        /// Name of the stream.
+        stream: String,
+    },
     /// The state of a model version has changed.
     ModelState {
         /// Name of the model.
@@ -68,7 +80,10 @@ impl NodeEvent {
     /// Name of the stream that the event concerns.
     pub fn stream(&self) -> Option<&str> {
         match self {
-            Self::StreamUp { stream } | Self::StreamDown { stream, .. } => Some(stream),
+            Self::StreamUp { stream }
+            | Self::StreamDown { stream, .. }
+            | Self::RuleFailed { stream, .. }
+            | Self::RuleRecovered { stream } => Some(stream),
             Self::ModelState { .. } | Self::NodeNameClash { .. } => None,
         }
     }

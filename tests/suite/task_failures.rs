@@ -11,7 +11,7 @@ use lineside_api::names::ConfigErrors;
 use lineside_tests::http;
 use lineside_tests::site::TestSite;
 use lineside_tests::wait::{until, until_long};
-use lineside_tests::{model_manifest, utf8};
+use lineside_tests::{example, model_manifest, utf8};
 use serde_json::Value;
 
 /// The tasks of an agent that reads a folder of manifests with one stream, and whether each is restarted.
@@ -28,6 +28,8 @@ const TASKS: [(&str, bool); 8] = [
 
 fn config(site: &TestSite) -> Config {
     let (manifests, data) = (site.path("manifests"), site.data());
+    // The model lies beside the manifests, and the frames in the repository.
+    let roots = format!("{},{}", site.path("").display(), example("frames").canonicalize().unwrap().display());
     let flags = [
         ("node", "edge-1"),
         ("site", "plant"),
@@ -36,6 +38,7 @@ fn config(site: &TestSite) -> Config {
         ("mqtt", &site.broker_url()),
         ("manifests", utf8(&manifests)),
         ("data-dir", utf8(&data)),
+        ("file-roots", &roots),
     ];
     let flags: BTreeMap<String, String> = flags.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
     ConfigLayers::new(Flags(flags)).resolve(ConfigErrors::default(), "edge-1").unwrap()

@@ -1,11 +1,37 @@
 //! Memory of this process, processor time of any process, and percentiles of run times; used by admission and by `lineside check`.
 
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _};
 use std::time::Duration;
+
+/// The memory figures of this process, for a process that may open no file later.
+#[derive(Debug)]
+pub struct MemoryStatus(File);
+
+impl MemoryStatus {
+    /// Opens the figures.
+    ///
+    /// # Errors
+    /// When `/proc` is not mounted.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self(File::open("/proc/self/status")?))
+    }
+
+    /// As [`memory_bytes`].
+    pub fn bytes(&mut self, field: &str) -> u64 {
+        let mut text = String::new();
+        let read = self.0.rewind().and_then(|()| self.0.read_to_string(&mut text));
+        if read.is_ok() { bytes_of(&text, field) } else { 0 }
+    }
+}
 
 /// Memory of this process in bytes, by the name of a field of `/proc/self/status`: `VmRSS` for the current resident memory,
 /// `VmHWM` for its peak. Returns 0 when the field does not exist.
 pub fn memory_bytes(field: &str) -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    bytes_of(&std::fs::read_to_string("/proc/self/status").unwrap_or_default(), field)
+}
+
+fn bytes_of(status: &str, field: &str) -> u64 {
     let kib = status
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
@@ -52,6 +78,8 @@ mod tests {
         assert_eq!(p50_p99(&mut times), (50.0, 99.0));
         assert_eq!(p50_p99(&mut [7.0]), (7.0, 7.0));
         assert_eq!(p50_p99(&mut []), (0.0, 0.0));
+        let mut status = MemoryStatus::open().unwrap();
+        assert!(status.bytes("VmHWM") > 0 && status.bytes("VmHWM") > 0, "it can be read again");
         assert!(memory_bytes("VmHWM") >= memory_bytes("VmRSS") / 2 && memory_bytes("VmRSS") > 0);
     }
 }

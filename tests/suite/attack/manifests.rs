@@ -93,7 +93,7 @@ fn an_entry_that_cannot_be_read_is_rejected_and_the_others_are_followed() {
     let site = TestSite::with_broker_and_stream(20);
     let entry = |name: &str| site.path("manifests").join(name);
     symlink("loop.yaml", entry("loop.yaml")).unwrap();
-    symlink("/etc/passwd/x", entry("not-a-folder.yaml")).unwrap();
+    symlink("/etc/passwd/x", entry("not-a-dir.yaml")).unwrap();
     symlink("n".repeat(300), entry("long.yaml")).unwrap();
     symlink("nowhere", entry("nowhere.yaml")).unwrap();
     symlink("/dev/zero", entry("device.yaml")).unwrap();
@@ -113,7 +113,7 @@ fn an_entry_that_cannot_be_read_is_rejected_and_the_others_are_followed() {
     site.wait_for_new_results(3);
     for (file, reason) in [
         ("loop.yaml", "symbolic link"),
-        ("not-a-folder.yaml", "Not a directory"),
+        ("not-a-dir.yaml", "Not a directory"),
         ("long.yaml", "name too long"),
         ("nowhere.yaml", "does not exist"),
         ("device.yaml", "not a regular file"),
@@ -205,7 +205,9 @@ fn ten_thousand_rejected_files_are_a_condition_with_their_number() {
     let message = wait_until_degraded(&agent, "ConfigRejected: 10000 manifest files are rejected: x0000.yaml");
     assert!(message.len() < 1100, "{message}");
     assert_eq!(readiness(&agent).0, 200);
-    until_true("a log entry for each file", || agent.events("manifest_rejected").len() == 10_000);
+    // Entries of one kind are limited; a summary counts the others.
+    agent.wait_for_event("logs_suppressed");
+    assert!(agent.events("manifest_rejected").len() < 200);
     assert!(agent.terminate().success());
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use lineside_api::message::PredictionInfo;
 use lineside_api::prediction::Prediction;
 use lineside_common::child_process::limit_myself;
-use lineside_common::process_stats::{memory_bytes, p50_p99};
+use lineside_common::process_stats::{MemoryStatus, p50_p99};
 use lineside_common::sandbox::restrict_myself;
 use lineside_inference::picture::Picture;
 use lineside_inference::pipeline::{Pipeline, engine_for};
@@ -55,11 +55,12 @@ pub fn main() -> Result<(), AdmissionChildError> {
     let request: Request = serde_json::from_slice(&line)?;
     drop(line);
     limit_myself(&request.limits.of_process())?;
+    let mut memory = MemoryStatus::open()?;
     restrict_myself();
     let mut model = Vec::new();
     stdin.read_to_end(&mut model)?;
     // The agent loads and runs models on threads, so the stack must be as small here as there.
-    let response = std::thread::spawn(move || match admit(&request, &model) {
+    let response = std::thread::spawn(move || match admit(&request, &model, &mut memory) {
         Ok(benchmark) => Response::Admitted(benchmark),
         Err(error) if error.kind() == ErrorKind::BadSpec => Response::Manifest(error.to_string()),
         Err(error) => Response::Model(error.to_string()),
@@ -72,7 +73,7 @@ pub fn main() -> Result<(), AdmissionChildError> {
 }
 
 /// Loads the model, runs it on synthetic images and on the golden samples, and measures it.
-fn admit(request: &Request, model: &[u8]) -> Result<Benchmark, Error> {
+fn admit(request: &Request, model: &[u8], memory: &mut MemoryStatus) -> Result<Benchmark, Error> {
     let started = Instant::now();
     let mut pipeline = Pipeline::load(engine_for(&request.spec)?, model, &request.spec)?;
     let load_ms = milliseconds(started.elapsed());
@@ -98,7 +99,7 @@ fn admit(request: &Request, model: &[u8]) -> Result<Benchmark, Error> {
         times_ms.push(milliseconds(run_picture(&mut pipeline, &picture)?.infer_time));
     }
     let (p50_ms, p99_ms) = p50_p99(&mut times_ms);
-    Ok(Benchmark { p50_ms, p99_ms, load_ms, peak_memory_bytes: memory_bytes("VmHWM"), runs: times_ms.len() as u32 })
+    Ok(Benchmark { p50_ms, p99_ms, load_ms, peak_memory_bytes: memory.bytes("VmHWM"), runs: times_ms.len() as u32 })
 }
 
 /// What the admission uses of one inference.

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::UNREACHABLE_BROKER;
-use lineside_tests::scripted_api::ScriptedApi;
+use lineside_tests::scripted_api::{ApiScript, ScriptedApi};
 use lineside_tests::site::{TestSite, model_status, status, wait_until_serving};
 use lineside_tests::wait::{until, until_long, until_true};
 use lineside_tests::{example, http, stream_manifest};
@@ -228,7 +228,12 @@ fn an_invalid_object_of_the_cluster_is_rejected_alone() {
     assert_eq!((&entry["kind"], &entry["name"]), (&json!("CameraStream"), &json!("bad")));
     wait_until_degraded(&agent, "bad: refused: CameraStream bad spec.fps: 1e-300");
     api.put("camerastreams", "later", 1, &spec(json!(20)));
-    wait_until_started(&agent, "later");
+    // The scripted watch delivers no events; an expired one makes the agent list again, after at least ten seconds.
+    api.set(ApiScript::Expired);
+    until_long("the later stream to start", || {
+        agent.events("stream_started").iter().any(|entry| entry["stream"] == "later").then_some(())
+    });
+    api.set(ApiScript::Healthy);
     assert_no_failure(&agent);
     assert!(agent.terminate().success());
 

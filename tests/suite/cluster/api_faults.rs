@@ -78,7 +78,7 @@ fn an_offline_start_serves_the_cached_desired_state() {
     let started = Instant::now();
     let agent = Agent::start_with_kubeconfig(&kubeconfig, &site.data(), &url);
     until_true("results of the second run", || {
-        site.results()[before..].iter().any(|result| result["id"].as_str().is_some_and(|id| id.contains(":2:")))
+        site.results()[before..].iter().any(|result| result["id"].as_str().is_some_and(|id| id.contains(".2:")))
     });
     eprintln!(
         "without an API server and a model source, the first result came {:.2} s after the start",

@@ -109,7 +109,7 @@ experiments: compiler test-tools lab-tools ## Run the experiments with many iter
 	LINESIDE_LAB=required $(CARGO) test --workspace --test suite -- --nocapture cluster::
 	LINESIDE_EXPERIMENT_KILLS=100 LINESIDE_EXPERIMENT_INDEX_DAMAGE=100 LINESIDE_EXPERIMENT_MUTATIONS=200 LINESIDE_EXPERIMENT_SWAPS=200 \
 		$(CARGO) test --workspace --test suite -- --nocapture --test-threads 2 admission:: store:: swaps::
-	LINESIDE_OUTAGE_RESULTS=12600 $(CARGO) test --workspace --test suite -- --nocapture --ignored endurance::memory
+	LINESIDE_OUTAGE_RESULTS=12600 $(CARGO) test --workspace --test suite -- --nocapture endurance::memory
 
 # libFuzzer chooses inputs by the code that they reach. `cargo test -p lineside-fuzz` runs the same targets on stable Rust.
 fuzz: compiler ## Fuzz with libFuzzer on nightly Rust (TARGET=multipart, default: all without the engine; SECONDS=60 each)

@@ -80,7 +80,6 @@ fn peak_during(agent: &Agent, results: f64) -> f64 {
 
 /// In the short form, the outage lasts for 2,000 results; `LINESIDE_OUTAGE_RESULTS=12600` is a minute at 210 results per second.
 #[test]
-#[ignore = "the allocator is chosen when frames are decoded in worker processes; up to 17 MiB more with the current one"]
 fn memory_stays_flat_while_the_broker_is_unreachable() {
     let mut broker = Broker::start();
     let site = TestSite::with_stream(70);

@@ -1,7 +1,6 @@
 //! The foundation of the workspace, which uses no other crate of it: backoff, clock, digests, durable files, address and
 //! file policies, supervised tasks and child processes, heartbeats, metrics, rate limits.
 
-pub mod allocator;
 pub mod backoff;
 pub mod child_process;
 pub mod clock;

@@ -14,8 +14,8 @@ use crate::config::probes::ProbesSetting;
 use crate::http::controller::router;
 use crate::http::server::{HttpMetrics, Server};
 use lineside_common::metrics::Registrar;
+use lineside_common::shutdown;
 use lineside_common::supervisor::Supervisor;
-use lineside_common::{allocator, shutdown};
 use lineside_controller::Heartbeat;
 use lineside_controller::{Controller, ControllerMetrics, Timeouts};
 use lineside_kube::ClusterClient;
@@ -76,7 +76,6 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         );
         return Err(Failure::Usage(vec![error]));
     }
-    allocator::share_one_heap();
     let host_name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     // In a pod the host name is the name of the pod, which is unique.
     let identity = arguments.identity.unwrap_or_else(|| match &arguments.kubeconfig {

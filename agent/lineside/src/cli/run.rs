@@ -13,7 +13,7 @@ use crate::config::settings::ConfigLayers;
 use crate::telemetry::SetLevel;
 use lineside_api::names::ConfigErrors;
 use lineside_common::files::read_bounded;
-use lineside_common::{allocator, files, shutdown};
+use lineside_common::{files, shutdown};
 
 /// Maximum size of the configuration file, in bytes.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -35,7 +35,6 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: Arguments, set_level: SetLevel) -> Result<(), Failure> {
     files::private_by_default();
-    allocator::share_one_heap();
     let mut layers = ConfigLayers::new(arguments.flags);
     let mut errors = ConfigErrors::default();
     if let Some(path) = &arguments.config {

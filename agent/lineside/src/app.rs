@@ -392,9 +392,8 @@ fn open_store(config: &Config, metrics: &StoreMetrics) -> anyhow::Result<Store> 
     files::create_private_folder(&root)
         .with_context(|| format!("--data-dir {} cannot be used", config.data_dir.display()))?;
     let (index, failure) = Index::open(&Store::index_folder(&root), |folder| {
-        let program = std::env::current_exe().map_err(|error| error.to_string())?;
-        let mut command = std::process::Command::new(program);
-        command.arg(INDEX_SUBCOMMAND).arg(folder);
+        let mut command = child_process::own_command(INDEX_SUBCOMMAND);
+        command.arg(folder);
         let output = child_process::run(command, &[], INDEX_DEADLINE, || false).map_err(|error| error.to_string())?;
         match output.status {
             Some(status) if status.success() => Ok(()),

@@ -5,7 +5,6 @@
 //! reaches: bytes behind its end are cut off. The agent itself decodes nothing: the child does, with limits on memory and time.
 
 use std::io::{self, Read as _};
-use std::process::Command;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -63,9 +62,7 @@ impl PictureCheckError {
 /// When the bytes are not a picture, or the child cannot be started.
 pub fn check(bytes: &Bytes) -> Result<Bytes, PictureCheckError> {
     let picture = bytes.slice(..extent(bytes)?);
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg(SUBCOMMAND);
-    let output = child_process::run(command, &[&picture], DEADLINE, || false)?;
+    let output = child_process::run(child_process::own_command(SUBCOMMAND), &[&picture], DEADLINE, || false)?;
     match output.status {
         Some(status) if status.success() => Ok(picture),
         // The output of a process that has decoded untrusted bytes is not trusted either, and does not leave the node.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::spec::Task;
 use crate::tensor::Tensor;
 use crate::verdict::RuleOutcome;
 
@@ -66,6 +67,18 @@ pub enum Prediction {
     },
     /// `tensor`: the raw outputs in the order of the graph.
     Tensors(Vec<NamedTensor>),
+}
+
+impl Prediction {
+    /// The task of the model that predicts this.
+    pub fn task(&self) -> Task {
+        match self {
+            Self::Classes(_) => Task::Classify,
+            Self::Detections(_) => Task::Detect,
+            Self::Anomaly { .. } => Task::Anomaly,
+            Self::Tensors(_) => Task::Tensor,
+        }
+    }
 }
 
 /// Duration of each stage of one inspection.

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write as _};
-use std::os::unix::process::ExitStatusExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -89,6 +89,15 @@ pub struct ChildOutput {
     pub stdout: Vec<u8>,
     /// The first 8 MiB of standard error; invalid UTF-8 is replaced.
     pub stderr: String,
+}
+
+/// A command that starts this program with a subcommand, also after the file of the program was replaced or removed.
+pub fn own_command(subcommand: &str) -> Command {
+    let path = std::env::current_exe().ok().filter(|path| path.exists());
+    let mut command = Command::new(path.unwrap_or_else(|| "/proc/self/exe".into()));
+    // The name in `ps`.
+    command.arg0("lineside").arg(subcommand);
+    command
 }
 
 /// Runs a child to its end. Kills it when `deadline` has passed, or when `is_cancelled`, which is called every 100 ms, returns

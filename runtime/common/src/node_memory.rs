@@ -33,7 +33,7 @@ fn limits_of(root: &Path, line: &str) -> Vec<u64> {
     let mut group: PathBuf = base.join(path.trim_start_matches('/'));
     let mut limits = Vec::new();
     while group.starts_with(&base) {
-        // `max` is no number, and means no limit; v1 states a number near 2^63.
+        // `max` means no limit and is not parsed; v1 states a number near 2^63.
         let text = std::fs::read_to_string(group.join(file)).unwrap_or_default();
         limits.extend(text.trim().parse::<u64>());
         if !group.pop() {

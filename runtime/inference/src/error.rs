@@ -18,7 +18,7 @@ pub enum ErrorKind {
     BadSpec,
     /// The engine failed on this input. Count the frame as failed; a model that keeps failing should be replaced.
     Inference,
-    /// The model answered with something that is no answer, such as NaN. Treat it as a fault of the model.
+    /// The output of the model has no meaning, such as NaN. Treat it as a fault of the model.
     BadOutput,
 }
 

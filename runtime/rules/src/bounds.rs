@@ -83,7 +83,7 @@ pub struct Scan {
 ///
 /// # Errors
 /// [`crate::RuleErrorKind::TooLong`], [`crate::RuleErrorKind::TooComplex`], and [`crate::RuleErrorKind::Syntax`] for text
-/// that is no token and for a bracket without its partner.
+/// that is not a token and for a bracket without its partner.
 pub fn scan(source: &str) -> Result<Scan, RuleError> {
     if source.len() > BYTES_MAX {
         return Err(RuleError::TooLong { bytes: source.len() });
@@ -360,7 +360,9 @@ impl<'a> Lexer<'a> {
                 Some(_) if end == quotes && rest.iter().take(quotes).all(|byte| *byte == quote) => break,
                 Some(b'\\') if !is_raw => match escape_length(rest) {
                     Some(length) => at += length,
-                    None => return Err(syntax(self.source, at, "is no escape sequence; write \\\\ for a backslash")),
+                    None => {
+                        return Err(syntax(self.source, at, "is not an escape sequence; write \\\\ for a backslash"));
+                    }
                 },
                 Some(_) => at += 1,
             }

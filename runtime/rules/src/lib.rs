@@ -157,7 +157,7 @@ fn items(prediction: &Prediction) -> u64 {
     items as u64
 }
 
-/// The error for a value that is no text.
+/// The error for a value that is not text.
 fn wrong_type(value: &Value) -> RuleError {
     let value = match value {
         Value::Bool(_) => "true or false".to_owned(),

@@ -8,13 +8,11 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lineside_api::spec::ModelSpec;
-use lineside_common::child_process::{ChildExit, ProcessLimits};
+use lineside_common::child_process::{ChildExit, ProcessLimits, own_command};
 use lineside_common::supervised_child::{ChildError, ChildOptions, SupervisedChild};
 use lineside_ipc::channel::{ChannelError, receive, send, send_descriptor};
 use lineside_ipc::shared_memory::{self, FrameSlots, SlotLayout};
@@ -38,8 +36,6 @@ const END_GRACE: Duration = Duration::from_secs(1);
 /// How a worker process is started.
 #[derive(Debug, Clone)]
 pub struct ProcessOptions {
-    /// The program; it is started with the subcommand [`SUBCOMMAND`].
-    pub program: PathBuf,
     /// Name of the model, for logs and threads.
     pub model: String,
     /// The manifest's settings.
@@ -128,8 +124,8 @@ impl ProcessWorker {
     /// # Errors
     /// [`StartErrorKind`]; the process has ended then.
     pub fn start(options: &ProcessOptions, model: &[u8], events: EventSink) -> Result<Self, StartError> {
-        let mut command = Command::new(&options.program);
-        command.arg(SUBCOMMAND).env_clear().env("RUST_BACKTRACE", "1");
+        let mut command = own_command(SUBCOMMAND);
+        command.env_clear().env("RUST_BACKTRACE", "1");
         let child = ChildOptions {
             name: format!("worker {}", options.model),
             limits: options.limits,

@@ -5,8 +5,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use lineside_api::prediction::{Inspection, Prediction};
-use lineside_api::spec::Task;
+use lineside_api::prediction::Inspection;
 use lineside_api::verdict::RuleOutcome;
 use lineside_rules::{FrameFacts, Rule};
 
@@ -28,21 +27,12 @@ impl RuleCache {
             Err(reason) => RuleOutcome::Failed(reason.clone()),
             Ok(rule) => {
                 let facts = FrameFacts { width: inspection.width, height: inspection.height, name };
-                let task = task_of(&inspection.prediction).name();
+                let task = inspection.prediction.task().name();
                 match rule.evaluate(task, &inspection.prediction, facts) {
                     Ok(verdict) => RuleOutcome::Verdict(verdict),
                     Err(error) => RuleOutcome::Failed(error.to_string()),
                 }
             }
         }
-    }
-}
-
-fn task_of(prediction: &Prediction) -> Task {
-    match prediction {
-        Prediction::Classes(_) => Task::Classify,
-        Prediction::Detections(_) => Task::Detect,
-        Prediction::Anomaly { .. } => Task::Anomaly,
-        Prediction::Tensors(_) => Task::Tensor,
     }
 }

@@ -20,7 +20,7 @@ impl ProbesSetting {
     pub const DEFAULT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8082);
 }
 
-/// A text that is no value of a setting of this file.
+/// A text that is not a valid value of a setting in this file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not {expected}")]
 pub struct ProbesSettingError {

@@ -28,7 +28,7 @@ use lineside_api::state::ModelState;
 use lineside_common::backoff::Backoff;
 use lineside_common::digest::Digest;
 use lineside_common::error_chain;
-use lineside_models::last_good::{HighestVersion, LastGoodVersions};
+use lineside_models::last_good::{HighestVersion, LastGoodError, LastGoodVersions};
 use lineside_scheduler::VersionId;
 use tokio_util::sync::CancellationToken;
 
@@ -218,13 +218,7 @@ impl Core {
 
     fn forget_last_good(&mut self, name: &str) {
         if let Err(error) = self.last_good.remove(name) {
-            let reason = error_chain(&error);
-            tracing::error!(
-                event = "last_good_not_written",
-                model = name,
-                reason,
-                "The last-good file cannot be written"
-            );
+            log_not_written(name, &error);
         }
     }
 
@@ -444,13 +438,7 @@ impl Core {
         let Some(manifest) = self.observed.models.get_mut(name).and_then(|model| model.serving.take()) else { return };
         let failure = LoadFailure { reason: reason.to_owned(), quarantined_after: None, digest: None };
         let before = self.last_good.fall_back(name).unwrap_or_else(|error| {
-            let reason = error_chain(&error);
-            tracing::error!(
-                event = "last_good_not_written",
-                model = name,
-                reason,
-                "The last-good file cannot be written"
-            );
+            log_not_written(name, &error);
             self.last_good.get(name).cloned()
         });
         let before = before.filter(|before| (self.has_blob)(&before.digest)).map(|before| before.manifest);
@@ -595,4 +583,9 @@ impl Core {
     fn identity(&self, kind: &'static str, name: &str) -> Identity {
         self.identities.get(&(kind, name.to_owned())).cloned().unwrap_or_default()
     }
+}
+
+fn log_not_written(model: &str, error: &LastGoodError) {
+    let reason = error_chain(error);
+    tracing::error!(event = "last_good_not_written", model, reason, "The last-good file cannot be written");
 }

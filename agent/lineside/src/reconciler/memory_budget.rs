@@ -49,7 +49,7 @@ impl MemoryBudget {
         Arc::new(Self { total_bytes, reserved_bytes: Mutex::new(0) })
     }
 
-    /// Bytes that are not reserved; `None` where there is no limit.
+    /// Bytes that are not reserved; `None` without a limit.
     pub fn free_bytes(&self) -> Option<u64> {
         self.total_bytes.map(|total| total.saturating_sub(*self.reserved_bytes.lock()))
     }

@@ -210,7 +210,7 @@ mod tests {
             let back = model(version, ", rollback: true");
             assert!(matches!(plan(&desired(&back), &observed, Instant::now()).as_slice(), [Step::Load(_)]));
         }
-        // Another spec of the version that serves is no downgrade.
+        // Another spec of the version that serves is not a downgrade.
         assert!(!refused(&observed, &model(2, ", task: classify")));
         let unknown = ObservedModel { highest: HighestVersion::Unknown, ..ObservedModel::default() };
         let fresh = ObservedState { models: BTreeMap::from([("m".to_owned(), unknown)]), streams: BTreeMap::new() };

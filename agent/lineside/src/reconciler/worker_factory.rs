@@ -3,7 +3,6 @@
 //! Three ends or hangs of its worker within an hour that the model itself caused put the file into quarantine. They are counted
 //! in the store, so a restart of the agent does not forget them.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -38,8 +37,6 @@ const WORKER_BYTES: u64 = 256 << 20;
 const WORKER_PEAKS: u64 = 3;
 /// Time to load a model that admission has loaded, as a multiple of what admission measured, and the least.
 const LOAD_DEADLINE: (f64, Duration) = (20.0, Duration::from_secs(60));
-/// The running program, also after its file was replaced.
-const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// An admitted version.
 pub(super) struct Admitted<'a> {
@@ -120,7 +117,6 @@ fn process(
     let (factor, least) = LOAD_DEADLINE;
     let measured = Duration::try_from_secs_f64(benchmark.load_ms / 1e3 * factor).unwrap_or(least);
     let options = ProcessOptions {
-        program: PathBuf::from(OWN_PROGRAM),
         model: manifest.name.clone(),
         spec: manifest.spec.clone(),
         limits: ProcessLimits { memory_bytes, cpu_seconds: None, priority: ChildPriority::Normal },

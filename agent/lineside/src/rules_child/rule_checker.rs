@@ -7,13 +7,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufRead as _, Read as _, Write as _};
-use std::os::unix::process::CommandExt as _;
 use std::process::{ChildStdin, Command};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use lineside_common::child_process::{ChildExit, ChildPriority, ProcessLimits};
+use lineside_common::child_process::{ChildExit, ChildPriority, ProcessLimits, own_command};
 use lineside_common::error_chain;
 use lineside_common::supervised_child::{ChildError, ChildOptions, SupervisedChild};
 use lineside_rules::{RuleError, bounds};
@@ -116,12 +115,7 @@ impl RuleChecker {
 
     /// A checker whose child is this program.
     pub fn of_this_program() -> Self {
-        Self::new(|| {
-            // The name also works after the file of the program was replaced.
-            let mut command = Command::new("/proc/self/exe");
-            command.arg0("lineside").arg(SUBCOMMAND);
-            Ok(command)
-        })
+        Self::new(|| Ok(own_command(SUBCOMMAND)))
     }
 
     /// Checks a rule.
@@ -207,7 +201,7 @@ impl State {
 struct RulesChild {
     process: SupervisedChild,
     requests: ChildStdin,
-    /// Ends when the child has closed its standard output or has written what is no reply.
+    /// Ends when the child has closed its standard output or has written something other than a reply.
     replies: mpsc::Receiver<Reply>,
 }
 

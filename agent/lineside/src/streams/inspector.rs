@@ -8,8 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use lineside_api::kinds::StreamManifest;
 use lineside_api::message::{FrameInfo, Latency, ModelInfo, PredictionInfo, ResultMessage};
-use lineside_api::prediction::{Inspection, Prediction};
-use lineside_api::spec::Task;
+use lineside_api::prediction::Inspection;
 use lineside_api::verdict::{OnError, RuleOutcome, Verdict};
 use lineside_common::clock;
 use lineside_ipc::frame::Frame;
@@ -119,7 +118,7 @@ impl Inspector {
         self.monitor.on_result();
         let mut state = self.state.lock();
         self.note_good_frame(&mut state);
-        let task = task_of(&inspection.prediction);
+        let task = inspection.prediction.task();
         let verdict = self.verdict(&mut state, inspection.rule.as_ref());
         self.metrics.count(verdict);
         let is_reported = state
@@ -205,15 +204,5 @@ impl Inspector {
                 self.on_error.verdict()
             }
         }
-    }
-}
-
-/// The task whose answer this is.
-fn task_of(prediction: &Prediction) -> Task {
-    match prediction {
-        Prediction::Classes(_) => Task::Classify,
-        Prediction::Detections(_) => Task::Detect,
-        Prediction::Anomaly { .. } => Task::Anomaly,
-        Prediction::Tensors(_) => Task::Tensor,
     }
 }

@@ -21,7 +21,6 @@ mod synthetic;
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -167,9 +166,8 @@ impl Admission {
     /// # Errors
     /// Why the model was not admitted.
     pub fn run(&self, model: &[u8], is_cancelled: impl Fn() -> bool) -> Result<Benchmark, Rejection> {
-        let program = std::env::current_exe().map_err(Rejection::not_started)?;
-        let mut command = Command::new(program);
-        command.arg(SUBCOMMAND).env_clear();
+        let mut command = child_process::own_command(SUBCOMMAND);
+        command.env_clear();
         let request = self.request.to_line().map_err(|error| Rejection::not_started(error.into()))?;
         let limits = self.request.limits;
         let output =

@@ -53,7 +53,7 @@ impl Store {
     }
 
     /// Writes the record of a version. A version that was pinned stays pinned. The record on disk is not rewritten when
-    /// only the time of the fetch differs, to spare the flash. A disk that accepts no writes is no error: the record names the
+    /// only the time of the fetch differs, to spare the flash. A disk that accepts no writes is not an error: the record names the
     /// version for people and bundles, and is written by the next start.
     ///
     /// # Errors

@@ -245,7 +245,7 @@ const PURE: [&str; 11] = [
     "agent/controller/src/liveness.rs",
     "agent/lineside/src/reconciler/status_builder.rs",
     "agent/mqtt/src/publisher/send_window.rs",
-    "runtime/scheduler/src/dispatcher.rs",
+    "runtime/scheduler/src/dispatcher/mod.rs",
 ];
 
 #[test]

@@ -107,11 +107,6 @@ impl DecodeBudget {
         u64::from(self.units_total) * UNIT_BYTES
     }
 
-    /// Bytes that no frame uses.
-    pub fn available_bytes(&self) -> u64 {
-        self.units.available_permits() as u64 * UNIT_BYTES
-    }
-
     /// Waits until the frame fits into the budget. Dropping the future gives up the place in the queue. The permit has to be
     /// kept until the worker has decoded the frame, in practice until its job has ended.
     ///
@@ -124,16 +119,6 @@ impl DecodeBudget {
             // The semaphore is never closed.
             Err(_) => std::future::pending().await,
         }
-    }
-
-    /// As [`DecodeBudget::acquire`], without waiting: `None` when the frame does not fit now. For a client that would rather
-    /// skip a frame.
-    ///
-    /// # Errors
-    /// As [`DecodeBudget::acquire`].
-    pub fn try_acquire(&self, frame: &Frame, pixels_max: u64) -> Result<Option<DecodePermit>, FrameRefusal> {
-        let units = self.units_of(frame, pixels_max)?;
-        Ok(self.units.clone().try_acquire_many_owned(units).ok().map(DecodePermit))
     }
 
     fn units_of(&self, frame: &Frame, pixels_max: u64) -> Result<u32, FrameRefusal> {
@@ -156,6 +141,19 @@ mod tests {
 
     const ANY: u64 = u64::MAX;
     const MIB: u64 = 1 << 20;
+
+    impl DecodeBudget {
+        /// Bytes that no frame uses.
+        fn available_bytes(&self) -> u64 {
+            self.units.available_permits() as u64 * UNIT_BYTES
+        }
+
+        /// As [`DecodeBudget::acquire`], without waiting: `None` when the frame does not fit now.
+        fn try_acquire(&self, frame: &Frame, pixels_max: u64) -> Result<Option<DecodePermit>, FrameRefusal> {
+            let units = self.units_of(frame, pixels_max)?;
+            Ok(self.units.clone().try_acquire_many_owned(units).ok().map(DecodePermit))
+        }
+    }
 
     /// The header of a PNG, and the beginning of its pixels.
     fn png(width: u32, height: u32, depth: u8, color: u8) -> Frame {

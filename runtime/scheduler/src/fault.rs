@@ -22,7 +22,7 @@ const RETRIES_MAX: u32 = 2;
 
 /// What made a worker end or hang.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// It is not known: nothing or more than one job was being executed, or the process was killed from outside.
     Unknown,
     /// The frame of a stream.
@@ -35,7 +35,7 @@ pub enum Fault {
 
 impl Fault {
     /// The name in logs.
-    pub fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Unknown => "unknown",
             Self::Frame => "frame",

@@ -22,6 +22,5 @@ mod queue;
 pub use decode_budget::{DecodeBudget, DecodePermit, FrameRefusal, FrameRefusalKind};
 pub use deployment::{Deployment, FaultRecorder, QUEUE_MAX, VersionSpec, WorkerFactory};
 pub use dispatcher::{BatchPolicy, SubmitErrorKind, VersionId};
-pub use fault::Fault;
 pub use job::{Answer, Job, JobOutcome, JobSink, Priority};
 pub use metrics::SchedulerMetrics;

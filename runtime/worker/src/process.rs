@@ -178,11 +178,6 @@ impl ProcessWorker {
         })?;
         Ok(Self { shared, board, engine, instances })
     }
-
-    /// Process id of the worker.
-    pub fn pid(&self) -> i32 {
-        self.shared.pid
-    }
 }
 
 impl Worker for ProcessWorker {

@@ -6,7 +6,7 @@
 //! never. Names are resolved here, every address is checked, and the connection goes to an address that was checked.
 
 use std::fmt;
-use std::io::{self, Read as _};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::str::FromStr;
@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use lineside_common::error_chain;
 use lineside_common::file_roots::FileRoots;
+use lineside_common::files::read_opened;
 use lineside_common::net::{AddressClass, AllowedHosts, ForbiddenAddress, classify, is_own_address};
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
@@ -31,12 +32,7 @@ impl SourcePolicy {
     /// Reads a regular file below an allowed folder, of at most `bytes_max` bytes.
     pub(crate) fn read(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
         let file = self.files.open(path).map_err(|error| io::Error::other(error_chain(&error)))?;
-        let mut bytes = Vec::new();
-        file.take(bytes_max + 1).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > bytes_max {
-            return Err(io::Error::other(format!("the file has more than {bytes_max} bytes")));
-        }
-        Ok(bytes)
+        read_opened(file, bytes_max)
     }
 }
 

@@ -129,8 +129,16 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
 /// # Errors
 /// The error of the file system; also when the path is not a regular file, or the file is larger than `bytes_max`.
 pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    read_opened(open_regular(path)?, bytes_max)
+}
+
+/// As [`read_bounded`], of a file that was opened and checked already.
+///
+/// # Errors
+/// As [`read_bounded`].
+pub fn read_opened(file: File, bytes_max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    open_regular(path)?.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes)?;
+    file.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > bytes_max {
         return Err(io::Error::other(format!("the file has more than {bytes_max} bytes")));
     }

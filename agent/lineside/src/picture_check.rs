@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lineside_common::child_process::{self, ChildPriority, ProcessLimits};
+use lineside_common::sandbox::restrict_myself;
 use lineside_inference::decode::{DecodeLimits, decode};
 use lineside_ipc::jpeg::{self, Extent};
 use lineside_ipc::picture_header::{HeaderError, PictureFormat, PictureHeader};
@@ -98,6 +99,7 @@ pub fn child_main() -> Result<(), PictureCheckError> {
         cpu_seconds: Some(CPU_SECONDS),
         priority: ChildPriority::Background,
     })?;
+    restrict_myself();
     decode(&bytes, &limits).map(drop).map_err(|_| PictureCheckError::NotDecoded("they cannot be decoded"))
 }
 

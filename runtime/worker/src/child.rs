@@ -18,8 +18,7 @@ use parking_lot::Mutex;
 
 use crate::activity::FileBoard;
 use crate::in_process::InProcessWorker;
-use crate::protocol::{HANDSHAKE, Item, Request, Response, Start};
-use crate::rule_cache::RULES_MAX;
+use crate::protocol::{HANDSHAKE, Item, RULES_MAX, Request, Response, Start};
 use crate::{BatchReply, EventSink, WorkError, WorkErrorKind, WorkItem, Worker as _, WorkerEvent};
 
 /// Why a worker process ends early.

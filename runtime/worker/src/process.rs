@@ -4,8 +4,8 @@
 //! child once, with the exit status and the last output. Dropping the worker kills the child, so a version is drained before it
 //! is dropped.
 
-use std::collections::HashMap;
-use std::io;
+use std::collections::{BTreeSet, HashMap};
+use std::io::{self, Write};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -20,8 +20,7 @@ use parking_lot::Mutex;
 
 use crate::activity::{Activity, FileBoard};
 use crate::in_process::{BATCHES_PER_INSTANCE, THREADS_PER_INSTANCE};
-use crate::protocol::{HANDSHAKE, Item, Request, Response, Start};
-use crate::rule_cache::RULES_MAX;
+use crate::protocol::{HANDSHAKE, Item, RULES_MAX, Request, Response, Start};
 use crate::{BatchId, EventSink, SUBCOMMAND, WorkError, WorkErrorKind, WorkItem, Worker, WorkerEvent};
 
 /// Bytes of a frame slot: the largest encoded frame of a source, and an uncompressed picture of 32 megapixels.
@@ -32,6 +31,9 @@ const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 const KILL: i32 = 9;
 /// Time from the closing of its socket to the end of the process.
 const END_GRACE: Duration = Duration::from_secs(1);
+/// Longest time that a message waits for a child that does not read. Messages are small, so a child that works never fills the
+/// socket; the scheduler must not wait for one that does not.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How a worker process is started.
 #[derive(Debug, Clone)]
@@ -60,6 +62,8 @@ pub enum StartError {
     Ended {
         /// How it ended.
         reason: String,
+        /// Whether something outside of the process killed it, such as the system because the node is out of memory.
+        is_external: bool,
     },
     /// The model was not loaded within the deadline.
     #[error("the worker process did not load the model within {0:?}")]
@@ -87,7 +91,7 @@ impl StartError {
     /// The kind, to branch on.
     pub fn kind(&self) -> StartErrorKind {
         match self {
-            Self::Child(_) | Self::SetUp(_) => StartErrorKind::Node,
+            Self::Child(_) | Self::SetUp(_) | Self::Ended { is_external: true, .. } => StartErrorKind::Node,
             Self::Manifest(_) => StartErrorKind::Manifest,
             Self::Ended { .. } | Self::Deadline(_) | Self::Model(_) => StartErrorKind::Model,
         }
@@ -115,7 +119,13 @@ struct Sending {
     free: Vec<usize>,
     /// Slot and length of each frame, by batch.
     batches: HashMap<BatchId, Vec<(usize, usize)>>,
-    rules: HashMap<Arc<str>, u32>,
+    rules: SentRules,
+}
+
+/// The rules that the child knows.
+#[derive(Default)]
+struct SentRules {
+    ids: HashMap<Arc<str>, u32>,
 }
 
 impl ProcessWorker {
@@ -159,13 +169,14 @@ impl ProcessWorker {
             slot_bytes: layout.slot_bytes,
         };
         let pid = child.pid();
+        socket.set_write_timeout(Some(WRITE_TIMEOUT))?;
         let shared = Arc::new(Shared {
             socket,
             sending: Mutex::new(Sending {
                 slots,
                 free: (0..layout.slots).rev().collect(),
                 batches: HashMap::new(),
-                rules: HashMap::new(),
+                rules: SentRules::default(),
             }),
             child: Mutex::new(child),
             pid,
@@ -224,7 +235,7 @@ impl Drop for ProcessWorker {
 impl Shared {
     /// Hands the descriptors and the model to the child and waits until it is ready. Returns the name of the engine.
     fn load(&self, start: &Start, model: &[u8], board: &FileBoard, deadline: Duration) -> Result<String, StartError> {
-        let ended = |_| StartError::Ended { reason: self.end(END_GRACE).0 };
+        let ended = |_| self.ended_while_loading();
         let mut file = FrameSlots::new("lineside-model", SlotLayout { slots: 1, slot_bytes: model.len() })?;
         file.write(0, model)?;
         let frames = self.sending.lock().slots.read_only_descriptor()?;
@@ -246,8 +257,13 @@ impl Shared {
             Some(Response::Ready { engine }) => Ok(engine),
             Some(Response::Failed { is_manifest: true, reason }) => Err(StartError::Manifest(reason)),
             Some(Response::Failed { is_manifest: false, reason }) => Err(StartError::Model(reason)),
-            Some(Response::Reply(_)) | None => Err(StartError::Ended { reason: self.end(END_GRACE).0 }),
+            Some(Response::Reply(_)) | None => Err(self.ended_while_loading()),
         }
+    }
+
+    fn ended_while_loading(&self) -> StartError {
+        let (reason, is_external) = self.end(END_GRACE);
+        StartError::Ended { reason, is_external }
     }
 
     fn submit(&self, batch: BatchId, items: &[WorkItem]) -> Result<(), ChannelError> {
@@ -255,8 +271,9 @@ impl Shared {
         let mut used: Vec<(usize, usize)> = Vec::with_capacity(items.len());
         let mut wire = Vec::with_capacity(items.len());
         let now = Instant::now();
+        sending.rules.define(items.iter().filter_map(|item| item.rule.as_ref()), &self.socket)?;
         for item in items {
-            let rule = item.rule.as_ref().map(|rule| sending.rule_id(rule, &self.socket)).transpose()?;
+            let rule = item.rule.as_ref().and_then(|rule| sending.rules.ids.get(rule)).copied();
             let bytes = &item.frame.data;
             let slot = sending.free.pop().ok_or_else(|| io::Error::other("the worker holds too many frames"))?;
             used.push((slot, bytes.len()));
@@ -310,27 +327,77 @@ impl Shared {
     }
 }
 
-impl Sending {
-    /// The id of a rule in the child, which is sent first where the child does not know it.
-    fn rule_id(&mut self, rule: &Arc<str>, socket: &UnixStream) -> Result<u32, ChannelError> {
-        if let Some(id) = self.rules.get(rule) {
-            return Ok(*id);
+impl SentRules {
+    /// Sends the rules of a batch that the child does not know. Where they do not fit beside the known ones, all of those are
+    /// forgotten first, so that an id never changes its meaning within a batch; batches that the child received before have
+    /// their rules already.
+    fn define<'a>(
+        &mut self,
+        batch: impl Iterator<Item = &'a Arc<str>> + Clone,
+        mut socket: impl Write,
+    ) -> Result<(), ChannelError> {
+        let unknown: BTreeSet<&Arc<str>> = batch.clone().filter(|rule| !self.ids.contains_key(*rule)).collect();
+        if self.ids.len() + unknown.len() > RULES_MAX {
+            send(&mut socket, &Request::ClearRules)?;
+            self.ids.clear();
         }
-        if self.rules.len() >= RULES_MAX {
-            // Batches that the child received before have their rules already.
-            send(socket, &Request::ClearRules)?;
-            self.rules.clear();
+        for rule in batch {
+            if !self.ids.contains_key(rule) {
+                let id = self.ids.len() as u32;
+                send(&mut socket, &Request::Rule { id, text: rule.to_string() })?;
+                self.ids.insert(rule.clone(), id);
+            }
         }
-        let id = self.rules.len() as u32;
-        send(socket, &Request::Rule { id, text: rule.to_string() })?;
-        self.rules.insert(rule.clone(), id);
-        Ok(id)
+        Ok(())
     }
+}
 
+impl Sending {
     fn release(&mut self, batch: BatchId) {
         for (slot, length) in self.batches.remove(&batch).unwrap_or_default() {
             self.slots.release(slot, length);
             self.free.push(slot);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a child knows after it has received messages.
+    fn known(messages: &[u8]) -> HashMap<u32, String> {
+        let mut rules = HashMap::new();
+        let mut messages = messages;
+        while let Some(message) = receive::<Request>(&mut messages).unwrap() {
+            match message {
+                Request::Rule { id, text } => assert_eq!(rules.insert(id, text), None, "an id is defined twice"),
+                Request::ClearRules => rules.clear(),
+                Request::Batch { .. } => panic!("no batch was sent"),
+            }
+        }
+        rules
+    }
+
+    #[test]
+    fn every_rule_of_a_batch_keeps_its_id_when_earlier_rules_are_forgotten() {
+        let (mut rules, mut sent) = (SentRules::default(), Vec::new());
+        for index in 0..RULES_MAX {
+            rules.define([&Arc::from(format!("rule {index}"))].into_iter(), &mut sent).unwrap();
+        }
+        assert_eq!(known(&sent).len(), RULES_MAX);
+        let batch: Vec<Arc<str>> = ["rule 0", "new", "rule 1", "new", "newer"].map(Arc::from).into();
+        rules.define(batch.iter(), &mut sent).unwrap();
+        let known = known(&sent);
+        assert_eq!(known.len(), 4, "{known:?}");
+        for rule in &batch {
+            assert_eq!(known[&rules.ids[rule]], **rule);
+        }
+    }
+
+    #[test]
+    fn a_kill_from_outside_is_not_a_fault_of_the_model() {
+        let ended = |is_external| StartError::Ended { reason: String::new(), is_external }.kind();
+        assert_eq!((ended(true), ended(false)), (StartErrorKind::Node, StartErrorKind::Model));
     }
 }

@@ -9,6 +9,9 @@ use crate::{BatchId, BatchReply};
 /// The handshake line of the child.
 pub(crate) const HANDSHAKE: &str = "lineside-worker 1";
 
+/// Rules that the child knows at once, more than the frames of any batch.
+pub(crate) const RULES_MAX: usize = 2048;
+
 /// The first message to the child: what to serve.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Start {

@@ -9,8 +9,8 @@ use lineside_api::prediction::Inspection;
 use lineside_api::verdict::RuleOutcome;
 use lineside_rules::{FrameFacts, Rule};
 
-/// Rules that are kept. A node has fewer streams.
-pub(crate) const RULES_MAX: usize = 256;
+/// Compiled rules that are kept. A node has fewer streams.
+const RULES_MAX: usize = 256;
 
 /// The rules that a thread has evaluated.
 #[derive(Default)]

@@ -149,7 +149,7 @@ impl StreamClient {
                 if must_keep {
                     // The receiver is our own field. The frame is in the channel during the delay, so that a failure of the task
                     // does not lose it.
-                    self.shared.retry.send((number, pending)).ok();
+                    self.shared.retry(number, pending);
                     if kind == SubmitErrorKind::QueueFull {
                         tokio::time::sleep(RETRY_DELAY).await;
                     }
@@ -172,11 +172,17 @@ async fn take(mailbox: &MailboxReceiver, in_flight: &Arc<Semaphore>) -> Pending 
 }
 
 impl Shared {
+    /// Puts a frame back. It gives up its share of the memory for decoding: no version may serve for a long time.
+    fn retry(&self, number: u64, pending: Pending) {
+        // The receiver belongs to the same client.
+        self.retry.send((number, Pending { decoding: None, ..pending })).ok();
+    }
+
     fn on_outcome(&self, number: u64, pending: Pending, outcome: JobOutcome) {
         match outcome {
             // A version was stopped under the frame. Where the stream is stopped as well, nobody receives it.
             JobOutcome::Cancelled if pending.taken.frame.must_keep => {
-                self.retry.send((number, pending)).ok();
+                self.retry(number, pending);
             }
             JobOutcome::Cancelled => {
                 self.inspector.count_skipped();

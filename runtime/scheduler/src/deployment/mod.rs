@@ -21,7 +21,7 @@ use lineside_worker::{EventSink, StartError, WorkErrorKind, Worker, WorkerEvent}
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
 
-use self::replacement::restart_budget;
+use self::replacement::{Look, restart_budget};
 use crate::dispatcher::{Actions, BatchPolicy, Dispatcher, SubmitErrorKind, VersionId, WorkerSize};
 use crate::job::{Job, JobOutcome};
 use crate::metrics::{DeploymentMetrics, SchedulerMetrics};
@@ -87,8 +87,8 @@ struct LiveWorker {
     generation: u64,
     version: Arc<ServedVersion>,
     budget: RestartBudget,
-    /// Processor time at the last look at a worker that takes long, and the number of looks.
-    looks: (Option<Duration>, u32),
+    /// The last look at a batch that takes long.
+    look: Option<Look>,
 }
 
 /// What does not change while a version serves.
@@ -199,7 +199,7 @@ impl Deployment {
             generation: 0,
             version: version.clone(),
             budget: restart_budget(),
-            looks: (None, 0),
+            look: None,
         };
         state.workers.insert(id, live);
         state.dispatcher.add(id, version.info.clone(), weight, policy, size);
@@ -369,8 +369,8 @@ impl Shared {
                     Some(Ok(())) | None => {}
                 }
             }
-            for id in overdue {
-                ended.extend(self.on_overdue(&mut state, id, now));
+            for (id, batch) in overdue {
+                ended.extend(self.on_overdue(&mut state, id, batch, now));
             }
             self.metrics.set_waiting(state.dispatcher.waiting());
             if is_idle {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use lineside_common::backoff::Backoff;
 use lineside_common::supervised_child::RestartBudget;
-use lineside_worker::Worker;
+use lineside_worker::{BatchId, Worker};
 use parking_lot::{Condvar, Mutex};
 
 use super::{ServedVersion, Shared, State, deliver};
@@ -31,6 +31,28 @@ const RESTART_DELAY: (Duration, Duration) = (Duration::from_secs(1), Duration::f
 const EXTENSIONS_MAX: u32 = 9;
 /// The reason for the replacement of a worker that takes too long.
 const OVERDUE: &str = "the execution limit was exceeded";
+
+/// A look at a worker that executes a batch for longer than its limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Look {
+    batch: BatchId,
+    /// Processor time of the worker at that moment.
+    used: Duration,
+    /// Looks at this batch.
+    count: u32,
+}
+
+impl Look {
+    /// The next look at a worker, after which its batch gets the limit again. `None` when the worker has had at least half of the
+    /// processor time since the last look at this batch, or after too many looks.
+    fn next(before: Option<Self>, batch: BatchId, used: Duration, limit: Duration) -> Option<Self> {
+        // A look at an earlier batch says nothing of this one.
+        let before = before.filter(|look| look.batch == batch);
+        let has_run = before.is_some_and(|look| used.saturating_sub(look.used) >= limit / 2);
+        let count = before.map_or(1, |look| look.count + 1);
+        (!has_run && count <= EXTENSIONS_MAX).then_some(Self { batch, used, count })
+    }
+}
 
 fn backoff() -> Backoff {
     let (first, cap) = RESTART_DELAY;
@@ -59,18 +81,16 @@ impl Shared {
         self: &Arc<Self>,
         state: &mut State,
         id: VersionId,
+        batch: BatchId,
         now: Instant,
     ) -> Vec<(Job, JobOutcome)> {
-        let used = state.workers.get(&id).and_then(|live| live.worker.as_ref()).map(|worker| worker.cpu_time());
-        if let (Some(live), Some(Some(used))) = (state.workers.get_mut(&id), used) {
-            let (before, looks) = live.looks;
-            let limit = live.version.execution_limit;
-            let has_run = before.is_some_and(|before| used.saturating_sub(before) >= limit / 2);
-            if !has_run && looks < EXTENSIONS_MAX {
-                live.looks = (Some(used), looks + 1);
-                state.dispatcher.extend_limit(id, now);
-                return Vec::new();
-            }
+        if let Some(live) = state.workers.get_mut(&id)
+            && let Some(used) = live.worker.as_ref().and_then(|worker| worker.cpu_time())
+            && let Some(look) = Look::next(live.look, batch, used, live.version.execution_limit)
+        {
+            live.look = Some(look);
+            state.dispatcher.extend_limit(id, now);
+            return Vec::new();
         }
         self.begin_replacement(state, id, false, OVERDUE)
     }
@@ -86,7 +106,7 @@ impl Shared {
         let Some(live) = state.workers.get_mut(&id) else { return Vec::new() };
         let Some(worker) = live.worker.take() else { return Vec::new() };
         live.generation += 1;
-        live.looks = (None, 0);
+        live.look = None;
         let (mut ended, fault) = state.dispatcher.on_worker_ended(id, &worker.activity(), is_external, why);
         let version = live.version.clone();
         let replacement = Replacement {
@@ -200,4 +220,29 @@ fn start_again(
 fn wait(delay: Duration) {
     let (never, lock) = (Condvar::new(), Mutex::new(()));
     never.wait_for(&mut lock.lock(), delay);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(2);
+
+    #[test]
+    fn a_worker_without_processor_time_gets_the_limit_again_some_times() {
+        let mut look = None;
+        for _ in 0..EXTENSIONS_MAX {
+            look = Look::next(look, 1, Duration::from_secs(7), LIMIT);
+            assert!(look.is_some());
+        }
+        assert_eq!(Look::next(look, 1, Duration::from_secs(7), LIMIT), None);
+    }
+
+    #[test]
+    fn a_worker_that_runs_is_given_up_and_time_spent_on_earlier_batches_does_not_count() {
+        let first = Look::next(None, 1, Duration::from_secs(10), LIMIT);
+        assert_eq!(Look::next(first, 1, Duration::from_secs(11), LIMIT), None);
+        let second = Look::next(first, 2, Duration::from_secs(3600), LIMIT);
+        assert_eq!(second, Some(Look { batch: 2, used: Duration::from_secs(3600), count: 1 }));
+    }
 }

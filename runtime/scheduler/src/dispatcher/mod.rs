@@ -58,8 +58,8 @@ pub(crate) struct Actions {
     pub(crate) batches: Vec<(VersionId, BatchId, Vec<WorkItem>)>,
     /// Jobs that have ended.
     pub(crate) ended: Vec<(Job, JobOutcome)>,
-    /// Versions whose worker has exceeded its execution limit.
-    pub(crate) overdue: Vec<VersionId>,
+    /// Versions whose worker has exceeded its execution limit, with the batch that it has executed for the longest time.
+    pub(crate) overdue: Vec<(VersionId, BatchId)>,
     /// When to ask again, if nothing happens before.
     pub(crate) wake_at: Option<Instant>,
 }
@@ -246,10 +246,11 @@ impl Dispatcher {
             let (late, suspects) = version.suspects.drain(..).partition::<Vec<_>, _>(|job| job.is_expired(now));
             (version.suspects, _) = (suspects.into(), expired.extend(late));
             actions.ended.extend(expired.into_iter().map(|job| (job, JobOutcome::Expired)));
-            if let Some(since) = version.in_flight.values().filter_map(|batch| batch.executing_since).min() {
+            let executing = version.in_flight.iter().filter_map(|(batch, held)| Some((held.executing_since?, *batch)));
+            if let Some((since, batch)) = executing.min() {
                 let limit = since + version.policy.execution_limit;
                 if limit <= now {
-                    actions.overdue.push(*id);
+                    actions.overdue.push((*id, batch));
                 } else {
                     wake(limit);
                 }

@@ -126,7 +126,7 @@ fn every_job_ends_exactly_once_whatever_happens() {
                 executing.push((id, batch, items));
             }
             end(actions.ended);
-            for id in actions.overdue {
+            for (id, _) in actions.overdue {
                 if random.bool() {
                     dispatcher.extend_limit(id, now);
                     continue;
@@ -308,10 +308,10 @@ fn the_execution_limit_begins_when_a_batch_is_executed() {
     };
     end(dispatcher.on_reply(id, reply(batches[0], &items("1")), start + half));
     assert!(dispatcher.poll(start + 2 * half).overdue.is_empty(), "the second batch waited for the first");
-    assert_eq!(dispatcher.poll(start + 3 * half).overdue, [id]);
+    assert_eq!(dispatcher.poll(start + 3 * half).overdue, [(id, batches[1])]);
     dispatcher.extend_limit(id, start + 3 * half);
     assert!(dispatcher.poll(start + 4 * half).overdue.is_empty());
-    assert_eq!(dispatcher.poll(start + 6 * half).overdue, [id]);
+    assert_eq!(dispatcher.poll(start + 6 * half).overdue, [(id, batches[1])]);
     end(dispatcher.remove(id));
 }
 

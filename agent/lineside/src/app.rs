@@ -160,6 +160,8 @@ impl App {
         let (desired_sender, desired) = watch::channel(None);
         let (mut tasks, cluster) = shared.follow_desired_state(&config, desired_sender).await?;
         let node = Node { name: config.node.clone(), labels: config.labels.clone() };
+        let memory = MemoryBudget::of_node();
+        tasks.extend(memory.enforce(&shared.supervisor));
         let loader: Arc<dyn VersionLoader> = Arc::new(Arc::new(LoadContext {
             fetcher: Fetcher::new(
                 shared.store.clone(),
@@ -175,7 +177,8 @@ impl App {
                 result_bytes: RECORD_BYTES_MAX,
             },
             metrics: AdmissionMetrics::register(&shared.registrar)?,
-            memory: MemoryBudget::of_node(),
+            memory,
+            decode_bytes: config.sources.decode_bytes,
             turn: Arc::new(Semaphore::new(1)),
         }));
         let blobs = shared.store.clone();

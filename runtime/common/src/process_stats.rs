@@ -31,6 +31,13 @@ pub fn memory_bytes(field: &str) -> u64 {
     bytes_of(&std::fs::read_to_string("/proc/self/status").unwrap_or_default(), field)
 }
 
+/// Memory of a process that only it uses, or that it shares without a file, in bytes: what its control group is charged for it.
+/// `None` when it does not exist.
+pub fn private_bytes(pid: i32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    Some(bytes_of(&status, "RssAnon").saturating_add(bytes_of(&status, "RssShmem")))
+}
+
 fn bytes_of(status: &str, field: &str) -> u64 {
     let kib = status
         .lines()

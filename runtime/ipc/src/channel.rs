@@ -76,14 +76,25 @@ pub fn send(mut socket: impl Write, message: &impl Serialize) -> Result<(), Chan
 ///
 /// # Errors
 /// [`ChannelErrorKind`]; the connection cannot be used afterwards.
-pub fn receive<T: DeserializeOwned>(mut socket: impl Read) -> Result<Option<T>, ChannelError> {
+pub fn receive<T: DeserializeOwned>(socket: impl Read) -> Result<Option<T>, ChannelError> {
+    receive_at_most(socket, MESSAGE_BYTES_MAX)
+}
+
+/// As [`receive`], with a smaller limit of the body in bytes.
+///
+/// # Errors
+/// As those of [`receive`].
+pub fn receive_at_most<T: DeserializeOwned>(
+    mut socket: impl Read,
+    bytes_max: usize,
+) -> Result<Option<T>, ChannelError> {
     let mut head = [0; 4];
     match socket.read(&mut head)? {
         0 => return Ok(None),
         read => socket.read_exact(head.get_mut(read..).unwrap_or_default())?,
     }
     let bytes = u32::from_le_bytes(head) as usize;
-    if bytes > MESSAGE_BYTES_MAX {
+    if bytes > bytes_max.min(MESSAGE_BYTES_MAX) {
         return Err(ChannelError::TooLarge { bytes });
     }
     // Grows with what arrives, not with what the length says.

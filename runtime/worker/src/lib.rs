@@ -33,7 +33,7 @@ use lineside_ipc::frame::Frame;
 pub use activity::{Activity, ActivityBoard, MemoryBoard, Stage};
 pub use child::{WorkerChildError, main as child_main};
 pub use in_process::InProcessWorker;
-pub use process::{ProcessOptions, ProcessWorker, StartError, StartErrorKind};
+pub use process::{ProcessHandle, ProcessOptions, ProcessWorker, StartError, StartErrorKind};
 
 /// The hidden subcommand that runs [`child_main`].
 pub const SUBCOMMAND: &str = "worker-child";
@@ -117,7 +117,7 @@ pub trait Worker: Send + Sync {
     /// the worker ends first. Must not block while fewer than [`Worker::capacity`] batches are unanswered.
     ///
     /// # Errors
-    /// [`WorkErrorKind::Worker`] when the worker has ended; [`WorkErrorKind::Frame`] for a frame that it cannot take, which
+    /// [`WorkErrorKind::Worker`] when the worker has ended and will not report it; [`WorkErrorKind::Frame`] for a frame that it cannot take, which
     /// fails this batch only.
     fn submit(&self, batch: BatchId, items: Vec<WorkItem>) -> Result<(), WorkError>;
 

@@ -5,16 +5,16 @@
 //! is dropped.
 
 use std::collections::{BTreeSet, HashMap};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use lineside_api::spec::ModelSpec;
 use lineside_common::child_process::{ChildExit, ProcessLimits, own_command};
 use lineside_common::supervised_child::{ChildError, ChildOptions, SupervisedChild};
-use lineside_ipc::channel::{ChannelError, receive, send, send_descriptor};
+use lineside_ipc::channel::{ChannelError, receive, receive_at_most, send, send_descriptor};
 use lineside_ipc::shared_memory::{self, FrameSlots, SlotLayout};
 use parking_lot::Mutex;
 
@@ -34,6 +34,9 @@ const END_GRACE: Duration = Duration::from_secs(1);
 /// Longest time that a message waits for a child that does not read. Messages are small, so a child that works never fills the
 /// socket; the scheduler must not wait for one that does not.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Largest message of a child that loads its model, in bytes.
+const LOADED_BYTES_MAX: usize = 1 << 20;
 
 /// How a worker process is started.
 #[derive(Debug, Clone)]
@@ -111,6 +114,28 @@ struct Shared {
     sending: Mutex<Sending>,
     child: Mutex<SupervisedChild>,
     pid: i32,
+    /// Why the agent killed the child, where it did.
+    killed: Mutex<Option<String>>,
+}
+
+/// A worker process, for what watches over processes. It does not keep the worker.
+#[derive(Clone)]
+pub struct ProcessHandle(Weak<Shared>);
+
+impl ProcessHandle {
+    /// Memory of the process in bytes; `None` when the worker is gone.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        lineside_common::process_stats::private_bytes(self.0.upgrade()?.pid)
+    }
+
+    /// Kills the process. Its worker ends with this reason, as if the process had failed by itself.
+    pub fn kill(&self, reason: String) {
+        let Some(shared) = self.0.upgrade() else { return };
+        *shared.killed.lock() = Some(reason);
+        if let Err(error) = shared.child.lock().finish(Duration::ZERO) {
+            tracing::error!(event = "worker_not_killed", pid = shared.pid, %error, "A worker process cannot be killed");
+        }
+    }
 }
 
 /// What belongs to the frames that the child holds.
@@ -180,6 +205,7 @@ impl ProcessWorker {
             }),
             child: Mutex::new(child),
             pid,
+            killed: Mutex::new(None),
         });
         let engine = shared.load(&start, model, &board, options.load_deadline)?;
         let receiving = shared.clone();
@@ -191,6 +217,13 @@ impl ProcessWorker {
     }
 }
 
+impl ProcessWorker {
+    /// Its process.
+    pub fn handle(&self) -> ProcessHandle {
+        ProcessHandle(Arc::downgrade(&self.shared))
+    }
+}
+
 impl Worker for ProcessWorker {
     fn submit(&self, batch: BatchId, items: Vec<WorkItem>) -> Result<(), WorkError> {
         if let Some(bytes) = items.iter().map(|item| item.frame.data.len()).find(|bytes| *bytes > SLOT_BYTES) {
@@ -199,9 +232,19 @@ impl Worker for ProcessWorker {
                 format!("the frame has {bytes} bytes; at most {SLOT_BYTES} fit"),
             ));
         }
-        self.shared
-            .submit(batch, &items)
-            .map_err(|error| WorkError::new(WorkErrorKind::Worker, lineside_common::error_chain(&error)))
+        if let Err(error) = self.shared.submit(batch, &items) {
+            // The thread that receives replies sees the end of the connection, ends the child, and reports how it ended and what
+            // ended it. Both are not known here.
+            let error = lineside_common::error_chain(&error);
+            tracing::debug!(
+                event = "batch_not_sent",
+                pid = self.shared.pid,
+                error,
+                "A batch cannot be sent to a worker"
+            );
+            self.shared.socket.shutdown(std::net::Shutdown::Both).ok();
+        }
+        Ok(())
     }
 
     fn capacity(&self) -> usize {
@@ -243,10 +286,9 @@ impl Shared {
         send_descriptor(&self.socket, file.read_only_descriptor()?.as_fd()).map_err(ChannelError::Io).map_err(ended)?;
         send_descriptor(&self.socket, board.file().as_fd()).map_err(ChannelError::Io).map_err(ended)?;
         send(&self.socket, start).map_err(ended)?;
-        self.socket.set_read_timeout(Some(deadline))?;
-        let started = Instant::now();
-        let response = match receive::<Response>(&self.socket) {
-            Err(_) if started.elapsed() >= deadline => {
+        let until = Instant::now() + deadline;
+        let response = match receive_at_most(UntilDeadline { socket: &self.socket, until }, LOADED_BYTES_MAX) {
+            Err(_) if Instant::now() >= until => {
                 self.end(Duration::ZERO);
                 return Err(StartError::Deadline(deadline));
             }
@@ -315,8 +357,10 @@ impl Shared {
         self.socket.shutdown(std::net::Shutdown::Both).ok();
         let mut child = self.child.lock();
         let own_end = child.wait(grace);
-        let is_external = matches!(own_end, Ok(Some(ChildExit::Signal(signal))) if signal == KILL);
+        let killed = self.killed.lock().clone();
+        let is_external = killed.is_none() && matches!(own_end, Ok(Some(ChildExit::Signal(signal))) if signal == KILL);
         match child.finish(Duration::ZERO) {
+            Ok(_) if killed.is_some() => (killed.unwrap_or_default(), false),
             Ok(exit) => {
                 let output = child.stderr();
                 let separator = if output.is_empty() { "" } else { ": " };
@@ -324,6 +368,23 @@ impl Shared {
             }
             Err(error) => (format!("the worker process cannot be ended: {error}"), false),
         }
+    }
+}
+
+/// Reads from a socket until a moment, however the bytes are spread.
+struct UntilDeadline<'a> {
+    socket: &'a UnixStream,
+    until: Instant,
+}
+
+impl Read for UntilDeadline<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.socket.set_read_timeout(Some(left))?;
+        self.socket.read(buffer)
     }
 }
 

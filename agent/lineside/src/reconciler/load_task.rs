@@ -18,6 +18,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use lineside_api::kinds::ModelManifest;
 use lineside_api::message::ModelInfo;
+use lineside_api::spec::Isolation;
 use lineside_api::state::ModelState;
 use lineside_api::status::Download;
 use lineside_common::digest::Digest;
@@ -64,6 +65,8 @@ pub struct LoadContext {
     pub metrics: AdmissionMetrics,
     /// The memory that all workers share.
     pub memory: Arc<MemoryBudget>,
+    /// Bytes of pictures that may be decoded at once.
+    pub decode_bytes: u64,
     /// Held from `Verifying` on.
     pub turn: Arc<Semaphore>,
 }
@@ -297,10 +300,7 @@ fn admit_and_serve(
     }
     // Whatever fails from here on is a fault of the model, its manifest or its golden samples.
     progress.set(ModelState::Vetting);
-    // A child that is allowed more than the node has makes the system kill the agent instead.
-    let free_bytes = context.memory.free_bytes().unwrap_or(u64::MAX).max(ADMISSION_BYTES_MIN);
-    let limits = AdmissionLimits { memory_bytes: context.limits.memory_bytes.min(free_bytes), ..context.limits };
-    let admission = Admission::new(manifest, digest, limits)
+    let admission = Admission::new(manifest, digest, context.limits)
         .map_err(|rejection| refused(context, request, digest, None, rejection))?;
     let record: FailureRecord = context.store.read_digest_record(digest).unwrap_or_default();
     if record.quarantined && record.key.as_ref() == Some(admission.key()) {
@@ -317,7 +317,7 @@ fn admit_and_serve(
         });
     let benchmark = match known {
         Some(verdict) => verdict.benchmark,
-        None => match run_admission(context, request, digest, &admission, &bytes)? {
+        None => match run_admission(context, request, digest, deployment, &admission, &bytes)? {
             Some(benchmark) => benchmark,
             None => return Ok(None),
         },
@@ -326,21 +326,25 @@ fn admit_and_serve(
     if is_superseded() {
         return Ok(None);
     }
-    let loading = FailureRecord { unfinished_loads: record.unfinished_loads + 1, ..record.clone() };
-    context.store.write_digest_record(digest, &loading)?;
-    if manifest.stop_first && deployment.serving().is_some() {
-        tracing::info!(
-            event = "version_stopped_first",
-            model = manifest.name,
-            version = manifest.version,
-            "The version before is stopped first"
-        );
-        deployment.stop();
+    if manifest.stop_first {
+        stop_serving(manifest, deployment);
     }
     let instances = manifest.spec.runtime.instances.unwrap_or(1);
     let reservation =
         context.memory.reserve(benchmark.peak_memory_bytes, instances).map_err(|error| error.to_string())?;
-    let admitted = Admitted { manifest, digest: *digest, key: *admission.key(), benchmark: &benchmark, model: bytes };
+    // A load in a process of its own cannot end the agent.
+    if manifest.spec.runtime.isolation == Some(Isolation::InProcess) {
+        let loading = FailureRecord { unfinished_loads: record.unfinished_loads + 1, ..record.clone() };
+        context.store.write_digest_record(digest, &loading)?;
+    }
+    let admitted = Admitted {
+        manifest,
+        digest: *digest,
+        key: *admission.key(),
+        benchmark: &benchmark,
+        model: bytes,
+        decode_bytes: context.decode_bytes,
+    };
     let spec = version_spec(admitted, &context.store, reservation);
     let (id, info) = match deployment.replace(spec) {
         Ok(replaced) => replaced,
@@ -349,11 +353,18 @@ fn admit_and_serve(
             return Err(refused(context, request, digest, Some(admission.key()), rejection));
         }
     };
-    // A success clears the failures of this manifest; those of another manifest are kept, and so are faults while serving.
+    // Faults of the worker while it serves are recorded by another thread.
     let after: FailureRecord = context.store.read_digest_record(digest).unwrap_or_default();
-    let is_own = record.key.is_none() || record.key.as_ref() == Some(admission.key());
-    let kept = if is_own { FailureRecord::default() } else { FailureRecord { unfinished_loads: 0, ..record } };
-    let kept = FailureRecord { faults: after.faults, ..kept };
+    if after.quarantined && after.key.as_ref() == Some(admission.key()) {
+        return Err(quarantined(&after, digest));
+    }
+    // A success clears the failures of this manifest; those of another manifest are kept, and so are faults while serving.
+    let is_own = after.key.is_none() || after.key.as_ref() == Some(admission.key());
+    let kept = if is_own {
+        FailureRecord { faults: after.faults, ..FailureRecord::default() }
+    } else {
+        FailureRecord { unfinished_loads: 0, ..after }
+    };
     match kept == FailureRecord::default() {
         true => context.store.delete_digest_record(DigestRecordKind::Failure, digest).map(drop)?,
         false => context.store.write_digest_record(digest, &kept)?,
@@ -372,17 +383,47 @@ fn rejection(error: &StartError) -> Rejection {
     }
 }
 
+/// Ends the version that serves, because its memory is needed.
+fn stop_serving(manifest: &ModelManifest, deployment: &Deployment) -> bool {
+    let serves = deployment.serving().is_some();
+    if serves {
+        tracing::info!(
+            event = "version_stopped_first",
+            model = manifest.name,
+            version = manifest.version,
+            "The version before is stopped first"
+        );
+        deployment.stop();
+    }
+    serves
+}
+
+/// Runs the admission in the memory that is free. `None` when the manifest changed meanwhile.
 fn run_admission(
     context: &LoadContext,
     request: &LoadRequest,
     digest: &Digest,
+    deployment: &Deployment,
     admission: &Admission,
     bytes: &[u8],
 ) -> Result<Option<Benchmark>, LoadFailure> {
     let manifest = &request.manifest;
     request.progress.set(ModelState::Vetting);
     let started = Instant::now();
-    let benchmark = match admission.run(bytes, || request.superseded.is_cancelled()) {
+    let run = || {
+        // A child that is allowed more than the node has makes the system kill the agent instead.
+        let free_bytes = context.memory.free_bytes().unwrap_or(u64::MAX).max(ADMISSION_BYTES_MIN);
+        admission.run(bytes, free_bytes, || request.superseded.is_cancelled())
+    };
+    let mut outcome = run();
+    if manifest.stop_first
+        && matches!(outcome, Err(Rejection::NodeMemory { .. }))
+        && !request.superseded.is_cancelled()
+        && stop_serving(manifest, deployment)
+    {
+        outcome = run();
+    }
+    let benchmark = match outcome {
         Ok(benchmark) => benchmark,
         Err(_) if request.superseded.is_cancelled() => return Ok(None),
         Err(rejection) => return Err(refused(context, request, digest, Some(admission.key()), rejection)),
@@ -417,7 +458,9 @@ fn refused(
     rejection: Rejection,
 ) -> LoadFailure {
     let reason = match rejection {
-        rejection @ Rejection::Unavailable { .. } => return error_chain(&rejection).into(),
+        rejection @ (Rejection::Unavailable { .. } | Rejection::NodeMemory { .. }) => {
+            return error_chain(&rejection).into();
+        }
         Rejection::Manifest(reason) => {
             context.metrics.failures.inc();
             return reason.into();
@@ -441,6 +484,7 @@ fn record_failure(
     reason: String,
     failures: u32,
 ) -> LoadFailure {
+    let before: FailureRecord = context.store.read_digest_record(digest).unwrap_or_default();
     let record = FailureRecord {
         failures,
         reason: reason.clone(),
@@ -448,7 +492,7 @@ fn record_failure(
         quarantined: failures >= FAILURES_MAX,
         key: key.copied(),
         unfinished_loads: 0,
-        faults: Vec::new(),
+        faults: before.faults,
     };
     if let Err(error) = context.store.write_digest_record(digest, &record) {
         tracing::error!(event = "failure_not_recorded", %error, "A failure cannot be recorded");

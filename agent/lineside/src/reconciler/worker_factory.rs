@@ -31,7 +31,8 @@ const EXECUTION_LIMIT_MIN: Duration = Duration::from_secs(1);
 const EXECUTION_LIMIT_MAX: Duration = Duration::from_secs(86_400);
 /// The execution limit as a multiple of the 99th percentile that admission measured.
 const EXECUTION_LIMIT_P99: f64 = 10.0;
-/// Memory that a worker may allocate beyond a multiple of what admission measured, in bytes: pictures are decoded in it.
+/// Memory that a worker may allocate beyond a multiple of what admission measured, in bytes. Pictures are decoded in it, so the
+/// budget for decoding is added.
 const WORKER_BYTES: u64 = 256 << 20;
 /// The multiple.
 const WORKER_PEAKS: u64 = 3;
@@ -47,11 +48,13 @@ pub(super) struct Admitted<'a> {
     pub(super) benchmark: &'a Benchmark,
     /// The bytes of the file.
     pub(super) model: Vec<u8>,
+    /// Bytes of pictures that may be decoded at once on this node.
+    pub(super) decode_bytes: u64,
 }
 
 /// The version as the scheduler serves it. Its reservation is kept until its worker is gone.
 pub(super) fn version_spec(admitted: Admitted<'_>, store: &Arc<Store>, reservation: Reservation) -> VersionSpec {
-    let Admitted { manifest, digest, key, benchmark, model } = admitted;
+    let Admitted { manifest, digest, key, benchmark, model, decode_bytes } = admitted;
     let info = ModelInfo {
         name: manifest.name.clone(),
         version: manifest.version,
@@ -69,7 +72,9 @@ pub(super) fn version_spec(admitted: Admitted<'_>, store: &Arc<Store>, reservati
     let worker = match runtime.isolation.unwrap_or_default() {
         Isolation::InProcess => in_process(manifest, model, reservation),
         Isolation::Auto | Isolation::Process => {
-            process(manifest, benchmark, ModelSource::new(model, digest, store.clone()), reservation)
+            let source = ModelSource::new(model, digest, store.clone());
+            let memory_bytes = memory_wanted(manifest, benchmark, decode_bytes);
+            process(process_options(manifest, benchmark, memory_bytes), source, reservation)
         }
     };
     VersionSpec { info, weight: 1, policy, worker, on_fault: fault_recorder(store.clone(), digest, key) }
@@ -102,31 +107,35 @@ impl ModelSource {
     }
 }
 
-fn process(
-    manifest: &ModelManifest,
-    benchmark: &Benchmark,
-    source: ModelSource,
-    reservation: Reservation,
-) -> WorkerFactory {
+/// Memory that a worker may allocate on a node that has plenty, in bytes.
+fn memory_wanted(manifest: &ModelManifest, benchmark: &Benchmark, decode_bytes: u64) -> u64 {
     let runtime = &manifest.spec.runtime;
     let instances = u64::from(runtime.instances.unwrap_or(1).max(1));
-    let memory_bytes = match runtime.memory_mib {
-        Some(mib) => u64::from(mib) << 20,
-        None => benchmark.peak_memory_bytes.saturating_mul(WORKER_PEAKS * instances).saturating_add(WORKER_BYTES),
-    };
+    let expected = benchmark.peak_memory_bytes.saturating_mul(WORKER_PEAKS * instances);
+    let wanted = expected.saturating_add(WORKER_BYTES).saturating_add(decode_bytes);
+    runtime.memory_mib.map_or(wanted, |mib| u64::from(mib) << 20)
+}
+
+fn process_options(manifest: &ModelManifest, benchmark: &Benchmark, memory_bytes: u64) -> ProcessOptions {
     let (factor, least) = LOAD_DEADLINE;
     let measured = Duration::try_from_secs_f64(benchmark.load_ms / 1e3 * factor).unwrap_or(least);
-    let options = ProcessOptions {
+    ProcessOptions {
         model: manifest.name.clone(),
         spec: manifest.spec.clone(),
         limits: ProcessLimits { memory_bytes, cpu_seconds: None, priority: ChildPriority::Normal },
         load_deadline: measured.max(least),
-    };
+    }
+}
+
+fn process(options: ProcessOptions, source: ModelSource, reservation: Reservation) -> WorkerFactory {
     Box::new(move |events: EventSink| {
-        // The reservation lives as long as the version.
-        let _reserved = &reservation;
         let model = source.read()?;
-        Ok(Box::new(ProcessWorker::start(&options, &model, events)?) as Box<dyn Worker>)
+        let memory_bytes = reservation.limit_bytes(options.limits.memory_bytes);
+        let limits = ProcessLimits { memory_bytes, ..options.limits };
+        let worker = ProcessWorker::start(&ProcessOptions { limits, ..options.clone() }, &model, events)?;
+        // The reservation lives as long as the version.
+        reservation.set_process(worker.handle());
+        Ok(Box::new(worker) as Box<dyn Worker>)
     })
 }
 

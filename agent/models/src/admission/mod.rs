@@ -106,6 +106,15 @@ pub enum Rejection {
     /// The model cannot serve on this node.
     #[error("{0}")]
     Model(String),
+    /// The node has less memory free than the admission may use, and that is not enough. Another time it may be.
+    #[error(
+        "it needs more than the {free_mib} MiB of memory that are free for models on this node; unload another model, raise the \
+         memory limit, or set spec.runtime.stopFirst: true where the version before it is in the way"
+    )]
+    NodeMemory {
+        /// Free memory in MiB.
+        free_mib: u64,
+    },
     /// The admission could not be completed. There is no result.
     #[error("{message}")]
     Unavailable {
@@ -160,16 +169,18 @@ impl Admission {
         &self.key
     }
 
-    /// Runs the child process on the bytes of the model and waits for it. `is_cancelled` is polled in the meantime; the
-    /// child is killed when it returns true.
+    /// Runs the child process on the bytes of the model and waits for it. It may use `free_bytes` of memory at most, and no more
+    /// than its limit. `is_cancelled` is polled in the meantime; the child is killed when it returns true.
     ///
     /// # Errors
     /// Why the model was not admitted.
-    pub fn run(&self, model: &[u8], is_cancelled: impl Fn() -> bool) -> Result<Benchmark, Rejection> {
+    pub fn run(&self, model: &[u8], free_bytes: u64, is_cancelled: impl Fn() -> bool) -> Result<Benchmark, Rejection> {
         let mut command = child_process::own_command(SUBCOMMAND);
         command.env_clear();
-        let request = self.request.to_line().map_err(|error| Rejection::not_started(error.into()))?;
-        let limits = self.request.limits;
+        let allowed = self.request.limits;
+        let limits = AdmissionLimits { memory_bytes: allowed.memory_bytes.min(free_bytes), ..allowed };
+        let request = Request { limits, ..self.request.clone() };
+        let request = request.to_line().map_err(|error| Rejection::not_started(error.into()))?;
         let output =
             child_process::run(command, &[&request, model], Duration::from_secs(limits.seconds), &is_cancelled)
                 .map_err(Rejection::not_started)?;
@@ -178,6 +189,10 @@ impl Admission {
             Ok(Response::Manifest(reason)) => Err(Rejection::Manifest(reason)),
             Ok(Response::Model(reason)) => Err(Rejection::Model(reason)),
             Err(_) if is_cancelled() => Err(Rejection::unavailable("the admission was cancelled")),
+            // A failed allocation aborts the process.
+            Err(_) if limits != allowed && signal_of(&output) == Some(Signal::ABORT.as_raw()) => {
+                Err(Rejection::NodeMemory { free_mib: limits.memory_bytes >> 20 })
+            }
             Err(_) => Err(rejection_without_response(&output, limits)),
         }
     }
@@ -203,9 +218,13 @@ fn admission_key(digest: &Digest, request: &Request, processor: &str) -> Digest 
     Digest::of(inputs.to_string().as_bytes())
 }
 
+fn signal_of(output: &ChildOutput) -> Option<i32> {
+    output.status.and_then(|status| status.signal())
+}
+
 /// Why a child ended without a response.
 fn rejection_without_response(output: &ChildOutput, limits: AdmissionLimits) -> Rejection {
-    let signal = output.status.and_then(|status| status.signal());
+    let signal = signal_of(output);
     // The child limits itself by other signals: SIGKILL comes from the system, or from an operator.
     if signal == Some(Signal::KILL.as_raw()) {
         return Rejection::unavailable("the admission process was killed, possibly because the node is out of memory");

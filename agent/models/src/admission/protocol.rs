@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{AdmissionLimits, Benchmark};
 
 /// A golden sample with the content of its files. The serialized names are part of the admission key.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct GoldenSample {
     /// Path of the image, for messages.
     pub(super) name: String,
@@ -22,7 +22,7 @@ pub(super) struct GoldenSample {
 }
 
 /// What the child is to test.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Request {
     pub(super) spec: ModelSpec,
     pub(super) limits: AdmissionLimits,

@@ -90,7 +90,8 @@ pub(super) fn inspect(model: &[u8]) -> Result<GraphInfo> {
 
 struct TractSession {
     plan: Arc<TypedRunnableModel>,
-    /// Working memory, kept between runs; `None` after a failure, when it may be half written.
+    /// Working memory, kept between runs. `None` after a failure, when it may be half written, and for a graph with operators that
+    /// keep a state (LSTM, GRU, RNN, Scan, Loop): each run begins with the initial state of the model.
     state: Option<TypedSimpleState>,
     inputs: Arc<[TensorMetadata]>,
     outputs: usize,
@@ -123,7 +124,7 @@ impl Session for TractSession {
             state.run(inputs)?.into_iter().map(from_tract).collect::<TractResult<Vec<Tensor>>>()
         })
         .map_err(|error| inference(format!("tract failed on this input: {error}")))?;
-        self.state = state;
+        self.state = state.filter(|state| state.op_states.iter().all(Option::is_none));
         debug_assert_eq!(outputs.len(), self.outputs);
         Ok(outputs)
     }

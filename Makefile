@@ -6,10 +6,10 @@ CARGO ?= cargo
 RESULTS ?= 100
 # Most of the time, most tests wait for another process, so there are more of them than processors.
 export RUST_TEST_THREADS ?= 4
-APT_PACKAGES := mosquitto mosquitto-clients ffmpeg prometheus python3-venv docker-registry openssl
+APT_PACKAGES := mosquitto mosquitto-clients libjpeg-turbo-progs ffmpeg prometheus python3-venv docker-registry openssl
 LAB_PACKAGES := containerd runc containernetworking-plugins nftables conntrack iproute2 openssl curl ca-certificates faketime dnsmasq-base
 LAB ?= target/lab/demo
-TOOLS := mosquitto_sub ffmpeg promtool docker-registry openssl
+TOOLS := mosquitto_sub cjpeg ffmpeg promtool docker-registry openssl
 VENV := .venv
 # Of `make fuzz`. The targets of FUZZ_FULL contain the inference engine, which takes many minutes to compile with sanitizers.
 SECONDS ?= 60
@@ -42,7 +42,7 @@ image: compiler ## Build the container image for K3s: dist/lineside-VERSION-amd6
 test: compiler test-tools lab-tools ## Install the tools of the tests, and run all tests
 	$(CARGO) test --workspace
 
-test-tools: $(VENV)/.installed ## Install missing tools: mosquitto, ffmpeg, promtool, docker-registry, openssl (Debian), and Python packages
+test-tools: $(VENV)/.installed ## Install missing tools: mosquitto, cjpeg, ffmpeg, promtool, docker-registry, openssl (Debian), and Python packages
 	@for tool in $(TOOLS); do command -v $$tool >/dev/null || missing=1; done; \
 	command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || missing=1; \
 	if [ -n "$$missing" ]; then \

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use lineside_common::child_process::{self, ChildPriority, ProcessLimits};
 use lineside_common::sandbox::restrict_myself;
-use lineside_inference::decode::{DecodeLimits, decode};
+use lineside_inference::decode::{DecodeOptions, decode};
 use lineside_ipc::jpeg::{self, Extent};
 use lineside_ipc::picture_header::{HeaderError, PictureFormat, PictureHeader};
 use lineside_ipc::png;
@@ -90,7 +90,7 @@ fn extent(bytes: &[u8]) -> Result<usize, HeaderError> {
 /// # Errors
 /// When the bytes are not a picture, or the limits cannot be set.
 pub fn child_main() -> Result<(), PictureCheckError> {
-    let limits = DecodeLimits::default();
+    let limits = DecodeOptions::default();
     let mut bytes = Vec::new();
     io::stdin().lock().take(limits.encoded_bytes_max as u64).read_to_end(&mut bytes)?;
     let memory_bytes = BASE_BYTES.saturating_add(PictureHeader::read(&bytes)?.decode_bytes());

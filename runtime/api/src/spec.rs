@@ -62,6 +62,10 @@ pub enum Color {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InputSpec {
+    /// How pixels are computed when the picture is resized. Default: `bilinear` for detect, `antialias` for other tasks.
+    pub filter: Option<ResizeFilter>,
+    /// Whether a picture is turned as its Exif metadata states. Default: true.
+    pub auto_rotate: Option<bool>,
     /// How the picture is resized. Default: `crop` for classify, `letterbox` for detect, `stretch` for other tasks.
     pub resize: Option<Resize>,
     /// Color channels. Default: `gray` for a model with one channel, otherwise `rgb`.
@@ -79,6 +83,19 @@ pub struct InputSpec {
     /// Height of the input in pixels. Required for a model whose input has a variable height.
     #[schemars(range(min = 1, max = 16_384))]
     pub height: Option<u32>,
+}
+
+/// Computation of pixels when a picture is resized. Choose the one that the model was trained with: scores change with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ResizeFilter {
+    /// The mean of the source pixels that a pixel covers: `INTER_AREA` of OpenCV. A picture that is enlarged is interpolated.
+    Area,
+    /// Interpolation between four source pixels, also when the picture shrinks: `INTER_LINEAR` of OpenCV, with which Ultralytics, YOLOX,
+    /// MMDetection and PaddleDetection train.
+    Bilinear,
+    /// Interpolation that covers all source pixels: `BILINEAR` of Pillow, and torchvision with `antialias=True`.
+    Antialias,
 }
 
 /// Output layout of a detection model.

@@ -9,7 +9,7 @@ use std::io::Cursor;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use lineside_api::spec::{ModelSpec, Resize, Task};
-use lineside_inference::decode::{DecodeLimits, decode};
+use lineside_inference::decode::{DecodeOptions, decode};
 use lineside_inference::engine::Tract;
 use lineside_inference::pipeline::Pipeline;
 use lineside_inference::preprocess::Preprocessor;
@@ -28,7 +28,7 @@ fn full_hd() -> Vec<u8> {
 
 fn stages(criterion: &mut Criterion) {
     let jpeg = full_hd();
-    let limits = DecodeLimits::default();
+    let limits = DecodeOptions::default();
     criterion.bench_function("decode/1080p jpeg", |bencher| {
         bencher.iter(|| decode(black_box(&jpeg), &limits).expect("it decodes"));
     });

@@ -21,7 +21,7 @@ use lineside_ipc::frame::Frame;
 pub use lineside_api::prediction::Inspection;
 
 use crate::batch;
-use crate::decode::{DecodeLimits, decode, to_picture};
+use crate::decode::{DecodeOptions, decode, to_picture};
 use crate::engine::{self, Engine, Session};
 use crate::graph::GraphInfo;
 use crate::picture::Picture;
@@ -44,7 +44,7 @@ pub struct Prepared {
 /// The first half: frames to input tensors. Owns its working memory, so one thread uses it at a time.
 pub struct PrepareStage {
     preprocessor: Preprocessor,
-    limits: DecodeLimits,
+    options: DecodeOptions,
 }
 
 impl PrepareStage {
@@ -53,12 +53,12 @@ impl PrepareStage {
     /// # Errors
     /// [`ErrorKind::BadFrame`] and [`ErrorKind::FrameTooLarge`]. The stage stays usable.
     pub fn run(&mut self, frame: &Frame, on_decoded: impl FnOnce()) -> Result<Prepared> {
-        self.timed(|limits| to_picture(frame, limits).inspect(|_| on_decoded()))
+        self.timed(|options| to_picture(frame, options).inspect(|_| on_decoded()))
     }
 
-    fn timed(&mut self, decode: impl FnOnce(&DecodeLimits) -> Result<Picture>) -> Result<Prepared> {
+    fn timed(&mut self, decode: impl FnOnce(&DecodeOptions) -> Result<Picture>) -> Result<Prepared> {
         let started = Instant::now();
-        let picture = decode(&self.limits)?;
+        let picture = decode(&self.options)?;
         let decoded = Instant::now();
         let (input, placement) = self.preprocessor.run(&picture)?;
         Ok(Prepared {
@@ -198,7 +198,8 @@ impl Pipeline {
         let task = settings::task(spec, &graph)?;
         let input = settings::input(spec, &graph, task)?;
         let mut session = engine.load(model, &[input.shape()])?;
-        let mut prepare = PrepareStage { preprocessor: Preprocessor::new(&input), limits: DecodeLimits::default() };
+        let options = DecodeOptions { auto_rotate: input.auto_rotate, ..DecodeOptions::default() };
+        let mut prepare = PrepareStage { preprocessor: Preprocessor::new(&input), options };
         let grey =
             Picture::from_rgb(input.width, input.height, vec![128; input.width as usize * input.height as usize * 3])?;
         let warm_up = prepare.prepare_picture(&grey)?;
@@ -224,7 +225,7 @@ impl Pipeline {
     /// [`ErrorKind::Inference`] when the engine refuses.
     pub fn fork(&self) -> Result<Self> {
         Ok(Self {
-            prepare: PrepareStage { preprocessor: Preprocessor::new(&self.input), limits: self.prepare.limits },
+            prepare: PrepareStage { preprocessor: Preprocessor::new(&self.input), options: self.prepare.options },
             infer: self.infer.fork()?,
             input: self.input.clone(),
             graph: self.graph.clone(),
@@ -243,7 +244,7 @@ impl Pipeline {
     /// [`ErrorKind::BadFrame`] and [`ErrorKind::FrameTooLarge`] for the frame, [`ErrorKind::Inference`] and
     /// [`ErrorKind::BadOutput`] for the model. The pipeline stays usable after any of them.
     pub fn run(&mut self, encoded: &[u8]) -> Result<Inspection> {
-        let prepared = self.prepare.timed(|limits| decode(encoded, limits))?;
+        let prepared = self.prepare.timed(|options| decode(encoded, options))?;
         self.infer.infer_one(prepared)
     }
 

@@ -5,13 +5,17 @@
 //!
 //! A thumbnail inside an APPn segment carries an end marker of its own. Segments are therefore skipped by their length,
 //! and only entropy-coded data is searched byte by byte: in there `FF 00` is a stuffed byte, `FF D0` to `FF D7` restart
-//! the decoder, and any other marker ends the scan.
+//! the decoder, and any other marker ends the scan. A few bytes of junk between two segments are skipped, as libjpeg skips them.
 
 use crate::picture_header::{HeaderError, PictureFormat, PictureHeader};
 
 const SOI: u8 = 0xD8;
 const EOI: u8 = 0xD9;
 const SOS: u8 = 0xDA;
+const DHT: u8 = 0xC4;
+const APP1: u8 = 0xE1;
+/// Bytes of junk between two segments that are skipped.
+const JUNK_MAX: usize = 4096;
 /// Largest side of a minimum coded unit in pixels: a block of 8 with a sampling factor of 4.
 const MCU_SIDE_MAX: u64 = 32;
 
@@ -35,8 +39,8 @@ pub fn extent(bytes: &[u8]) -> Extent {
     }
     let mut at = 2;
     loop {
-        let Some((marker, after)) = marker_at(bytes, at) else {
-            return if at < bytes.len() && bytes[at] != 0xFF { Extent::NotJpeg } else { Extent::Truncated };
+        let Some((marker, after)) = next_marker(bytes, at) else {
+            return if lacks_marker(bytes, at) { Extent::NotJpeg } else { Extent::Truncated };
         };
         at = after;
         match marker {
@@ -61,79 +65,150 @@ pub fn extent(bytes: &[u8]) -> Extent {
     }
 }
 
-/// A frame header (SOF), as far as it is used.
-struct FrameHeader {
-    width: u32,
-    height: u32,
-    components: u8,
-    is_progressive: bool,
+/// What a JPEG states before its first scan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JpegHeader {
+    /// Width in pixels, at least 1.
+    pub width: u32,
+    /// Height in pixels, at least 1.
+    pub height: u32,
+    /// Whether its coefficients come in several scans of growing precision.
+    pub is_progressive: bool,
+    /// Whether it is coded arithmetically instead of with Huffman tables.
+    pub is_arithmetic: bool,
+    /// Horizontal and vertical sampling factor of each component.
+    pub samplings: Vec<[u8; 2]>,
+    /// Components in the first scan.
+    pub scan_components: u8,
+    /// Whether it has Huffman tables. Those of motion JPEG from many cameras do not: the standard ones are meant.
+    pub has_huffman_tables: bool,
+    /// Whether it has Exif metadata.
+    pub has_exif: bool,
+    /// Whether bytes that belong to no segment stand between segments.
+    pub has_junk: bool,
+    /// Offset of the marker of the first scan.
+    pub scan_at: usize,
+}
+
+impl JpegHeader {
+    /// Whether it is of the kind that nearly every camera writes: all components interleaved in one scan, or progressive, with the
+    /// luminance at least as fine as the other components, and nothing between its segments.
+    pub fn is_plain(&self) -> bool {
+        let [luminance, others @ ..] = self.samplings.as_slice() else { return false };
+        let is_power = |factors: &[u8; 2]| factors.iter().all(|factor| factor.is_power_of_two());
+        let is_coarser = |other: &[u8; 2]| is_power(other) && other[0] <= luminance[0] && other[1] <= luminance[1];
+        let is_interleaved = self.is_progressive || usize::from(self.scan_components) == self.samplings.len();
+        is_interleaved && is_power(luminance) && others.iter().all(is_coarser) && !self.has_junk
+    }
+
+    /// Reads the header up to the first scan.
+    ///
+    /// # Errors
+    /// For bytes that are no JPEG, that end before the first scan, or whose header decoders could read in two ways.
+    pub fn read(bytes: &[u8]) -> Result<Self, HeaderError> {
+        let mut at = 2;
+        let mut frame: Option<Self> = None;
+        let (mut has_huffman_tables, mut has_exif, mut has_junk) = (false, false, false);
+        loop {
+            let start = at;
+            let Some((marker, after)) = next_marker(bytes, at) else {
+                return Err(if lacks_marker(bytes, at) { HeaderError::NotAPicture } else { HeaderError::Truncated });
+            };
+            has_junk |= bytes.get(start) != Some(&0xFF);
+            at = after;
+            match marker {
+                0x01 | 0xD0..=0xD8 => continue,
+                // Pixels never come, or this is not a marker.
+                EOI | 0x00 => return Err(HeaderError::NotAPicture),
+                _ => {}
+            }
+            let length = bytes.get(at..).and_then(|rest| rest.first_chunk::<2>()).ok_or(HeaderError::Truncated)?;
+            let length = usize::from(u16::from_be_bytes(*length));
+            if length < 2 {
+                return Err(HeaderError::NotAPicture);
+            }
+            let segment = bytes.get(at + 2..at + length).ok_or(HeaderError::Truncated)?;
+            match (marker, frame.take()) {
+                (SOS, Some(frame)) => {
+                    let scan_components = *segment.first().ok_or(HeaderError::NotAPicture)?;
+                    let scan_at = after - 2;
+                    return Ok(Self { scan_components, has_huffman_tables, has_exif, has_junk, scan_at, ..frame });
+                }
+                // Decoders differ in which of two frame headers they use.
+                (SOS, None) | (0xC0..=0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF, Some(_)) => {
+                    return Err(HeaderError::NotAPicture);
+                }
+                (0xC0..=0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF, None) => {
+                    frame = Some(Self::of_frame(marker, segment)?);
+                }
+                (_, seen) => frame = seen,
+            }
+            has_huffman_tables |= marker == DHT;
+            has_exif |= marker == APP1 && segment.starts_with(b"Exif\0\0");
+            at += length;
+        }
+    }
+
+    /// Reads a frame header (SOF).
+    fn of_frame(marker: u8, segment: &[u8]) -> Result<Self, HeaderError> {
+        let [_, h0, h1, w0, w1, components @ 1..=4, rest @ ..] = segment else { return Err(HeaderError::NotAPicture) };
+        let width = u32::from(u16::from_be_bytes([*w0, *w1]));
+        let height = u32::from(u16::from_be_bytes([*h0, *h1]));
+        let parts = rest.chunks_exact(3).take(usize::from(*components));
+        let samplings: Vec<[u8; 2]> = parts.map(|part| [part[1] >> 4, part[1] & 0x0F]).collect();
+        let is_valid = |factors: &[u8; 2]| factors.iter().all(|factor| (1..=4).contains(factor));
+        // A height of 0 is stated behind the first scan (DNL), which no decoder here supports.
+        if width == 0 || height == 0 || samplings.len() < usize::from(*components) || !samplings.iter().all(is_valid) {
+            return Err(HeaderError::NotAPicture);
+        }
+        Ok(Self {
+            width,
+            height,
+            is_progressive: !matches!(marker, 0xC0 | 0xC1 | 0xC9),
+            is_arithmetic: marker >= 0xC9,
+            samplings,
+            scan_components: 0,
+            has_huffman_tables: false,
+            has_exif: false,
+            has_junk: false,
+            scan_at: 0,
+        })
+    }
 }
 
 /// Reads the header of a JPEG up to its first scan.
 pub(crate) fn header(bytes: &[u8]) -> Result<PictureHeader, HeaderError> {
-    let mut at = 2;
-    let mut frame: Option<FrameHeader> = None;
-    loop {
-        let Some((marker, after)) = marker_at(bytes, at) else {
-            let is_marker = bytes.get(at).is_none_or(|byte| *byte == 0xFF);
-            return Err(if is_marker { HeaderError::Truncated } else { HeaderError::NotAPicture });
-        };
-        at = after;
-        match marker {
-            0x01 | 0xD0..=0xD8 => continue,
-            // Pixels never come, or this is not a marker.
-            EOI | 0x00 => return Err(HeaderError::NotAPicture),
-            _ => {}
-        }
-        let length = bytes.get(at..).and_then(|rest| rest.first_chunk::<2>()).ok_or(HeaderError::Truncated)?;
-        let length = usize::from(u16::from_be_bytes(*length));
-        if length < 2 {
-            return Err(HeaderError::NotAPicture);
-        }
-        let segment = bytes.get(at + 2..at + length).ok_or(HeaderError::Truncated)?;
-        match (marker, frame.take()) {
-            (SOS, Some(frame)) => return picture_header(&frame, segment),
-            // Decoders differ in which of two frame headers they use.
-            (SOS, None) | (0xC0..=0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF, Some(_)) => {
-                return Err(HeaderError::NotAPicture);
-            }
-            (0xC0..=0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF, None) => {
-                frame = Some(frame_header(marker, segment)?);
-            }
-            (_, seen) => frame = seen,
-        }
-        at += length;
-    }
-}
-
-fn frame_header(marker: u8, segment: &[u8]) -> Result<FrameHeader, HeaderError> {
-    match segment {
-        [_, h0, h1, w0, w1, components @ 1..=4, ..] => {
-            let width = u32::from(u16::from_be_bytes([*w0, *w1]));
-            let height = u32::from(u16::from_be_bytes([*h0, *h1]));
-            // A height of 0 is stated behind the first scan (DNL), which no decoder here supports.
-            if width == 0 || height == 0 {
-                return Err(HeaderError::NotAPicture);
-            }
-            let is_progressive = !matches!(marker, 0xC0 | 0xC1);
-            Ok(FrameHeader { width, height, components: *components, is_progressive })
-        }
-        _ => Err(HeaderError::NotAPicture),
-    }
-}
-
-/// Computes the memory from the frame header and the header of the first scan.
-fn picture_header(frame: &FrameHeader, scan: &[u8]) -> Result<PictureHeader, HeaderError> {
-    let scan_components = *scan.first().ok_or(HeaderError::NotAPicture)?;
-    let components = u64::from(frame.components);
+    let header = JpegHeader::read(bytes)?;
+    let components = header.samplings.len() as u64;
     // A grey picture is decoded to one byte per pixel and copied as RGB.
-    let decoded = if frame.components == 1 { 4 } else { 3 };
-    // With several scans, the coefficients of all components, two bytes each, are held until the last one.
-    let coefficients = if frame.is_progressive || scan_components < frame.components { 2 * components } else { 0 };
+    let decoded = if components == 1 { 4 } else { 3 };
+    // With several scans, the coefficients of all components, two bytes each, are held until the last one. The general decoder
+    // holds all planes besides the pixels.
+    let has_scans = header.is_progressive || u64::from(header.scan_components) < components;
+    let coefficients = if has_scans { 2 * components } else { 0 };
+    let planes = if header.is_plain() { 0 } else { components };
+    // Turning the picture takes a copy.
+    let turned = if header.has_exif { 3 } else { 0 };
     let padded = |side: u32| u64::from(side).next_multiple_of(MCU_SIDE_MAX);
-    let pixels = u64::from(frame.width) * u64::from(frame.height);
-    let decode_bytes = pixels * decoded + padded(frame.width) * padded(frame.height) * coefficients;
-    Ok(PictureHeader { format: PictureFormat::Jpeg, width: frame.width, height: frame.height, decode_bytes })
+    let pixels = u64::from(header.width) * u64::from(header.height);
+    let decode_bytes =
+        pixels * (decoded + turned) + padded(header.width) * padded(header.height) * (coefficients + planes);
+    Ok(PictureHeader { format: PictureFormat::Jpeg, width: header.width, height: header.height, decode_bytes })
+}
+
+/// As [`marker_at`], past a few bytes of junk, which only follow a segment.
+fn next_marker(bytes: &[u8], at: usize) -> Option<(u8, usize)> {
+    let junk = bytes.get(at..)?.iter().take(JUNK_MAX + 1).take_while(|byte| **byte != 0xFF).count();
+    if junk > JUNK_MAX || (junk > 0 && at == 2) {
+        return None;
+    }
+    marker_at(bytes, at + junk)
+}
+
+/// Whether the bytes at `at` can never become a marker, however many follow.
+fn lacks_marker(bytes: &[u8], at: usize) -> bool {
+    let junk = bytes.get(at..).unwrap_or_default().iter().take_while(|byte| **byte != 0xFF).count();
+    junk > JUNK_MAX || (junk > 0 && at == 2)
 }
 
 /// The marker at `at`, past any fill bytes, and the offset behind it.
@@ -194,9 +269,45 @@ mod tests {
     fn with_frame(sof: u8, [width, height]: [u16; 2], components: u8, scan_components: u8) -> Vec<u8> {
         let ([w0, w1], [h0, h1]) = (width.to_be_bytes(), height.to_be_bytes());
         let mut bytes = vec![0xFF, SOI, 0xFF, sof, 0, 8 + 3 * components, 8, h0, h1, w0, w1, components];
-        bytes.extend(vec![1; 3 * usize::from(components)]);
+        bytes.extend([1, 0x11, 0].repeat(usize::from(components)));
         bytes.extend([0xFF, SOS, 0, 3, scan_components]);
         bytes
+    }
+
+    fn with_sampling(factors: u8) -> Vec<u8> {
+        let mut bytes = with_frame(0xC0, [8, 8], 1, 1);
+        bytes[13] = factors;
+        bytes
+    }
+
+    #[test]
+    fn junk_between_segments_is_skipped_within_bounds() {
+        let plain = with_frame(0xC0, [64, 32], 3, 3);
+        let at = plain.len() - 5;
+        let with_junk = |count| [&plain[..at], &vec![0x2A; count], &plain[at..], &[0x12, 0xFF, EOI]].concat();
+        let header = JpegHeader::read(&with_junk(3)).unwrap();
+        assert!(header.has_junk && !header.is_plain());
+        assert_eq!((header.width, header.height, header.scan_at), (64, 32, at + 3));
+        assert!(JpegHeader::read(&plain).unwrap().is_plain());
+        assert_eq!(extent(&with_junk(JUNK_MAX)), Extent::Complete(plain.len() + JUNK_MAX + 3));
+        assert_eq!(extent(&with_junk(JUNK_MAX + 1)), Extent::NotJpeg);
+        assert_eq!(JpegHeader::read(&with_junk(JUNK_MAX + 1)), Err(HeaderError::NotAPicture));
+        assert_eq!(extent(&[&plain[..at], &[0x2A; 9]].concat()), Extent::Truncated);
+    }
+
+    #[test]
+    fn plain_pictures_are_interleaved_with_a_fine_luminance() {
+        let with = |sof, scan, factors: [u8; 3]| {
+            let mut bytes = with_frame(sof, [8, 8], 3, scan);
+            for (component, factors) in factors.into_iter().enumerate() {
+                bytes[13 + 3 * component] = factors;
+            }
+            JpegHeader::read(&bytes).unwrap().is_plain()
+        };
+        assert!(with(0xC0, 3, [0x22, 0x11, 0x11]) && with(0xC2, 1, [0x21, 0x11, 0x11]));
+        assert!(!with(0xC0, 1, [0x22, 0x11, 0x11]), "several scans");
+        assert!(!with(0xC0, 3, [0x11, 0x21, 0x11]), "a finer component");
+        assert!(!with(0xC0, 3, [0x31, 0x11, 0x11]), "a factor of three");
     }
 
     #[test]
@@ -206,7 +317,7 @@ mod tests {
         let pixels = 64 * 32;
         assert_eq!(bytes(0xC0, 3, 3), pixels * 3);
         assert_eq!(bytes(0xC0, 1, 1), pixels * 4);
-        assert_eq!(bytes(0xC0, 3, 1), pixels * 9, "a baseline JPEG whose components are not interleaved");
+        assert_eq!(bytes(0xC0, 3, 1), pixels * 12, "a baseline JPEG whose components are not interleaved");
         assert_eq!(bytes(0xC2, 3, 3), pixels * 9);
         assert_eq!(bytes(0xC2, 4, 1), pixels * 11);
         let wide = header(&with_frame(0xC2, [65535, 1], 3, 3)).unwrap();
@@ -220,7 +331,9 @@ mod tests {
         let both = [&small[..small.len() - 5], &large[2..]].concat();
         for bytes in [
             both,
-            // A null byte in the place of a marker, which some decoders skip.
+            // A null byte in the place of a marker, which some decoders skip, and sampling factors that do not exist.
+            with_sampling(0x51),
+            with_sampling(0x10),
             [&small[..2], &[0xFF, 0x00], &large[2..]].concat(),
             // Neither pixels nor a frame header before them.
             vec![0xFF, SOI, 0xFF, EOI],

@@ -62,7 +62,9 @@ pub(crate) fn header(bytes: &[u8]) -> Result<PictureHeader, HeaderError> {
     if width == 0 || height == 0 {
         return Err(HeaderError::NotAPicture);
     }
-    let has_transparency = has_transparency(bytes, first.end);
+    let has_transparency = has_before_pixels(bytes, first.end, b"tRNS");
+    // Turning the picture takes a copy.
+    let turned = if has_before_pixels(bytes, first.end, b"eXIf") { RGB_BYTES } else { 0 };
     // Samples per pixel of the decoded picture; a palette is expanded, and `tRNS` becomes an alpha channel.
     let samples = match color {
         0 | 4 => 1 + u64::from(*color == 4 || has_transparency),
@@ -76,15 +78,15 @@ pub(crate) fn header(bytes: &[u8]) -> Result<PictureHeader, HeaderError> {
     };
     let copy = if decoded == RGB_BYTES { 0 } else { RGB_BYTES };
     let pixels = u64::from(width) * u64::from(height);
-    let decode_bytes = pixels.saturating_mul(decoded + copy);
+    let decode_bytes = pixels.saturating_mul(decoded + copy + turned);
     Ok(PictureHeader { format: PictureFormat::Png, width, height, decode_bytes })
 }
 
-/// Whether a `tRNS` chunk stands before the pixels.
-fn has_transparency(bytes: &[u8], mut at: usize) -> bool {
+/// Whether a chunk of this kind stands before the pixels.
+fn has_before_pixels(bytes: &[u8], mut at: usize, kind: &[u8; 4]) -> bool {
     while let Some(chunk) = chunk_at(bytes, at) {
         match chunk.kind {
-            b"tRNS" => return true,
+            found if found == kind => return true,
             b"IDAT" | b"IEND" => return false,
             _ => at = chunk.end,
         }

@@ -17,7 +17,7 @@ use lineside_api::names::{ConfigErrors, topic_segment};
 use lineside_common::digest::Digest;
 use lineside_common::net::AllowedHosts;
 use lineside_fuzz::FuzzTarget;
-use lineside_inference::decode::{DecodeLimits, decode};
+use lineside_inference::decode::{DecodeOptions, decode};
 use lineside_inference::engine::inspect;
 use lineside_kube::{ResourceKind, WatchChange, parse_watch_message};
 use lineside_models::admission::AdmissionRecord;
@@ -44,8 +44,12 @@ pub(crate) const TARGETS: &[FuzzTarget] = &[
 
 /// A picture, decoded within small limits.
 fn run_picture(input: &[u8]) {
-    const LIMITS: DecodeLimits =
-        DecodeLimits { encoded_bytes_max: 64 << 10, side_pixels_max: 256, total_pixels_max: 128 * 128 };
+    const LIMITS: DecodeOptions = DecodeOptions {
+        encoded_bytes_max: 64 << 10,
+        side_pixels_max: 256,
+        total_pixels_max: 128 * 128,
+        auto_rotate: true,
+    };
     if let Ok(picture) = decode(input, &LIMITS) {
         let pixels = u64::from(picture.width()) * u64::from(picture.height());
         assert!(picture.width().max(picture.height()) <= LIMITS.side_pixels_max && pixels <= LIMITS.total_pixels_max);

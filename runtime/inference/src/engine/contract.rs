@@ -70,6 +70,35 @@ fn a_fork_answers_the_same_on_another_thread(engine: &dyn Engine) {
     assert!(answers.iter().all(|answer| *answer == [floats(&[1, 2], &[3.5, 0.0])]));
 }
 
+/// A recurrent layer over three steps with two inputs and two units, which gives its last hidden state.
+fn recurrent(operator: &str, gates: usize) -> Model {
+    let weights = |count: usize| (0..count).map(|index| (index as f32 * 0.7).sin()).collect::<Vec<f32>>();
+    let rows = gates * 2;
+    Model::new()
+        .input("x", FLOAT, &[Dim::Size(3), Dim::Size(1), Dim::Size(2)])
+        .floats("W", &[1, rows as u64, 2], &weights(rows * 2))
+        .floats("R", &[1, rows as u64, 2], &weights(rows * 2))
+        .node(operator, &["x", "W", "R"], &["every", "last"], &[Attribute::Int("hidden_size", 2)])
+        .output("last", FLOAT, &[Dim::Size(1), Dim::Size(1), Dim::Size(2)])
+}
+
+/// The state of one run must not be the start of the next, on one session or between the streams that share it.
+fn every_run_begins_with_the_initial_state(engine: &dyn Engine) {
+    for (operator, gates) in [("LSTM", 4), ("GRU", 3), ("RNN", 1)] {
+        let mut session = engine.load(&recurrent(operator, gates).build(), &[vec![3, 1, 2]]).unwrap();
+        let mut fork = session.fork().unwrap();
+        let (bright, dark) = (floats(&[3, 1, 2], &[1.0; 6]), floats(&[3, 1, 2], &[-0.5; 6]));
+        let first = session.run(vec![bright.clone()]).unwrap();
+        let other = session.run(vec![dark.clone()]).unwrap();
+        assert_ne!(first, other, "{operator}");
+        for _ in 0..2 {
+            assert_eq!(session.run(vec![bright.clone()]).unwrap(), first, "{operator}");
+            assert_eq!(fork.run(vec![dark.clone()]).unwrap(), other, "{operator}");
+            assert_eq!(fork.run(vec![bright.clone()]).unwrap(), first, "{operator}");
+        }
+    }
+}
+
 fn what_is_no_model_is_refused(engine: &dyn Engine) {
     let whole = linear().build();
     let nothing = Model::new().build();
@@ -118,6 +147,7 @@ fn suite(engine: &dyn Engine) {
     outputs_come_in_the_graphs_order_and_types(engine);
     a_wrong_input_is_refused_and_the_next_one_runs(engine);
     a_fork_answers_the_same_on_another_thread(engine);
+    every_run_begins_with_the_initial_state(engine);
     what_is_no_model_is_refused(engine);
     an_unknown_operator_is_named(engine);
     weights_in_other_files_are_refused(engine);

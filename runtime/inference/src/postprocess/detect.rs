@@ -220,7 +220,7 @@ mod tests {
     use crate::picture::Picture;
     use crate::preprocess::Preprocessor;
     use crate::settings::{InputSettings, Layout};
-    use lineside_api::spec::{Color, Resize};
+    use lineside_api::spec::{Color, Resize, ResizeFilter};
     use lineside_api::tensor::{Data, DataType};
 
     const SIDE: u32 = 64;
@@ -244,6 +244,8 @@ mod tests {
             width: SIDE,
             height: SIDE,
             resize: Resize::Stretch,
+            filter: ResizeFilter::Bilinear,
+            auto_rotate: true,
             color: Color::Rgb,
             mean: [0.0; 3],
             std: [1.0; 3],

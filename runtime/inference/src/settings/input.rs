@@ -3,7 +3,7 @@
 use super::{InputSettings, Layout, bad_spec, described};
 use crate::graph::{Dimension, GraphInfo, TensorMetadata};
 use crate::{Error, ErrorKind, Result};
-use lineside_api::spec::{Color, Decoder, ModelSpec, Resize, Task};
+use lineside_api::spec::{Color, Decoder, ModelSpec, Resize, ResizeFilter, Task};
 use lineside_api::tensor::DataType;
 
 /// Input sides beyond this are refused: such a tensor alone would take gigabytes.
@@ -62,10 +62,15 @@ pub fn input(spec: &ModelSpec, graph: &GraphInfo, task: Task) -> Result<InputSet
         )));
     }
     let is_channels = |dimension: &Dimension| matches!(dimension.fixed(), Some(1 | 3));
+    let is_open = |dimension: &Dimension| dimension.fixed().is_none();
+    let is_named = |dimension: &Dimension| matches!(dimension, Dimension::Open(name) if name.eq_ignore_ascii_case("c") || name.to_lowercase().contains("channel"));
+    // Exporters of Hugging Face leave every dimension open. Without a name that says otherwise, the channels come first then.
     let (layout, channels, height, width) = if is_channels(second) {
         (Layout::Nchw, second, third, fourth)
-    } else if is_channels(fourth) {
+    } else if is_channels(fourth) || (is_named(fourth) && !is_named(second)) {
         (Layout::Nhwc, fourth, second, third)
+    } else if is_open(second) {
+        (Layout::Nchw, second, third, fourth)
     } else {
         return Err(not_a_picture());
     };
@@ -80,7 +85,7 @@ pub fn input(spec: &ModelSpec, graph: &GraphInfo, task: Task) -> Result<InputSet
 
     // YOLOX is trained on pixels as OpenCV gives them.
     let is_yolox = spec.output.decoder == Some(Decoder::Yolox);
-    let is_gray = channels.fixed() == Some(1);
+    let is_gray = channels.fixed().map_or(spec.input.color == Some(Color::Gray), |channels| channels == 1);
     let color = match spec.input.color {
         None if is_gray => Color::Gray,
         None if is_yolox => Color::Bgr,
@@ -102,7 +107,12 @@ pub fn input(spec: &ModelSpec, graph: &GraphInfo, task: Task) -> Result<InputSet
         Task::Detect => Resize::Letterbox,
         _ => Resize::Stretch,
     });
-    Ok(InputSettings { data_type, layout, width, height, resize, color, mean, std })
+    let filter = spec.input.filter.unwrap_or(match task {
+        Task::Detect => ResizeFilter::Bilinear,
+        _ => ResizeFilter::Antialias,
+    });
+    let auto_rotate = spec.input.auto_rotate.unwrap_or(true);
+    Ok(InputSettings { data_type, layout, width, height, resize, filter, auto_rotate, color, mean, std })
 }
 
 /// One side of the input: the graph's where it is fixed, else the manifest's, else the metadata's.

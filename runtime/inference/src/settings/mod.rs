@@ -13,7 +13,7 @@ use std::sync::Arc;
 use crate::graph::{Activation, TensorMetadata};
 use crate::{Error, ErrorKind};
 use lineside_api::prediction::Class;
-use lineside_api::spec::{Color, Resize, Task};
+use lineside_api::spec::{Color, Resize, ResizeFilter, Task};
 use lineside_api::tensor::DataType;
 
 pub use input::{input, task};
@@ -46,6 +46,10 @@ pub struct InputSettings {
     pub resize: Resize,
     /// Order of the channels.
     pub color: Color,
+    /// How pixels are computed at that size.
+    pub filter: ResizeFilter,
+    /// Whether a picture is turned as its metadata states.
+    pub auto_rotate: bool,
     /// Per channel, in pixel units.
     pub mean: [f32; 3],
     /// Per channel, in pixel units.

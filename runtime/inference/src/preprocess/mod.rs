@@ -1,8 +1,10 @@
 //! From a picture to the model's input tensor, and the way back for coordinates.
 //!
-//! The resizer is `fast_image_resize` (this file is its only door): a bilinear convolution whose support grows when it
-//! shrinks a picture, so that thin scratches do not fall between samples. Pixels then become `(pixel - mean) / std`, read
-//! from a table of 256 values per channel, and are written in the layout the model wants.
+//! The resizer is `fast_image_resize` (this file is its only door), with the filter that the manifest names; the mean of covered pixels
+//! is computed by [`area`]. Pixels then become `(pixel - mean) / std`, read from a table of 256 values per channel, and are written in the
+//! layout the model wants.
+
+mod area;
 
 use fast_image_resize::images::{CroppedImage, Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
@@ -11,7 +13,7 @@ use half::f16;
 use crate::picture::Picture;
 use crate::settings::{InputSettings, Layout};
 use crate::{Error, ErrorKind, Result};
-use lineside_api::spec::{Color, Resize};
+use lineside_api::spec::{Color, Resize, ResizeFilter};
 use lineside_api::tensor::{Data, DataType, Tensor};
 
 /// Grey level of the letterbox's margins, as detectors are trained with.
@@ -74,12 +76,25 @@ impl Preprocessor {
         }
         let source = ImageRef::new(frame.width(), frame.height(), frame.pixels(), PixelType::U8x3)
             .map_err(|error| Error::new(ErrorKind::BadFrame, format!("the frame cannot be resized: {error}")))?;
-        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
         let [crop_left, crop_top, crop_width, crop_height] = plan.source;
-        CroppedImage::new(&source, crop_left, crop_top, crop_width, crop_height)
-            .map_err(|error| error.to_string())
-            .and_then(|part| self.resizer.resize(&part, &mut self.resized, &options).map_err(|error| error.to_string()))
-            .map_err(|error| Error::new(ErrorKind::BadFrame, format!("the frame cannot be resized: {error}")))?;
+        let algorithm = match self.settings.filter {
+            // OpenCV interpolates where it enlarges.
+            ResizeFilter::Area if crop_width >= width && crop_height >= height => {
+                area::shrink(frame, plan.source, self.resized.buffer_mut(), [width, height]);
+                None
+            }
+            ResizeFilter::Area | ResizeFilter::Bilinear => Some(ResizeAlg::Interpolation(FilterType::Bilinear)),
+            ResizeFilter::Antialias => Some(ResizeAlg::Convolution(FilterType::Bilinear)),
+        };
+        if let Some(algorithm) = algorithm {
+            let options = ResizeOptions::new().resize_alg(algorithm);
+            let resize =
+                |part| self.resizer.resize(&part, &mut self.resized, &options).map_err(|error| error.to_string());
+            CroppedImage::new(&source, crop_left, crop_top, crop_width, crop_height)
+                .map_err(|error| error.to_string())
+                .and_then(resize)
+                .map_err(|error| Error::new(ErrorKind::BadFrame, format!("the frame cannot be resized: {error}")))?;
+        }
         let data = match self.settings.data_type {
             DataType::F16 => Data::F16(self.fill(left, top, f16::from_f32)),
             DataType::F64 => Data::F64(self.fill(left, top, f64::from)),
@@ -203,6 +218,8 @@ mod tests {
             width,
             height,
             resize,
+            filter: ResizeFilter::Antialias,
+            auto_rotate: true,
             color: Color::Rgb,
             mean: [0.0; 3],
             std: [1.0; 3],

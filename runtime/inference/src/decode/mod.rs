@@ -1,16 +1,22 @@
-//! The only door to the `image` crate: JPEG or PNG bytes to a [`Picture`], within limits.
+//! JPEG or PNG bytes to a [`Picture`], within limits; the only door to the `image` crate.
 //!
 //! The header is read first. Nothing is allocated for a picture before its sides, its pixel count and the bytes it would
-//! take are known to be within [`DecodeLimits`], so a bomb costs its header and no more. A JPEG that has lost its end is
+//! take are known to be within [`DecodeOptions`], so a bomb costs its header and no more. A JPEG that has lost its end is
 //! refused: decoders fill what is missing with grey, and a verdict on grey is worse than none.
+//!
+//! A picture whose Exif metadata states an orientation is turned, as OpenCV and browsers turn it, unless the model's manifest says
+//! `autoRotate: false`.
+
+mod jpeg;
 
 use std::io::Cursor;
 
-use image::{ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use crate::{Error, ErrorKind, Result};
 use lineside_ipc::frame::{Frame, FrameFormat, PixelLayout};
-use lineside_ipc::jpeg::{self, Extent};
+use lineside_ipc::jpeg::{Extent, extent};
 use lineside_ipc::picture_header::PictureHeader;
 
 use crate::picture::Picture;
@@ -19,66 +25,84 @@ use crate::picture::Picture;
 /// compressed as well.
 const DECODER_BYTES: u64 = 4 << 20;
 
-/// What a frame may cost at most. The defaults fit a 24-megapixel line camera.
+/// How frames are decoded, and what one may cost at most. The defaults fit a 24-megapixel line camera.
 #[derive(Debug, Clone, Copy)]
-pub struct DecodeLimits {
+pub struct DecodeOptions {
     /// Encoded bytes.
     pub encoded_bytes_max: usize,
     /// Pixels on one side.
     pub side_pixels_max: u32,
     /// Pixels in all.
     pub total_pixels_max: u64,
+    /// Whether a picture is turned as its metadata states.
+    pub auto_rotate: bool,
 }
 
-impl Default for DecodeLimits {
+impl Default for DecodeOptions {
     fn default() -> Self {
-        Self { encoded_bytes_max: 16 << 20, side_pixels_max: 16_384, total_pixels_max: 40_000_000 }
+        Self { encoded_bytes_max: 16 << 20, side_pixels_max: 16_384, total_pixels_max: 40_000_000, auto_rotate: true }
     }
 }
 
 /// Decodes one JPEG or PNG into RGB. Grey, palette and 16-bit pictures are converted; an alpha channel is dropped.
 ///
 /// # Errors
-/// [`ErrorKind::BadFrame`] for bytes that are no complete JPEG or PNG, [`ErrorKind::FrameTooLarge`] beyond `limits`.
-pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<Picture> {
-    if bytes.len() > limits.encoded_bytes_max {
+/// [`ErrorKind::BadFrame`] for bytes that are no complete JPEG or PNG, [`ErrorKind::FrameTooLarge`] beyond `options`.
+pub fn decode(bytes: &[u8], options: &DecodeOptions) -> Result<Picture> {
+    if bytes.len() > options.encoded_bytes_max {
         return Err(too_large(format!(
             "the frame has {} bytes, more than the limit of {}",
             bytes.len(),
-            limits.encoded_bytes_max
+            options.encoded_bytes_max
         )));
     }
     let format = format_of(bytes)?;
-    let header = PictureHeader::read(bytes)
-        .map_err(|error| Error::new(ErrorKind::BadFrame, format!("the frame cannot be decoded: {error}")))?;
-    let (width, height) = (header.width, header.height);
-    check_sides(width, height, limits)?;
+    let header = PictureHeader::read(bytes).map_err(|error| bad_frame(&error.to_string()))?;
+    check_sides(header.width, header.height, options)?;
+    let bytes_max = header.decode_bytes().saturating_add(DECODER_BYTES);
+    let (mut picture, orientation) = match format {
+        ImageFormat::Jpeg => jpeg::decode(bytes, bytes_max)?,
+        _ => with_image_crate(bytes, format, (header.width, header.height), bytes_max)?,
+    };
+    if options.auto_rotate {
+        picture.apply_orientation(orientation);
+    }
+    Picture::from_rgb(picture.width(), picture.height(), picture.into_rgb8().into_raw())
+}
+
+/// Decodes within a number of bytes. Returns the picture as it is stored, and how it is to be turned.
+fn with_image_crate(
+    bytes: &[u8],
+    format: ImageFormat,
+    sides: (u32, u32),
+    bytes_max: u64,
+) -> Result<(DynamicImage, Orientation)> {
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut decoder_limits = Limits::default();
-    decoder_limits.max_alloc = Some(header.decode_bytes().saturating_add(DECODER_BYTES));
+    decoder_limits.max_alloc = Some(bytes_max);
     reader.limits(decoder_limits);
-    let decoder = reader.into_decoder().map_err(bad_frame)?;
+    let mut decoder = reader.into_decoder().map_err(|error| bad_frame(&error.to_string()))?;
     // The agent grants memory for what the header states, so the decoder must have read the same.
-    if decoder.dimensions() != (width, height) {
+    if decoder.dimensions() != sides {
         return Err(Error::new(ErrorKind::BadFrame, "the header of the frame is ambiguous"));
     }
-    // A 16-bit RGBA source takes eight bytes a pixel while it is decoded.
-    if decoder.total_bytes() > limits.total_pixels_max.saturating_mul(8) {
+    if decoder.total_bytes() > bytes_max {
         return Err(too_large(format!("the frame takes {} bytes while it is decoded", decoder.total_bytes())));
     }
-    let picture = image::DynamicImage::from_decoder(decoder).map_err(bad_frame)?;
-    Picture::from_rgb(width, height, picture.into_rgb8().into_raw())
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let picture = DynamicImage::from_decoder(decoder).map_err(|error| bad_frame(&error.to_string()))?;
+    Ok((picture, orientation))
 }
 
 /// Turns a frame of any layout into RGB.
 ///
 /// # Errors
 /// As [`decode`] for encoded frames; [`ErrorKind::BadFrame`] for pixels that are fewer than their sides and stride state.
-pub fn to_picture(frame: &Frame, limits: &DecodeLimits) -> Result<Picture> {
+pub fn to_picture(frame: &Frame, options: &DecodeOptions) -> Result<Picture> {
     match frame.format {
-        FrameFormat::Encoded => decode(&frame.data, limits),
+        FrameFormat::Encoded => decode(&frame.data, options),
         FrameFormat::Pixels { layout, width, height, stride } => {
-            check_sides(width, height, limits)?;
+            check_sides(width, height, options)?;
             from_pixels(&frame.data, layout, [width as usize, height as usize], stride)
                 .and_then(|pixels| Picture::from_rgb(width, height, pixels))
         }
@@ -107,12 +131,12 @@ fn from_pixels(data: &[u8], layout: PixelLayout, [width, height]: [usize; 2], st
     Ok(out)
 }
 
-fn check_sides(width: u32, height: u32, limits: &DecodeLimits) -> Result<()> {
+fn check_sides(width: u32, height: u32, options: &DecodeOptions) -> Result<()> {
     let pixels = u64::from(width) * u64::from(height);
-    if width.max(height) > limits.side_pixels_max || pixels > limits.total_pixels_max {
+    if width.max(height) > options.side_pixels_max || pixels > options.total_pixels_max {
         return Err(too_large(format!(
             "the frame is {width}x{height}, more than the limit of {} pixels on a side and {} in all",
-            limits.side_pixels_max, limits.total_pixels_max
+            options.side_pixels_max, options.total_pixels_max
         )));
     }
     Ok(())
@@ -126,18 +150,21 @@ fn format_of(bytes: &[u8]) -> Result<ImageFormat> {
     if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
         return Ok(ImageFormat::Png);
     }
-    match jpeg::extent(bytes) {
+    match extent(bytes) {
         Extent::Complete(_) => Ok(ImageFormat::Jpeg),
         Extent::Truncated => Err(Error::new(
             ErrorKind::BadFrame,
             format!("the JPEG is cut off: {} bytes came and its end marker is missing", bytes.len()),
         )),
+        Extent::NotJpeg if bytes.starts_with(&[0xFF, 0xD8, 0xFF]) => {
+            Err(Error::new(ErrorKind::BadFrame, "the JPEG is damaged: its segments cannot be followed"))
+        }
         Extent::NotJpeg => Err(Error::new(ErrorKind::BadFrame, "the frame is neither JPEG nor PNG")),
     }
 }
 
-fn bad_frame(error: image::ImageError) -> Error {
-    Error::new(ErrorKind::BadFrame, format!("the frame cannot be decoded: {error}"))
+fn bad_frame(reason: &str) -> Error {
+    Error::new(ErrorKind::BadFrame, format!("the frame cannot be decoded: {reason}"))
 }
 
 fn too_large(message: String) -> Error {
@@ -157,10 +184,10 @@ mod tests {
 
     #[test]
     fn png_is_decoded_to_the_pixel_and_jpeg_to_its_size() {
-        let frame = decode(&encoded(ImageFormat::Png, 31, 17), &DecodeLimits::default()).unwrap();
+        let frame = decode(&encoded(ImageFormat::Png, 31, 17), &DecodeOptions::default()).unwrap();
         assert_eq!((frame.width(), frame.height()), (31, 17));
         assert_eq!(&frame.pixels()[(5 * 31 + 9) * 3..][..3], [9, 5, 77]);
-        let frame = decode(&encoded(ImageFormat::Jpeg, 40, 24), &DecodeLimits::default()).unwrap();
+        let frame = decode(&encoded(ImageFormat::Jpeg, 40, 24), &DecodeOptions::default()).unwrap();
         assert_eq!((frame.width(), frame.height()), (40, 24));
     }
 
@@ -173,7 +200,7 @@ mod tests {
                 if format == ImageFormat::Png && cut >= whole.len() - 12 {
                     continue;
                 }
-                let error = decode(&whole[..cut], &DecodeLimits::default()).unwrap_err();
+                let error = decode(&whole[..cut], &DecodeOptions::default()).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::BadFrame, "{format:?} cut at {cut}: {error}");
             }
         }
@@ -186,7 +213,7 @@ mod tests {
         bomb[16..24].copy_from_slice(&[0, 0, 0xEA, 0x60, 0, 0, 0xEA, 0x60]);
         let crc = crc32(&bomb[12..29]);
         bomb[29..33].copy_from_slice(&crc.to_be_bytes());
-        let error = decode(&bomb, &DecodeLimits::default()).unwrap_err();
+        let error = decode(&bomb, &DecodeOptions::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FrameTooLarge);
         assert!(error.to_string().contains("60000x60000"), "{error}");
     }
@@ -213,19 +240,76 @@ mod tests {
             let header = PictureHeader::read(&bytes).unwrap();
             let copy = if picture.color() == image::ColorType::Rgb8 { 0 } else { u64::from(side * side) * 3 };
             assert_eq!(decoded.total_bytes() + copy, header.decode_bytes(), "{:?}", picture.color());
-            assert!(decode(&bytes, &DecodeLimits::default()).is_ok(), "{:?}", picture.color());
+            assert!(decode(&bytes, &DecodeOptions::default()).is_ok(), "{:?}", picture.color());
+        }
+    }
+
+    /// A chunk of Exif metadata: one entry, the orientation (tag 0x0112, type SHORT).
+    fn exif(orientation: u8) -> Vec<u8> {
+        let entry = [1, 0x12, 0, 3, 0, 0, 0, 1, 0, orientation, 0, 0];
+        [&b"MM\0\x2A\0\0\0\x08\0\x01"[..], &entry, &[0; 4]].concat()
+    }
+
+    #[test]
+    fn pictures_are_turned_as_their_metadata_states() {
+        // Red at the top left, and wider than high.
+        let stored = image::RgbImage::from_fn(32, 16, |x, y| {
+            if x < 16 && y < 8 { image::Rgb([255, 0, 0]) } else { image::Rgb([0, 0, 255]) }
+        });
+        let encoded = |format| {
+            let mut bytes = Cursor::new(Vec::new());
+            stored.write_to(&mut bytes, format).unwrap();
+            bytes.into_inner()
+        };
+        // Where the red quarter of each orientation is: right, bottom.
+        let corners = [
+            (false, false),
+            (true, false),
+            (true, true),
+            (false, true),
+            (false, false),
+            (true, false),
+            (true, true),
+            (false, true),
+        ];
+        for (orientation, (is_right, is_bottom)) in (1u8..).zip(corners) {
+            let exif = exif(orientation);
+            let jpeg = encoded(ImageFormat::Jpeg);
+            let length = (exif.len() as u16 + 8).to_be_bytes();
+            let jpeg = [&jpeg[..2], &[0xFF, 0xE1], &length, b"Exif\0\0", &exif, &jpeg[2..]].concat();
+            let png = encoded(ImageFormat::Png);
+            let chunk = [b"eXIf", &exif[..]].concat();
+            let length = (exif.len() as u32).to_be_bytes();
+            let png = [&png[..33], &length, &chunk, &crc32(&chunk).to_be_bytes(), &png[33..]].concat();
+            for bytes in [jpeg, png] {
+                let turned = decode(&bytes, &DecodeOptions::default()).unwrap();
+                let sides = if orientation < 5 { (32, 16) } else { (16, 32) };
+                assert_eq!((turned.width(), turned.height()), sides, "orientation {orientation}");
+                let x = if is_right { turned.width() - 3 } else { 2 };
+                let y = if is_bottom { turned.height() - 3 } else { 2 };
+                let at = (y * turned.width() + x) as usize * 3;
+                let [red, _, blue] = turned.pixels()[at..at + 3] else { unreachable!() };
+                assert!(red > 200 && blue < 60, "orientation {orientation}");
+                let kept = decode(&bytes, &DecodeOptions { auto_rotate: false, ..DecodeOptions::default() }).unwrap();
+                assert_eq!((kept.width(), kept.height()), (32, 16));
+            }
         }
     }
 
     #[test]
     fn limits_hold_at_the_edge() {
         let bytes = encoded(ImageFormat::Png, 10, 10);
-        let exact = DecodeLimits { side_pixels_max: 10, total_pixels_max: 100, encoded_bytes_max: bytes.len() };
+        let exact = DecodeOptions {
+            side_pixels_max: 10,
+            total_pixels_max: 100,
+            encoded_bytes_max: bytes.len(),
+            auto_rotate: true,
+        };
         assert!(decode(&bytes, &exact).is_ok());
         for tight in [
-            DecodeLimits { side_pixels_max: 9, ..exact },
-            DecodeLimits { total_pixels_max: 99, ..exact },
-            DecodeLimits { encoded_bytes_max: bytes.len() - 1, ..exact },
+            DecodeOptions { side_pixels_max: 9, ..exact },
+            DecodeOptions { total_pixels_max: 99, ..exact },
+            DecodeOptions { encoded_bytes_max: bytes.len() - 1, ..exact },
         ] {
             assert_eq!(decode(&bytes, &tight).unwrap_err().kind(), ErrorKind::FrameTooLarge);
         }
@@ -234,10 +318,10 @@ mod tests {
     #[test]
     fn other_bytes_are_named_for_what_they_are_not() {
         for bytes in [&b"GIF89a..."[..], b"<html>", b"\0\0\0\x01h264"] {
-            let error = decode(bytes, &DecodeLimits::default()).unwrap_err();
+            let error = decode(bytes, &DecodeOptions::default()).unwrap_err();
             assert!(error.to_string().contains("neither JPEG nor PNG"), "{error}");
         }
-        assert!(decode(b"", &DecodeLimits::default()).unwrap_err().to_string().contains("empty"));
+        assert!(decode(b"", &DecodeOptions::default()).unwrap_err().to_string().contains("empty"));
     }
 
     #[test]
@@ -246,7 +330,7 @@ mod tests {
             let format = FrameFormat::Pixels { layout, width, height: 2, stride };
             Frame { format, ..Frame::encoded(data.into(), None, false) }
         };
-        let convert = |frame: &Frame| to_picture(frame, &DecodeLimits::default());
+        let convert = |frame: &Frame| to_picture(frame, &DecodeOptions::default());
         // Two rows of one pixel, each with a byte of padding; the last row's padding may be missing.
         let rgb = convert(&frame(PixelLayout::Rgb8, 1, 4, &[1, 2, 3, 0, 4, 5, 6])).unwrap();
         assert_eq!(rgb.pixels(), [1, 2, 3, 4, 5, 6]);

@@ -1,0 +1,3 @@
+//! Inputs of kinds that users of such programs have reported as failing: pictures, models, cameras, brokers.
+
+mod jpegs;

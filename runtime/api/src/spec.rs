@@ -112,6 +112,52 @@ pub enum Decoder {
     Yolox,
     /// Final boxes of a graph that contains its own suppression: `[1, n, 6]`, `[n, 7]`, or separate boxes, scores and classes.
     End2end,
+    /// One box for each query, without suppression: `[1, n, 4 + classes]`, or boxes `[1, n, 4]` and scores `[1, n, classes]`. DETR,
+    /// RT-DETR, RF-DETR.
+    Detr,
+}
+
+/// Meaning of the four numbers of a box.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum BoxFormat {
+    /// Left, top, right, bottom.
+    Xyxy,
+    /// Horizontal and vertical centre, width, height.
+    Cxcywh,
+    /// Top, left, bottom, right. TensorFlow Object Detection.
+    Yxyx,
+}
+
+impl BoxFormat {
+    /// The name in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Xyxy => "xyxy",
+            Self::Cxcywh => "cxcywh",
+            Self::Yxyx => "yxyx",
+        }
+    }
+}
+
+/// Unit of the numbers of a box.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum BoxUnit {
+    /// Pixels of the input of the model.
+    Pixel,
+    /// Parts of the width and height of the input, 0 to 1.
+    Relative,
+}
+
+impl BoxUnit {
+    /// The name in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pixel => "pixel",
+            Self::Relative => "relative",
+        }
+    }
 }
 
 /// Conversion of the output tensors to a prediction.
@@ -120,6 +166,14 @@ pub enum Decoder {
 pub struct OutputSpec {
     /// Output layout, for detect. Default: derived from the shape and the metadata where they are unambiguous.
     pub decoder: Option<Decoder>,
+    /// Meaning of the four numbers of a box, for detect. Default: what the decoder and the boxes on test pictures show.
+    pub box_format: Option<BoxFormat>,
+    /// Unit of the numbers of a box, for detect. Default: what the boxes on test pictures show.
+    pub box_unit: Option<BoxUnit>,
+    /// Number of the first class, for detect with an output of class numbers: 1 for torchvision, where 0 is the background. Default:
+    /// 0 where the exporter is known.
+    #[schemars(range(max = 1000))]
+    pub first_class: Option<u32>,
     /// Names of the classes by their index. Default: the metadata of the model, otherwise `class_0`, `class_1` and so on.
     #[schemars(length(max = 10_000), inner(length(max = 256)))]
     pub labels: Option<Vec<String>>,

@@ -75,12 +75,12 @@ pub struct GraphInfo {
 }
 
 impl GraphInfo {
-    /// The class names that Ultralytics' exporters and their kin leave under `names`:
-    /// `{0: 'good', 1: 'scratch'}` as Python prints it, the same as JSON, or a plain list.
-    pub fn labels(&self) -> Option<Vec<String>> {
-        let names = self.metadata.get("names").or_else(|| self.metadata.get("labels"))?;
-        let labels = quoted_strings(names);
-        (!labels.is_empty()).then_some(labels)
+    /// The class names of the metadata, under `names` (Ultralytics), `id2label` (Hugging Face), `labels`, `classes` or `class_names`:
+    /// a dictionary as Python or JSON writes it, a list, or names on lines or between commas.
+    pub fn class_names(&self) -> Option<ClassNames> {
+        const KEYS: [&str; 5] = ["names", "id2label", "labels", "classes", "class_names"];
+        let known = KEYS.iter().filter_map(|key| self.metadata.get(*key)).map(|text| ClassNames::parse(text));
+        known.into_iter().find(|names| !names.by_number.is_empty())
     }
 
     /// The input size under `imgsz`, as (height, width) in pixels: `[320, 640]`, or one number for a square.
@@ -99,28 +99,80 @@ impl GraphInfo {
     }
 }
 
-/// The values of a dict or list of strings, in order. Keys of JSON objects (a quoted string before a colon) are left out.
-fn quoted_strings(text: &str) -> Vec<String> {
+/// Names of classes, as a file states them.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ClassNames {
+    /// The names by number; by their order where the file states no numbers.
+    pub by_number: BTreeMap<usize, String>,
+    /// Whether the numbers are those of the file.
+    pub has_numbers: bool,
+}
+
+impl ClassNames {
+    fn parse(text: &str) -> Self {
+        let entries = quoted_entries(text);
+        if entries.is_empty() {
+            return Self::of_list(plain_entries(text));
+        }
+        let numbers: Option<BTreeMap<usize, String>> =
+            entries.iter().map(|(number, name)| number.map(|number| (number, name.clone()))).collect();
+        match numbers.filter(|numbers| numbers.len() == entries.len()) {
+            Some(by_number) => Self { by_number, has_numbers: true },
+            None => Self::of_list(entries.into_iter().map(|(_, name)| name)),
+        }
+    }
+
+    fn of_list(names: impl IntoIterator<Item = String>) -> Self {
+        Self { by_number: names.into_iter().enumerate().collect(), has_numbers: false }
+    }
+}
+
+/// Names without quotes, on lines or between commas.
+fn plain_entries(text: &str) -> Vec<String> {
+    let text = text.trim().trim_matches(['[', ']', '{', '}']);
+    let separator = if text.contains('\n') { '\n' } else { ',' };
+    text.split(separator).map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect()
+}
+
+/// The quoted strings of a dictionary or list, in order, each with the number before it (`2: 'dent'`, `"2": "dent"`).
+fn quoted_entries(text: &str) -> Vec<(Option<usize>, String)> {
     let mut found = Vec::new();
     let mut characters = text.chars().peekable();
-    while let Some(quote) = characters.next() {
-        if quote != '\'' && quote != '"' {
-            continue;
-        }
-        let mut value = String::new();
-        while let Some(character) = characters.next() {
-            match character {
-                '\\' => value.extend(characters.next()),
-                _ if character == quote => break,
-                _ => value.push(character),
+    let mut digits = String::new();
+    let mut number = None;
+    while let Some(character) = characters.next() {
+        match character {
+            '0'..='9' => digits.push(character),
+            ':' => number = digits.parse().ok(),
+            '\'' | '"' => {
+                let value = quoted(character, &mut characters);
+                while characters.next_if(|character| character.is_whitespace()).is_some() {}
+                if characters.peek() == Some(&':') {
+                    // The key of a JSON object.
+                    digits = value;
+                } else {
+                    found.push((number.take(), value));
+                    digits.clear();
+                }
             }
-        }
-        while characters.next_if(|character| character.is_whitespace()).is_some() {}
-        if characters.peek() != Some(&':') {
-            found.push(value);
+            ',' => digits.clear(),
+            _ => {}
         }
     }
     found
+}
+
+/// The rest of a quoted string; as far as it goes, where it has no end.
+fn quoted(quote: char, characters: &mut impl Iterator<Item = char>) -> String {
+    let mut value = String::new();
+    while let Some(character) = characters.next() {
+        match character {
+            '\\' => value.extend(characters.next()),
+            _ if character == quote => break,
+            _ => value.push(character),
+        }
+    }
+    value
 }
 
 #[cfg(test)]
@@ -139,20 +191,36 @@ mod tests {
         }
     }
 
+    fn names(key: &str, text: &str) -> (Vec<(usize, String)>, bool) {
+        let names = with(key, text).class_names().unwrap_or_default();
+        (names.by_number.into_iter().collect(), names.has_numbers)
+    }
+
     #[test]
-    fn labels_are_read_as_python_and_as_json_write_them() {
-        let expected = vec!["good".to_owned(), "operator's mark".to_owned(), "a, b: c".to_owned()];
-        for text in [
-            r#"{0: 'good', 1: "operator's mark", 2: 'a, b: c'}"#,
-            r#"{"0": "good", "1": "operator's mark", "2": "a, b: c"}"#,
-            r#"['good', 'operator\'s mark', 'a, b: c']"#,
+    fn class_names_are_read_as_python_and_as_json_write_them() {
+        let expected: Vec<_> =
+            ["good", "operator's mark", "a, b: c 9"].into_iter().map(str::to_owned).enumerate().collect();
+        for (text, has_numbers) in [
+            (r#"{0: 'good', 1: "operator's mark", 2: 'a, b: c 9'}"#, true),
+            (r#"{"0": "good", "1": "operator's mark", "2": "a, b: c 9"}"#, true),
+            (r#"{2: 'a, b: c 9', 0: 'good', 1: 'operator\'s mark'}"#, true),
+            (r#"['good', 'operator\'s mark', 'a, b: c 9']"#, false),
         ] {
-            assert_eq!(with("names", text).labels(), Some(expected.clone()), "{text}");
+            assert_eq!(names("names", text), (expected.clone(), has_numbers), "{text}");
         }
-        assert_eq!(with("names", "{}").labels(), None);
-        assert_eq!(with("other", "x").labels(), None);
+        assert_eq!(
+            names("id2label", r#"{"1": "LABEL_1", "4": "x"}"#),
+            (vec![(1, "LABEL_1".into()), (4, "x".into())], true)
+        );
+        for text in ["scratch, dent", "scratch\ndent\n", "[scratch, dent]"] {
+            assert_eq!(names("classes", text), (vec![(0, "scratch".into()), (1, "dent".into())], false), "{text}");
+        }
+        // Names of two kinds, and one number twice.
+        assert!(!names("names", "{0: 'a', 0: 'b'}").1);
+        assert_eq!(with("names", "{}").class_names(), None);
+        assert_eq!(with("other", "x").class_names(), None);
         // An unfinished string is taken as far as it goes; it must not panic.
-        assert_eq!(with("names", "{0: 'good").labels(), Some(vec!["good".to_owned()]));
+        assert_eq!(names("names", "{0: 'good"), (vec![(0, "good".into())], true));
     }
 
     #[test]

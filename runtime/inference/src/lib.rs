@@ -20,5 +20,6 @@ pub mod pipeline;
 pub mod postprocess;
 pub mod preprocess;
 pub mod settings;
+pub mod synthetic;
 
 pub use error::{Error, ErrorKind, Result};

@@ -28,6 +28,7 @@ use crate::picture::Picture;
 use crate::postprocess;
 use crate::preprocess::{Placement, Preprocessor};
 use crate::settings::{self, InputSettings, OutputSettings};
+use crate::synthetic;
 use crate::{Error, ErrorKind, Result};
 
 /// A frame that is ready for the engine.
@@ -186,7 +187,7 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// Loads a model and runs it once on a grey picture, which warms it up and shows the shapes of its outputs. With
+    /// Loads a model and runs it on a grey and a natural picture, which warms it up and shows what its outputs are. With
     /// `runtime.maxBatchSize` above 1 it is loaded for batches of that size too, which takes the memory of a second copy.
     ///
     /// # Errors
@@ -200,13 +201,21 @@ impl Pipeline {
         let mut session = engine.load(model, &[input.shape()])?;
         let options = DecodeOptions { auto_rotate: input.auto_rotate, ..DecodeOptions::default() };
         let mut prepare = PrepareStage { preprocessor: Preprocessor::new(&input), options };
-        let grey =
-            Picture::from_rgb(input.width, input.height, vec![128; input.width as usize * input.height as usize * 3])?;
-        let warm_up = prepare.prepare_picture(&grey)?;
-        let outputs = session.run(vec![warm_up.input])?;
-        let output = settings::output(spec, &graph, task, &input, &outputs)?;
-        postprocess::run(&output, outputs, &warm_up.placement)
-            .map_err(|error| Error::new(error.kind(), format!("on a plain grey picture: {error}")))?;
+        let (width, height) = (input.width, input.height);
+        let grey = Picture::from_rgb(width, height, vec![128; width as usize * height as usize * 3])?;
+        let natural = Picture::from_rgb(width, height, synthetic::natural(width, height))?;
+        let (mut runs, mut placement) = (Vec::new(), None);
+        for picture in [&grey, &natural] {
+            let prepared = prepare.prepare_picture(picture)?;
+            placement.get_or_insert(prepared.placement);
+            runs.push(session.run(vec![prepared.input])?);
+        }
+        let mut output = settings::output(spec, &graph, task, &input, &runs)?;
+        output.notes.extend_from_slice(session.notes());
+        if let (Some(outputs), Some(placement)) = (runs.into_iter().next(), placement) {
+            postprocess::run(&output, outputs, &placement)
+                .map_err(|error| Error::new(error.kind(), format!("on a plain grey picture: {error}")))?;
+        }
         let mut infer = InferStage { session, batched: None, output: Arc::new(output) };
         let size = spec.runtime.max_batch_size.unwrap_or(1) as usize;
         if size > 1 {
@@ -392,7 +401,7 @@ mod tests {
         assert!(rejection(&model, &spec).contains("spec.input.mean has 2 values"));
         let output = OutputSpec { threshold: Some(1.5), ..Default::default() };
         assert!(rejection(&model, &ModelSpec { output, ..ModelSpec::default() }).contains("spec.output.threshold"));
-        assert!(rejection(&model, &of_task(Task::Detect)).contains("spec.output.decoder"));
+        assert!(rejection(&model, &of_task(Task::Detect)).contains("no decoder reads boxes"));
         let segment = load(&model, &of_task(Task::Segment)).err().unwrap();
         assert_eq!(segment.kind(), ErrorKind::Unsupported);
 

@@ -83,7 +83,7 @@ fn picture_seeds() -> Vec<Vec<u8>> {
 fn run_model(input: &[u8]) {
     if let Ok(info) = inspect(input) {
         assert_eq!(info.outputs.len(), info.activations.len());
-        assert!(info.nodes > 0 && info.labels().is_none_or(|labels| !labels.is_empty()));
+        assert!(info.nodes > 0 && info.class_names().is_none_or(|names| !names.by_number.is_empty()));
         let shapes = info.inputs.iter().chain(&info.outputs).map(|tensor| tensor.protocol_shape());
         assert!(shapes.flatten().all(|size| size >= -1));
         assert!(info.image_size() != Some((0, 0)) || info.metadata.contains_key("imgsz"));

@@ -292,7 +292,7 @@ fn format_report(report: &Report, graph: &GraphInfo) -> String {
         let shown = pipeline.labels.iter().take(LABELS_SHOWN).cloned().collect::<Vec<_>>().join(", ");
         let more = pipeline.labels.len().saturating_sub(LABELS_SHOWN);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        let origin = if graph.labels().is_some() { "" } else { "   (not in the model's metadata)" };
+        let origin = if graph.class_names().is_some() { "" } else { "   (not in the model's metadata)" };
         if !pipeline.labels.is_empty() {
             lines.push(format!("  labels    {shown}{more}{origin}"));
         }

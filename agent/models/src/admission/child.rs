@@ -11,12 +11,12 @@ use lineside_common::process_stats::{MemoryStatus, p50_p99};
 use lineside_common::sandbox::restrict_myself;
 use lineside_inference::picture::Picture;
 use lineside_inference::pipeline::{Pipeline, engine_for};
+use lineside_inference::synthetic;
 use lineside_inference::{Error, ErrorKind};
 
 use super::Benchmark;
 use super::golden;
 use super::protocol::{GoldenSample, Request, Response};
-use super::synthetic;
 
 /// Upper bound of the measured inferences.
 const RUNS_MAX: u32 = 100;

@@ -16,7 +16,6 @@
 mod child;
 mod golden;
 mod protocol;
-mod synthetic;
 
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;

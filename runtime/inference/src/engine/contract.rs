@@ -166,6 +166,6 @@ fn a_file_declares_its_tensors_and_metadata() {
     assert_eq!(graph.inputs.len(), 1);
     assert_eq!(graph.inputs[0].protocol_shape(), [-1, 3, 8, 6]);
     assert_eq!(graph.outputs[0].protocol_shape(), [-1, 4]);
-    assert_eq!(graph.labels().unwrap(), ["a"]);
+    assert_eq!(graph.class_names().unwrap().by_number[&0], "a");
     assert_eq!((graph.nodes, graph.opset), (3, 17));
 }

@@ -40,6 +40,9 @@ pub trait Session: Send {
     /// # Errors
     /// [`crate::ErrorKind::Inference`] when the engine refuses.
     fn fork(&self) -> Result<Box<dyn Session>>;
+
+    /// What people should know of how the model runs, such as a slower way than usual.
+    fn notes(&self) -> &[String];
 }
 
 /// Reads what a model file says of itself. No weights are touched and nothing is executed.

@@ -9,15 +9,21 @@
 //! end2end          [1, n, 6]       left, top, right, bottom, score, class                  (YOLOv10, nms=True exports)
 //!                  [n, 7]          batch, left, top, right, bottom, class, score           (YOLOv7)
 //!                  boxes [.., 4], scores, classes and sometimes a count, as outputs of their own
+//!                  boxes with scores [1, n, 5] and classes                             (MMDetection, Geti)
+//! detr             [1, n, 4 + C]    a box for each query, class scores                 (RT-DETR)
+//!                  boxes [1, n, 4] and class scores [1, n, C]                          (DETR, RF-DETR)
 //! ```
 //!
 //! An anchor speaks for its best class only. Suppression runs on boxes in input pixels, class by class; end-to-end models
-//! have done it themselves. Class scores are taken as they come: all these exports end in a sigmoid.
+//! have done it themselves, and the others need none. The meaning of the four numbers, and what makes probabilities of the scores, were
+//! decided when the model was loaded ([`crate::settings`]). A frame whose boxes contradict that fails, so that a layout that only looks
+//! like a known one never gives wrong boxes in silence.
 
 use crate::preprocess::Placement;
-use crate::settings::{BoxLayout, DetectSettings, Labels, YOLOX_STRIDES};
+use crate::settings::{BoxLayout, DetectSettings, Labels, RELATIVE_MAX, ScoreActivation, YOLOX_STRIDES};
 use crate::{Error, ErrorKind, Result};
 use lineside_api::prediction::Detection;
+use lineside_api::spec::{BoxFormat, BoxUnit};
 use lineside_api::tensor::Tensor;
 
 use super::nms::{Candidate, suppress};
@@ -39,13 +45,16 @@ pub(super) fn run(
         BoxLayout::Grid => on_grid(settings, anchor_rows(settings, true, outputs)?),
         BoxLayout::Sorted { columns } => sorted_rows(settings, columns, outputs)?,
         BoxLayout::Split { boxes, scores, classes, count } => split(settings, outputs, boxes, scores, classes, count)?,
+        BoxLayout::Scored { boxes, classes } => scored(settings, outputs, boxes, classes)?,
+        BoxLayout::Queries { boxes, scores } => queries(settings, outputs, boxes, scores)?,
     };
     let mut found: Vec<Candidate> = found.into_iter().map(|(_, candidate)| candidate).collect();
     // Infinite sides can make a box that is nowhere.
     if found.iter().any(|candidate| candidate.bbox.iter().any(|side| side.is_nan())) {
         return Err(Error::new(ErrorKind::BadOutput, "a box the model gave is infinite"));
     }
-    let kept = if settings.layout.is_end_to_end() {
+    check_meaning(settings, &found)?;
+    let kept = if !settings.suppresses {
         found.sort_by(|left, right| right.score.total_cmp(&left.score));
         found.truncate(settings.top_k);
         found
@@ -63,6 +72,29 @@ pub(super) fn run(
             bbox: placement.to_source(candidate.bbox),
         })
         .collect())
+}
+
+/// Checks that the boxes can be what the settings say. A box is at least a few pixels wide, and has its right side right of its left one.
+fn check_meaning(settings: &DetectSettings, found: &[Candidate]) -> Result<()> {
+    let contradiction = |why: &str, remedy: &str| {
+        Err(Error::new(
+            ErrorKind::BadOutput,
+            format!("the boxes cannot be {why}; set {remedy} in spec.output of the model"),
+        ))
+    };
+    if settings.layout == BoxLayout::Grid || found.is_empty() {
+        return Ok(());
+    }
+    let is_inverted = |bbox: [f32; 4]| bbox[2] < bbox[0] - 1.0 || bbox[3] < bbox[1] - 1.0;
+    if settings.coordinates.format != BoxFormat::Cxcywh && found.iter().any(|candidate| is_inverted(candidate.bbox)) {
+        return contradiction("corners: a right side is left of its left side", "boxFormat");
+    }
+    let is_pixel = settings.coordinates.unit == BoxUnit::Pixel;
+    let is_small = |candidate: &Candidate| candidate.bbox.iter().all(|side| side.abs() <= RELATIVE_MAX);
+    if is_pixel && settings.input_width.min(settings.input_height) > 8 && found.iter().all(is_small) {
+        return contradiction("in pixels: all are within the first pixel", "boxUnit: relative");
+    }
+    Ok(())
 }
 
 /// A candidate with the index of its anchor.
@@ -90,7 +122,7 @@ fn class_rows(settings: &DetectSettings, outputs: &[Tensor]) -> Result<Found> {
     let kept = (0..anchors).filter(|anchor| best[*anchor] >= settings.threshold);
     Ok(kept
         .map(|anchor| {
-            let bbox = corners(std::array::from_fn(|index| row(index)[anchor]));
+            let bbox = settings.corners(std::array::from_fn(|index| row(index)[anchor]));
             (anchor, Candidate { bbox, class: class_of[anchor], score: best[anchor] })
         })
         .collect())
@@ -112,19 +144,37 @@ fn anchor_rows(settings: &DetectSettings, objectness: bool, outputs: &[Tensor]) 
         if weight < settings.threshold {
             continue;
         }
-        let mut best = (0, f32::NEG_INFINITY);
-        for (class, score) in row[head..].iter().enumerate() {
-            if *score > best.1 {
-                best = (class, *score);
-            }
-        }
+        let best = best_class(settings.activation, &row[head..]);
         let score = best.1 * weight;
         if score >= settings.threshold {
-            let bbox = corners([row[0], row[1], row[2], row[3]]);
-            found.push((anchor, Candidate { bbox, class: best.0 as u32, score }));
+            let bbox = [row[0], row[1], row[2], row[3]];
+            // The cells of a grid are placed later.
+            let bbox = if settings.layout == BoxLayout::Grid { corners(bbox) } else { settings.corners(bbox) };
+            found.push((anchor, Candidate { bbox, class: best.0, score }));
         }
     }
     Ok(found)
+}
+
+/// The class with the largest score, and its probability.
+fn best_class(activation: ScoreActivation, scores: &[f32]) -> (u32, f32) {
+    let objects =
+        if activation == ScoreActivation::Softmax { &scores[..scores.len().saturating_sub(1)] } else { scores };
+    let mut best = (0, f32::NEG_INFINITY);
+    for (class, score) in objects.iter().enumerate() {
+        if *score > best.1 {
+            best = (class as u32, *score);
+        }
+    }
+    let probability = match activation {
+        ScoreActivation::None => best.1,
+        ScoreActivation::Sigmoid => 1.0 / (1.0 + (-best.1).exp()),
+        ScoreActivation::Softmax => {
+            let largest = scores.iter().copied().fold(best.1, f32::max);
+            (best.1 - largest).exp() / scores.iter().map(|score| (score - largest).exp()).sum::<f32>()
+        }
+    };
+    (best.0, probability)
 }
 
 /// YOLOX leaves the last step to the caller: the centre is relative to the anchor's cell, the size is a logarithm.
@@ -173,7 +223,7 @@ fn sorted_rows(settings: &DetectSettings, columns: usize, outputs: &[Tensor]) ->
             _ => ([row[0], row[1], row[2], row[3]], row[5], row[4]),
         })
         .filter(|(_, _, score)| *score >= settings.threshold)
-        .map(|(bbox, class, score)| Candidate { bbox, class: class.max(0.0) as u32, score })
+        .map(|(bbox, class, score)| Candidate { bbox: settings.corners(bbox), class: class.max(0.0) as u32, score })
         .enumerate()
         .collect())
 }
@@ -204,9 +254,50 @@ fn split(
         .filter(|(_, (_, score))| **score >= settings.threshold)
         .map(|(index, (bbox, score))| {
             let class = classes.as_ref().map_or(0, |classes| classes[index].max(0.0) as u32);
-            (index, Candidate { bbox: [bbox[0], bbox[1], bbox[2], bbox[3]], class, score: *score })
+            let bbox = settings.corners([bbox[0], bbox[1], bbox[2], bbox[3]]);
+            (index, Candidate { bbox, class, score: *score })
         })
         .collect())
+}
+
+/// Boxes with their scores, and classes.
+fn scored(settings: &DetectSettings, outputs: &[Tensor], boxes: usize, classes: usize) -> Result<Found> {
+    let (rows, classes) = (numbers(outputs, boxes)?, numbers(outputs, classes)?);
+    if rows.len() != classes.len() * 5 {
+        return Err(changed_shape(outputs[boxes].shape()));
+    }
+    let rows =
+        rows.chunks_exact(5).zip(classes.iter()).enumerate().filter(|(_, (row, _))| row[4] >= settings.threshold);
+    Ok(rows
+        .map(|(index, (row, class))| {
+            let bbox = settings.corners([row[0], row[1], row[2], row[3]]);
+            (index, Candidate { bbox, class: class.max(0.0) as u32, score: row[4] })
+        })
+        .collect())
+}
+
+/// A box and class scores for each query.
+fn queries(settings: &DetectSettings, outputs: &[Tensor], boxes: usize, scores: usize) -> Result<Found> {
+    let shape = outputs.get(scores).map(Tensor::shape).unwrap_or_default();
+    let columns = shape.last().copied().unwrap_or_default().max(1);
+    let (coordinates, scores) = (numbers(outputs, boxes)?, numbers(outputs, scores)?);
+    if coordinates.len() / 4 != scores.len() / columns {
+        return Err(changed_shape(shape));
+    }
+    let rows = coordinates.chunks_exact(4).zip(scores.chunks_exact(columns)).enumerate();
+    let found = rows.filter_map(|(index, (bbox, scores))| {
+        let (class, score) = best_class(settings.activation, scores);
+        let bbox = settings.corners([bbox[0], bbox[1], bbox[2], bbox[3]]);
+        (score >= settings.threshold).then_some((index, Candidate { bbox, class, score }))
+    });
+    Ok(found.collect())
+}
+
+impl DetectSettings {
+    /// A box as left, top, right, bottom in input pixels.
+    fn corners(&self, bbox: [f32; 4]) -> [f32; 4] {
+        self.coordinates.corners(bbox, self.input_width, self.input_height)
+    }
 }
 
 /// Centre and size to left, top, right, bottom.
@@ -219,15 +310,19 @@ mod tests {
     use super::*;
     use crate::picture::Picture;
     use crate::preprocess::Preprocessor;
-    use crate::settings::{InputSettings, Layout};
+    use crate::settings::{BoxCoordinates, InputSettings, Layout};
     use lineside_api::spec::{Color, Resize, ResizeFilter};
     use lineside_api::tensor::{Data, DataType};
 
     const SIDE: u32 = 64;
 
     fn settings(layout: BoxLayout) -> DetectSettings {
+        let format = if layout.has_class_numbers() { BoxFormat::Xyxy } else { BoxFormat::Cxcywh };
         DetectSettings {
             layout,
+            coordinates: BoxCoordinates { format, unit: BoxUnit::Pixel },
+            activation: ScoreActivation::None,
+            suppresses: !layout.has_class_numbers(),
             threshold: 0.25,
             iou: 0.5,
             top_k: 10,
@@ -292,6 +387,55 @@ mod tests {
         ];
         let split = BoxLayout::Split { boxes: 0, scores: 1, classes: Some(2), count: Some(3) };
         assert_eq!(detect(&settings(split), &outputs).unwrap(), expected, "the third row lies beyond the count");
+    }
+
+    #[test]
+    fn queries_give_one_box_each_in_every_spelling() {
+        let relative = BoxCoordinates { format: BoxFormat::Cxcywh, unit: BoxUnit::Relative };
+        let expected = [(1, 0.9, [16.0, 8.0, 48.0, 24.0])];
+        // The centre and size of the expected box as parts of 64 pixels.
+        let bbox = [0.5, 0.25, 0.5, 0.25];
+        let row = |values: &[f32]| [&bbox[..], values].concat();
+        let with = |layout, activation| {
+            let settings = settings(layout);
+            DetectSettings { coordinates: relative, activation, suppresses: false, ..settings }
+        };
+        let anchors = with(BoxLayout::AnchorRows { objectness: false }, ScoreActivation::None);
+        let twice = [row(&[0.1, 0.9]), row(&[0.1, 0.9])].concat();
+        let found = detect(&anchors, &[tensor(&[1, 2, 6], &twice)]).unwrap();
+        assert_eq!(found, [expected[0], expected[0]], "equal boxes of two queries stay");
+        let sorted = with(BoxLayout::Sorted { columns: 6 }, ScoreActivation::None);
+        assert_eq!(detect(&sorted, &[tensor(&[1, 1, 6], &row(&[0.9, 1.0]))]).unwrap(), expected);
+        let queries = BoxLayout::Queries { boxes: 1, scores: 0 };
+        let logits = tensor(&[1, 1, 2], &[-3.0, 9.0f32.ln()]);
+        let found = detect(&with(queries, ScoreActivation::Sigmoid), &[logits, tensor(&[1, 1, 4], &bbox)]).unwrap();
+        assert!((found[0].1 - 0.9).abs() < 1e-6 && found[0].2 == expected[0].2, "{found:?}");
+        // The last of three is no object.
+        let logits = tensor(&[1, 1, 3], &[0.0, 2.0, 1.0]);
+        let found = detect(&with(queries, ScoreActivation::Softmax), &[logits, tensor(&[1, 1, 4], &bbox)]).unwrap();
+        assert_eq!(found[0].0, 1);
+        assert!((found[0].1 - 0.665).abs() < 1e-3, "{found:?}");
+        let scored = tensor(&[1, 1, 5], &[16.0, 8.0, 48.0, 24.0, 0.9]);
+        let classes = Tensor::new(vec![1, 1], Data::I64(vec![1])).unwrap();
+        let layout = settings(BoxLayout::Scored { boxes: 0, classes: 1 });
+        assert_eq!(detect(&layout, &[scored, classes]).unwrap(), expected);
+        let tensorflow = BoxCoordinates { format: BoxFormat::Yxyx, unit: BoxUnit::Relative };
+        let layout = settings(BoxLayout::Split { boxes: 0, scores: 1, classes: None, count: None });
+        let outputs = [tensor(&[1, 1, 4], &[0.125, 0.25, 0.375, 0.75]), tensor(&[1, 1], &[0.9])];
+        let found = detect(&DetectSettings { coordinates: tensorflow, ..layout }, &outputs).unwrap();
+        assert_eq!(found, [(0, 0.9, [16.0, 8.0, 48.0, 24.0])]);
+    }
+
+    #[test]
+    fn boxes_that_contradict_the_settings_fail_the_frame() {
+        let sorted = settings(BoxLayout::Sorted { columns: 6 });
+        let error = |row: &[f32]| detect(&sorted, &[tensor(&[1, 1, 6], row)]).unwrap_err();
+        let inverted = error(&[44.0, 22.0, 20.0, 10.0, 0.9, 1.0]);
+        assert!(inverted.kind() == ErrorKind::BadOutput && inverted.to_string().contains("boxFormat"), "{inverted}");
+        let relative = error(&[0.1, 0.2, 0.6, 0.7, 0.9, 1.0]);
+        assert!(relative.to_string().contains("boxUnit"), "{relative}");
+        let below = tensor(&[1, 1, 6], &[44.0, 22.0, 20.0, 10.0, 0.1, 1.0]);
+        assert_eq!(detect(&sorted, &[below]).unwrap(), [], "rows below the threshold say nothing");
     }
 
     #[test]

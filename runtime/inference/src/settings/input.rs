@@ -14,17 +14,33 @@ const INPUT_SIDE_PIXELS_MAX: u32 = 8192;
 /// # Errors
 /// [`ErrorKind::BadSpec`] when neither defines the task, [`ErrorKind::Unsupported`] for a task that is not built.
 pub fn task(spec: &ModelSpec, graph: &GraphInfo) -> Result<Task> {
-    let from_metadata = || match graph.metadata.get("task").map(String::as_str) {
+    let stated = graph.metadata.get("task").map(String::as_str);
+    let from_metadata = match stated {
         Some("classify") => Some(Task::Classify),
         Some("detect") => Some(Task::Detect),
         Some("segment") => Some(Task::Segment),
         _ => None,
     };
+    // The rows of these models have the length of boxes and other contents.
+    if let (Some(stated @ ("obb" | "pose" | "segment")), None | Some(Task::Detect)) = (stated, spec.task) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "the model's metadata states the task {stated}, which is not built yet; use a model for classify, detect or anomaly, or \
+                 spec.task: tensor for the raw outputs"
+            ),
+        ));
+    }
+    if let (Some(stated), None, None) = (stated, from_metadata, spec.task) {
+        return Err(bad_spec(format!(
+            "the model's metadata states the task {stated}, which is unknown; set spec.task to classify, detect, anomaly or tensor"
+        )));
+    }
     let from_shape = || match graph.outputs.as_slice() {
         [TensorMetadata { shape: Some(shape), .. }] if shape.len() == 2 => Some(Task::Classify),
         _ => None,
     };
-    match spec.task.or_else(from_metadata).or_else(from_shape) {
+    match spec.task.or(from_metadata).or_else(from_shape) {
         Some(Task::Segment) => Err(Error::new(
             ErrorKind::Unsupported,
             "task segment is not built yet; use classify, detect, anomaly or tensor",
@@ -77,7 +93,10 @@ pub fn input(spec: &ModelSpec, graph: &GraphInfo, task: Task) -> Result<InputSet
     let Some(data_type @ (DataType::F32 | DataType::F16 | DataType::F64 | DataType::U8 | DataType::I8)) =
         input.data_type
     else {
-        return Err(not_a_picture());
+        return Err(bad_spec(format!(
+            "the input {} has a type that pictures are not converted to; export it with FP32, FP16, FP64, UINT8 or INT8",
+            described(std::slice::from_ref(input))
+        )));
     };
     let from_metadata = graph.image_size();
     let height = side("height", height, spec.input.height, from_metadata.map(|size| size.0))?;

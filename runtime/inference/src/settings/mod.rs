@@ -5,18 +5,21 @@
 //! the tensors of a first run become a prediction. Whatever does not fit is refused here, with the field to change, so
 //! that nothing is left to find out on the line.
 
+mod boxes;
 mod input;
+mod labels;
 mod output;
 
 use std::sync::Arc;
 
 use crate::graph::{Activation, TensorMetadata};
 use crate::{Error, ErrorKind};
-use lineside_api::prediction::Class;
-use lineside_api::spec::{Color, Resize, ResizeFilter, Task};
+use lineside_api::spec::{BoxFormat, BoxUnit, Color, Resize, ResizeFilter, Task};
 use lineside_api::tensor::DataType;
 
+pub(crate) use boxes::RELATIVE_MAX;
 pub use input::{input, task};
+pub use labels::Labels;
 pub use output::output;
 
 /// The strides of the grids that YOLOX's anchors lie on.
@@ -81,6 +84,8 @@ pub struct OutputSettings {
     pub labels: Labels,
     /// Names of the outputs.
     pub names: Vec<Arc<str>>,
+    /// What people should know: what neither the manifest nor the file states and is assumed, and how the engine runs the model.
+    pub notes: Vec<String>,
 }
 
 /// The part of the output settings that depends on the task.
@@ -142,17 +147,56 @@ pub enum BoxLayout {
         boxes: usize,
         /// Output of scores.
         scores: usize,
-        /// Output of class indices; one class only where there is none.
+        /// Output of class numbers; one class only where there is none.
         classes: Option<usize>,
         /// Output with the number of boxes; all of them where there is none.
         count: Option<usize>,
     },
+    /// Ready boxes with their scores, `[1, n, 5]`, and class numbers; the numbers are the outputs' indices.
+    Scored {
+        /// Output of boxes and scores.
+        boxes: usize,
+        /// Output of class numbers.
+        classes: usize,
+    },
+    /// Boxes `[1, n, 4]` and class scores `[1, n, classes]`; the numbers are the outputs' indices.
+    Queries {
+        /// Output of boxes.
+        boxes: usize,
+        /// Output of class scores.
+        scores: usize,
+    },
 }
 
 impl BoxLayout {
-    /// Whether the graph has already suppressed overlapping boxes.
-    pub fn is_end_to_end(self) -> bool {
-        matches!(self, Self::Sorted { .. } | Self::Split { .. })
+    /// Whether the model gives class numbers, and not one score for each class.
+    pub fn has_class_numbers(self) -> bool {
+        matches!(self, Self::Sorted { .. } | Self::Split { .. } | Self::Scored { .. })
+    }
+}
+
+/// What the four numbers of a box mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BoxCoordinates {
+    /// Which numbers they are.
+    pub format: BoxFormat,
+    /// Their unit.
+    pub unit: BoxUnit,
+}
+
+impl BoxCoordinates {
+    /// A box as left, top, right, bottom in pixels of an input with these sides.
+    pub fn corners(self, [a, b, c, d]: [f32; 4], width: u32, height: u32) -> [f32; 4] {
+        let [left, top, right, bottom] = match self.format {
+            BoxFormat::Xyxy => [a, b, c, d],
+            BoxFormat::Yxyx => [b, a, d, c],
+            BoxFormat::Cxcywh => [a - c / 2.0, b - d / 2.0, a + c / 2.0, b + d / 2.0],
+        };
+        let [x, y] = match self.unit {
+            BoxUnit::Pixel => [1.0, 1.0],
+            BoxUnit::Relative => [width as f32, height as f32],
+        };
+        [left * x, top * y, right * x, bottom * y]
     }
 }
 
@@ -161,6 +205,12 @@ impl BoxLayout {
 pub struct DetectSettings {
     /// Where the boxes stand.
     pub layout: BoxLayout,
+    /// What the numbers of a box mean.
+    pub coordinates: BoxCoordinates,
+    /// What makes probabilities of the class scores.
+    pub activation: ScoreActivation,
+    /// Whether overlapping boxes are still to be suppressed.
+    pub suppresses: bool,
     /// Lowest score reported.
     pub threshold: f32,
     /// Overlap beyond which two boxes of a class are one.
@@ -175,6 +225,17 @@ pub struct DetectSettings {
     pub input_height: u32,
 }
 
+/// What makes probabilities of class scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScoreActivation {
+    /// They are probabilities.
+    None,
+    /// A sigmoid of each.
+    Sigmoid,
+    /// A softmax over all, of which the last stands for no object.
+    Softmax,
+}
+
 /// Settings of `anomaly`. At least one of the outputs is there.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AnomalySettings {
@@ -184,42 +245,6 @@ pub struct AnomalySettings {
     pub map_output: Option<usize>,
     /// Whether the map is reported.
     pub with_map: bool,
-}
-
-/// Names of the classes, shared by every result that mentions them.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Labels(Arc<[Arc<str>]>);
-
-impl Labels {
-    fn named(names: &[String]) -> Self {
-        Self(names.iter().map(|name| Arc::from(name.as_str())).collect())
-    }
-
-    /// `class_0`, `class_1` and so on.
-    pub fn numbered(count: usize) -> Self {
-        Self((0..count).map(|class| Arc::from(format!("class_{class}"))).collect())
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The names, in order.
-    pub fn iter(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(AsRef::as_ref)
-    }
-
-    /// A class with its name; one beyond the list is numbered.
-    pub fn class(&self, class: usize, score: f32) -> Class {
-        let label = self.0.get(class).cloned().unwrap_or_else(|| Arc::from(format!("class_{class}")));
-        Class { label, class: class as u32, score }
-    }
 }
 
 /// Tensors in words: `images FP32 [-1, 3, 320, 320]`.

@@ -12,9 +12,12 @@ use std::sync::Arc;
 
 use tract_onnx::prelude::{
     DatumType, Framework as _, InferenceFact, InferenceModelExt as _, IntoRunnable as _, TValue, TVec, TractResult,
-    TypedRunnableModel, TypedSimpleState,
+    TypedModel, TypedRunnableModel, TypedSimpleState,
 };
+use tract_onnx::tract_core::floats::FloatPrecisionTranslator;
+use tract_onnx::tract_core::optim::Optimizer;
 use tract_onnx::tract_core::prelude::Tensor as TractTensor;
+use tract_onnx::tract_core::transform::ModelTransform as _;
 
 use super::{Engine, Session, fits};
 use crate::graph::{Dimension, GraphInfo, TensorMetadata};
@@ -64,21 +67,68 @@ impl Engine for Tract {
             });
         }
         let outputs = graph.output.len();
-        let plan = fenced("loading the model", || optimised(&proto, facts))
+        let (plan, notes) = fenced("loading the model", || optimised(&proto, facts))
             .map_err(|error| Error::new(ErrorKind::Unsupported, format!("tract cannot run this model: {error}")))?;
         drop(proto);
-        Ok(Box::new(TractSession { plan, state: None, inputs: inputs.into(), outputs }))
+        Ok(Box::new(TractSession { plan, state: None, inputs: inputs.into(), outputs, notes }))
     }
 }
 
-/// Parses, fixes the inputs, lets tract work out every shape, and optimises.
-fn optimised(proto: &tract_onnx::pb::ModelProto, facts: Vec<InferenceFact>) -> TractResult<Arc<TypedRunnableModel>> {
+/// Parses, fixes the inputs, lets tract work out every shape, and optimises. Returns notes for people as well.
+fn optimised(
+    proto: &tract_onnx::pb::ModelProto,
+    facts: Vec<InferenceFact>,
+) -> TractResult<(Arc<TypedRunnableModel>, Vec<String>)> {
     let parser = tract_onnx::onnx().with_ignore_output_shapes(true).with_ignore_value_info(true);
     let mut model = parser.model_for_proto_model(proto)?;
     for (index, fact) in facts.into_iter().enumerate() {
         model.set_input_fact(index, fact)?;
     }
-    model.into_optimized()?.into_runnable()
+    let mut model = model.into_typed()?;
+    let mut notes = Vec::new();
+    if has_half_floats(&model) {
+        // Processors compute with half floats in software, about a hundred times slower.
+        model = FloatPrecisionTranslator::new(DatumType::F16, DatumType::F32).transform_into(model)?;
+        notes.push(
+            "the weights are half floats; they are computed with in single precision and take twice their size"
+                .to_owned(),
+        );
+    }
+    match fenced("optimising the model", || model.clone().into_optimized()?.into_runnable()) {
+        Ok(plan) => Ok((plan, notes)),
+        Err(error) => {
+            let plan = partly_optimised(model, &error)?;
+            notes.push(format!("tract cannot optimise this model in full, so it is slower than it could be: {error}"));
+            Ok((plan, notes))
+        }
+    }
+}
+
+/// The passes of the optimiser fail on some valid graphs. The model is tried without the one that moves axes, and then without those that
+/// rewrite operators.
+fn partly_optimised(model: TypedModel, first_error: &str) -> TractResult<Arc<TypedRunnableModel>> {
+    let without_axes = || -> TractResult<Arc<TypedRunnableModel>> {
+        let mut model = model.clone();
+        let mut passes = Optimizer::declutter();
+        passes.passes.retain(|pass| format!("{pass:?}") != "ChangeAxes");
+        passes.optimize(&mut model)?;
+        model.optimize()?;
+        model.into_runnable()
+    };
+    let constants_only = || -> TractResult<Arc<TypedRunnableModel>> {
+        let mut model = model.clone();
+        model.prop_consts()?;
+        model.into_runnable()
+    };
+    let plain = || model.clone().into_runnable();
+    let tries: [&dyn Fn() -> TractResult<Arc<TypedRunnableModel>>; 3] = [&without_axes, &constants_only, &plain];
+    let plan = tries.into_iter().find_map(|attempt| fenced("optimising the model in part", attempt).ok());
+    plan.ok_or_else(|| tract_onnx::prelude::TractError::msg(first_error.to_owned()))
+}
+
+fn has_half_floats(model: &TypedModel) -> bool {
+    let outlets = model.nodes().iter().flat_map(|node| &node.outputs);
+    outlets.into_iter().any(|outlet| outlet.fact.datum_type == DatumType::F16)
 }
 
 /// See [`super::inspect`].
@@ -95,6 +145,7 @@ struct TractSession {
     state: Option<TypedSimpleState>,
     inputs: Arc<[TensorMetadata]>,
     outputs: usize,
+    notes: Vec<String>,
 }
 
 impl Session for TractSession {
@@ -130,8 +181,12 @@ impl Session for TractSession {
     }
 
     fn fork(&self) -> Result<Box<dyn Session>> {
-        let (plan, inputs) = (self.plan.clone(), self.inputs.clone());
-        Ok(Box::new(Self { plan, state: None, inputs, outputs: self.outputs }))
+        let (plan, inputs, notes) = (self.plan.clone(), self.inputs.clone(), self.notes.clone());
+        Ok(Box::new(Self { plan, state: None, inputs, outputs: self.outputs, notes }))
+    }
+
+    fn notes(&self) -> &[String] {
+        &self.notes
     }
 }
 

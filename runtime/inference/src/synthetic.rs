@@ -1,20 +1,23 @@
-//! The synthetic pictures of an admission: grey, dark, bright, noisy, and one with the statistics of a photo. A model that fails
+//! Synthetic pictures to test a model with: grey, dark, bright, noisy, and one with the statistics of a photo. A model that fails
 //! on one of them would fail on a camera that is covered, dazzled, or looks at a part.
 
 /// A natural picture is drawn at this fraction of its size.
 const SCALE: u32 = 4;
 
 /// A picture of 3 bytes per pixel.
-pub(super) struct Synthetic {
+pub struct Synthetic {
     /// Name for messages.
-    pub(super) name: &'static str,
-    pub(super) width: u32,
-    pub(super) height: u32,
-    pub(super) rgb: Vec<u8>,
+    pub name: &'static str,
+    /// Width in pixels.
+    pub width: u32,
+    /// Height in pixels.
+    pub height: u32,
+    /// Rows of RGB pixels.
+    pub rgb: Vec<u8>,
 }
 
 /// All pictures of a size.
-pub(super) fn pictures(width: u32, height: u32) -> impl Iterator<Item = Synthetic> {
+pub fn pictures(width: u32, height: u32) -> impl Iterator<Item = Synthetic> {
     let bytes = width as usize * height as usize * 3;
     let noise = move || {
         let mut random = fastrand::Rng::with_seed(7);
@@ -35,7 +38,7 @@ pub(super) fn pictures(width: u32, height: u32) -> impl Iterator<Item = Syntheti
 
 /// A picture like a photo of a part: a background that changes slowly, discs with sharp edges in front of it, and the noise of a
 /// sensor. It is drawn at a quarter of the size and enlarged, because a camera's picture has millions of pixels.
-pub(super) fn natural(width: u32, height: u32) -> Vec<u8> {
+pub fn natural(width: u32, height: u32) -> Vec<u8> {
     let (columns, rows) = (width.div_ceil(SCALE), height.div_ceil(SCALE));
     let small = drawing(columns, rows);
     let mut random = fastrand::Rng::with_seed(13);

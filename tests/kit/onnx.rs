@@ -10,6 +10,8 @@ pub const FLOAT: u64 = 1;
 pub const UINT8: u64 = 2;
 /// `TensorProto.DataType.INT64`.
 pub const INT64: u64 = 7;
+/// `TensorProto.DataType.FLOAT16`.
+pub const FLOAT16: u64 = 10;
 
 /// A dimension of a declared tensor.
 #[derive(Clone, Copy)]

@@ -14,7 +14,7 @@ use serde_json::Value;
 fn check_reports_the_same_as_text_and_as_json() {
     let model = example("surface-defects.onnx");
     let image = example("frames/part-012-scratch.jpg");
-    let arguments = ["check", model.to_str().unwrap(), "--image", image.to_str().unwrap(), "--runs", "5"];
+    let arguments = ["check", model.to_str().unwrap(), "--image", image.to_str().unwrap()];
     let output = lineside(&[&arguments[..], &["--json"]].concat());
     assert!(output.status.success());
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -39,8 +39,7 @@ fn the_bundled_model_reproduces_its_golden_samples() {
             serde_json::from_slice(&std::fs::read(example(&format!("golden/{label}.json"))).unwrap()).unwrap();
         let image = example(&format!("golden/{label}.jpg"));
         let model = example("surface-defects.onnx");
-        let output =
-            lineside(&["check", model.to_str().unwrap(), "--image", image.to_str().unwrap(), "--runs", "1", "--json"]);
+        let output = lineside(&["check", model.to_str().unwrap(), "--image", image.to_str().unwrap(), "--json"]);
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         let (found, expected) = (&report["image"]["prediction"]["classes"], &golden["classes"]);
         assert_eq!(found[0]["label"], label);

@@ -10,6 +10,7 @@ mod progress;
 mod run;
 mod schema;
 mod sign;
+mod spec_arguments;
 mod spool;
 mod store;
 
@@ -62,7 +63,7 @@ enum Command {
     /// Print the CustomResourceDefinitions for a cluster.
     Crd(crd::Arguments),
     /// Check whether a model can run on this machine, and measure its latency and memory.
-    Check(check::Arguments),
+    Check(Box<check::Arguments>),
     /// List, verify, evict, pin, export and import the models in the store of this node.
     Store(store::Arguments),
     /// List, export and delete the messages that wait for the broker.
@@ -131,7 +132,7 @@ pub fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run(arguments, telemetry.set_level.clone()),
         Command::Controller(arguments) => controller::run(arguments),
         Command::Crd(arguments) => crd::run(&arguments),
-        Command::Check(arguments) => check::run(arguments),
+        Command::Check(arguments) => check::run(*arguments),
         Command::Spool(arguments) => spool::run(arguments),
         Command::Store(arguments) => store::run(arguments),
         Command::Sign(arguments) => sign::sign(&arguments),

@@ -417,13 +417,13 @@ fn run_admission(
     };
     let mut outcome = run();
     if manifest.stop_first
-        && matches!(outcome, Err(Rejection::NodeMemory { .. }))
+        && matches!(outcome.verdict, Err(Rejection::NodeMemory { .. }))
         && !request.superseded.is_cancelled()
         && stop_serving(manifest, deployment)
     {
         outcome = run();
     }
-    let benchmark = match outcome {
+    let benchmark = match outcome.verdict {
         Ok(benchmark) => benchmark,
         Err(_) if request.superseded.is_cancelled() => return Ok(None),
         Err(rejection) => return Err(refused(context, request, digest, Some(admission.key()), rejection)),
@@ -436,6 +436,7 @@ fn run_admission(
         p99_ms = benchmark.p99_ms,
         peak_memory_mib = benchmark.peak_memory_bytes >> 20,
         took_ms = started.elapsed().as_millis() as u64,
+        notes = outcome.report.notes.join("; "),
         "Model admitted"
     );
     let verdict = AdmissionRecord {

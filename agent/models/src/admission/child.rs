@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 
 use lineside_api::message::PredictionInfo;
 use lineside_api::prediction::Prediction;
+use lineside_api::spec::{ModelSpec, Task};
 use lineside_common::child_process::limit_myself;
 use lineside_common::process_stats::{MemoryStatus, p50_p99};
 use lineside_common::sandbox::restrict_myself;
+use lineside_inference::engine::inspect;
 use lineside_inference::picture::Picture;
 use lineside_inference::pipeline::{Pipeline, engine_for};
 use lineside_inference::synthetic;
@@ -16,7 +18,8 @@ use lineside_inference::{Error, ErrorKind};
 
 use super::Benchmark;
 use super::golden;
-use super::protocol::{GoldenSample, Request, Response};
+use super::protocol::{Answer, GoldenSample, Request, Response, TestImage};
+use super::report::{GraphReport, ImageReport, PipelineReport, Report};
 
 /// Upper bound of the measured inferences.
 const RUNS_MAX: u32 = 100;
@@ -60,23 +63,40 @@ pub fn main() -> Result<(), AdmissionChildError> {
     let mut model = Vec::new();
     stdin.read_to_end(&mut model)?;
     // The agent loads and runs models on threads, so the stack must be as small here as there.
-    let response = std::thread::spawn(move || match admit(&request, &model, &mut memory) {
-        Ok(benchmark) => Response::Admitted(benchmark),
-        Err(error) if error.kind() == ErrorKind::BadSpec => Response::Manifest(error.to_string()),
-        Err(error) => Response::Model(error.to_string()),
-    });
-    let response = response.join().map_err(|_| AdmissionChildError::Panicked)?;
+    let answer = std::thread::spawn(move || answer(&request, &model, &mut memory));
+    let answer = answer.join().map_err(|_| AdmissionChildError::Panicked)?;
     let mut stdout = io::stdout().lock();
-    serde_json::to_writer(&mut stdout, &response)?;
+    serde_json::to_writer(&mut stdout, &answer)?;
     stdout.flush()?;
     Ok(())
 }
 
+fn answer(request: &Request, model: &[u8], memory: &mut MemoryStatus) -> Answer {
+    let mut report = Report::default();
+    let response = match admit(request, model, memory, &mut report) {
+        Ok(benchmark) => Response::Admitted(benchmark),
+        Err(error) if error.kind() == ErrorKind::BadSpec => {
+            // For `lineside check`: whether the engine runs the model at all.
+            if request.reports_as_tensor && request.spec.task.is_none() {
+                let spec = ModelSpec { task: Some(Task::Tensor), ..request.spec.clone() };
+                let as_tensor = Request { spec, samples: Vec::new(), image: None, ..request.clone() };
+                report.as_tensor = admit(&as_tensor, model, memory, &mut Report::default()).ok();
+            }
+            Response::Manifest(error.to_string())
+        }
+        Err(error) => Response::Model(error.to_string()),
+    };
+    Answer { response, report }
+}
+
 /// Loads the model, runs it on synthetic images and on the golden samples, and measures it.
-fn admit(request: &Request, model: &[u8], memory: &mut MemoryStatus) -> Result<Benchmark, Error> {
+fn admit(request: &Request, model: &[u8], memory: &mut MemoryStatus, report: &mut Report) -> Result<Benchmark, Error> {
+    report.graph = Some(GraphReport::from(&inspect(model)?));
     let started = Instant::now();
     let mut pipeline = Pipeline::load(engine_for(&request.spec)?, model, &request.spec)?;
     let load_ms = milliseconds(started.elapsed());
+    report.pipeline = Some(PipelineReport::from(&pipeline));
+    report.notes.clone_from(&pipeline.output().notes);
     let (width, height) = (pipeline.input().width, pipeline.input().height);
     for picture in
         [(width, height), CAMERA_SIZE].into_iter().flat_map(|(width, height)| synthetic::pictures(width, height))
@@ -99,7 +119,33 @@ fn admit(request: &Request, model: &[u8], memory: &mut MemoryStatus) -> Result<B
         times_ms.push(milliseconds(run_picture(&mut pipeline, &picture)?.infer_time));
     }
     let (p50_ms, p99_ms) = p50_p99(&mut times_ms);
+    report.image = request.image.as_ref().map(|image| image_report(&mut pipeline, image));
     Ok(Benchmark { p50_ms, p99_ms, load_ms, peak_memory_bytes: memory.bytes("VmHWM"), runs: times_ms.len() as u32 })
+}
+
+/// The answer to a picture that is not part of the admission.
+fn image_report(pipeline: &mut Pipeline, image: &TestImage) -> ImageReport {
+    let mut answer = || -> Result<ImageReport, String> {
+        let bytes = golden::decode(&image.image).map_err(|error| error.to_string())?;
+        let inspection = pipeline.run(&bytes).map_err(|error| error.to_string())?;
+        let prediction = serde_json::to_value(PredictionInfo::from(inspection.prediction));
+        Ok(ImageReport {
+            file: image.name.clone(),
+            error: None,
+            width: inspection.width,
+            height: inspection.height,
+            decode_ms: milliseconds(inspection.timings.decode),
+            preprocess_ms: milliseconds(inspection.timings.preprocess),
+            infer_ms: milliseconds(inspection.timings.infer),
+            postprocess_ms: milliseconds(inspection.timings.postprocess),
+            prediction: prediction.map_err(|error| error.to_string())?,
+        })
+    };
+    answer().unwrap_or_else(|error| ImageReport {
+        file: image.name.clone(),
+        error: Some(error),
+        ..ImageReport::default()
+    })
 }
 
 /// What the admission uses of one inference.

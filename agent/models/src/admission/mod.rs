@@ -16,6 +16,7 @@
 mod child;
 mod golden;
 mod protocol;
+mod report;
 
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
@@ -26,6 +27,7 @@ use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use lineside_api::kinds::ModelManifest;
+use lineside_api::spec::ModelSpec;
 use lineside_common::child_process::{self, ChildOutput, ChildPriority, ProcessLimits};
 use lineside_common::digest::Digest;
 use lineside_common::files::read_bounded;
@@ -33,7 +35,8 @@ use lineside_common::files::read_bounded;
 use crate::store::{DigestRecord, DigestRecordKind};
 
 pub use child::{AdmissionChildError, main as child_main};
-use protocol::{GoldenSample, Request, Response};
+use protocol::{Answer, GoldenSample, Request, Response, TestImage};
+pub use report::{GraphReport, ImageReport, PipelineReport, Report, TensorReport};
 
 /// The hidden subcommand of the child process.
 pub const SUBCOMMAND: &str = "admission-child";
@@ -134,6 +137,14 @@ impl Rejection {
     }
 }
 
+/// The outcome of an admission.
+pub struct Examination {
+    /// The measurements of a model that is admitted, or why it is not.
+    pub verdict: Result<Benchmark, Rejection>,
+    /// What was found out besides.
+    pub report: Report,
+}
+
 /// An admission that is ready to run.
 pub struct Admission {
     request: Request,
@@ -158,9 +169,32 @@ impl Admission {
                 tolerance: golden.tolerance,
             });
         }
-        let request = Request { spec: manifest.spec.clone(), limits, samples };
+        Ok(Self::with_samples(&manifest.spec, digest, limits, samples))
+    }
+
+    /// An admission without golden samples.
+    pub fn of_spec(spec: &ModelSpec, digest: &Digest, limits: AdmissionLimits) -> Self {
+        Self::with_samples(spec, digest, limits, Vec::new())
+    }
+
+    fn with_samples(spec: &ModelSpec, digest: &Digest, limits: AdmissionLimits, samples: Vec<GoldenSample>) -> Self {
+        let request = Request { spec: spec.clone(), limits, samples, image: None, reports_as_tensor: false };
         let key = admission_key(digest, &request, &processor());
-        Ok(Self { request, key })
+        Self { request, key }
+    }
+
+    /// Measures a model that the manifest does not fit, because it states no task, with the task `tensor`.
+    #[must_use]
+    pub fn with_figures_as_tensor(mut self) -> Self {
+        self.request.reports_as_tensor = true;
+        self
+    }
+
+    /// Reports the answer to a picture, too. `name` is for messages.
+    #[must_use]
+    pub fn with_image(mut self, name: String, image: &[u8]) -> Self {
+        self.request.image = Some(TestImage { name, image: golden::encode(image) });
+        self
     }
 
     /// The admission key.
@@ -170,10 +204,21 @@ impl Admission {
 
     /// Runs the child process on the bytes of the model and waits for it. It may use `free_bytes` of memory at most, and no more
     /// than its limit. `is_cancelled` is polled in the meantime; the child is killed when it returns true.
-    ///
-    /// # Errors
-    /// Why the model was not admitted.
-    pub fn run(&self, model: &[u8], free_bytes: u64, is_cancelled: impl Fn() -> bool) -> Result<Benchmark, Rejection> {
+    pub fn run(&self, model: &[u8], free_bytes: u64, is_cancelled: impl Fn() -> bool) -> Examination {
+        match self.answer(model, free_bytes, is_cancelled) {
+            Ok(Answer { response, report }) => {
+                let verdict = match response {
+                    Response::Admitted(benchmark) => Ok(benchmark),
+                    Response::Manifest(reason) => Err(Rejection::Manifest(reason)),
+                    Response::Model(reason) => Err(Rejection::Model(reason)),
+                };
+                Examination { verdict, report }
+            }
+            Err(rejection) => Examination { verdict: Err(rejection), report: Report::default() },
+        }
+    }
+
+    fn answer(&self, model: &[u8], free_bytes: u64, is_cancelled: impl Fn() -> bool) -> Result<Answer, Rejection> {
         let mut command = child_process::own_command(SUBCOMMAND);
         command.env_clear();
         let allowed = self.request.limits;
@@ -184,9 +229,7 @@ impl Admission {
             child_process::run(command, &[&request, model], Duration::from_secs(limits.seconds), &is_cancelled)
                 .map_err(Rejection::not_started)?;
         match serde_json::from_slice(&output.stdout) {
-            Ok(Response::Admitted(benchmark)) => Ok(benchmark),
-            Ok(Response::Manifest(reason)) => Err(Rejection::Manifest(reason)),
-            Ok(Response::Model(reason)) => Err(Rejection::Model(reason)),
+            Ok(answer) => Ok(answer),
             Err(_) if is_cancelled() => Err(Rejection::unavailable("the admission was cancelled")),
             // A failed allocation aborts the process.
             Err(_) if limits != allowed && signal_of(&output) == Some(Signal::ABORT.as_raw()) => {
@@ -263,8 +306,6 @@ fn processor() -> String {
 mod tests {
     use std::process::ExitStatus;
 
-    use lineside_api::spec::ModelSpec;
-
     use super::*;
 
     const LIMITS: AdmissionLimits = AdmissionLimits { memory_bytes: 64 << 20, seconds: 7, result_bytes: 1 << 20 };
@@ -272,7 +313,7 @@ mod tests {
     fn request(expected: &str, limits: AdmissionLimits) -> Request {
         let sample =
             GoldenSample { name: "a.jpg".into(), image: String::new(), expected: expected.into(), tolerance: 0.1 };
-        Request { spec: ModelSpec::default(), limits, samples: vec![sample] }
+        Request { spec: ModelSpec::default(), limits, samples: vec![sample], image: None, reports_as_tensor: false }
     }
 
     fn output(status: Option<i32>, stderr: &str) -> ChildOutput {

@@ -1,9 +1,10 @@
 //! The protocol between the agent and the admission process. The agent writes a [`Request`] as one line of JSON to the
-//! stdin of the child, followed by the bytes of the model; the child writes a [`Response`] as JSON to stdout.
+//! stdin of the child, followed by the bytes of the model; the child writes an [`Answer`] as JSON to stdout.
 
 use lineside_api::spec::ModelSpec;
 use serde::{Deserialize, Serialize};
 
+use super::report::Report;
 use super::{AdmissionLimits, Benchmark};
 
 /// A golden sample with the content of its files. The serialized names are part of the admission key.
@@ -27,6 +28,19 @@ pub(super) struct Request {
     pub(super) spec: ModelSpec,
     pub(super) limits: AdmissionLimits,
     pub(super) samples: Vec<GoldenSample>,
+    /// A picture to report the answer to.
+    pub(super) image: Option<TestImage>,
+    /// Whether a model that the manifest does not fit is measured with the task `tensor`.
+    pub(super) reports_as_tensor: bool,
+}
+
+/// A picture that is not part of the admission.
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct TestImage {
+    /// Path, for messages.
+    pub(super) name: String,
+    /// The encoded image in Base64.
+    pub(super) image: String,
 }
 
 impl Request {
@@ -36,6 +50,13 @@ impl Request {
         line.push(b'\n');
         Ok(line)
     }
+}
+
+/// What the child writes.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Answer {
+    pub(super) response: Response,
+    pub(super) report: Report,
 }
 
 /// The result of the child.
@@ -59,7 +80,15 @@ mod tests {
         let sample =
             GoldenSample { name: "a\nb".into(), image: "AA==".into(), expected: "{\n}".into(), tolerance: 0.01 };
         let limits = AdmissionLimits { memory_bytes: 1, seconds: 2, result_bytes: 3 };
-        let line = Request { spec: ModelSpec::default(), limits, samples: vec![sample] }.to_line().unwrap();
+        let line = Request {
+            spec: ModelSpec::default(),
+            limits,
+            samples: vec![sample],
+            image: None,
+            reports_as_tensor: false,
+        }
+        .to_line()
+        .unwrap();
         assert_eq!(line.iter().position(|byte| *byte == b'\n'), Some(line.len() - 1));
         let request: Request = serde_json::from_slice(&line).unwrap();
         assert_eq!((request.limits, request.samples[0].name.as_str()), (limits, "a\nb"));

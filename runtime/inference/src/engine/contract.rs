@@ -1,6 +1,6 @@
 //! What every engine has to do, whichever it is. A new engine adds one line at the bottom.
 
-use lineside_tests::onnx::{Attribute, Dim, FLOAT, INT64, Model, UINT8, mean_colour_classifier};
+use lineside_tests::onnx::{Attribute, Dim, FLOAT, FLOAT16, INT64, Model, UINT8, mean_colour_classifier};
 
 use super::{Engine, inspect};
 use crate::ErrorKind;
@@ -99,6 +99,49 @@ fn every_run_begins_with_the_initial_state(engine: &dyn Engine) {
     }
 }
 
+/// Eight boxes side by side, of which those with a high score are kept, at most 300 as exporters write it.
+fn suppressing(limit_shape: &[u64]) -> Model {
+    let boxes: Vec<f32> = (0..8).flat_map(|index| [0.0, index as f32, 1.0, index as f32 + 0.9]).collect();
+    Model::new()
+        .input("scores", FLOAT, &[Dim::Size(1), Dim::Size(1), Dim::Size(8)])
+        .floats("boxes", &[1, 8, 4], &boxes)
+        .integers("most", limit_shape, &[300])
+        .floats("iou", limit_shape, &[0.5])
+        .floats("least", limit_shape, &[0.3])
+        .integers("start", &[1], &[0])
+        .integers("end", &[1], &[300])
+        .integers("axis", &[1], &[0])
+        .node("NonMaxSuppression", &["boxes", "scores", "most", "iou", "least"], &["selected"], &[])
+        .node("Slice", &["selected", "start", "end", "axis"], &["kept"], &[])
+        .node("Cast", &["kept"], &["out"], &[Attribute::Int("to", 1)])
+        .output("out", FLOAT, &[Dim::Named("n"), Dim::Size(3)])
+}
+
+/// The number of rows is known only at run time, and smaller than the end of the slice; limits may be scalars.
+fn a_slice_ends_with_its_tensor(engine: &dyn Engine) {
+    for limit_shape in [&[1][..], &[]] {
+        let mut session = engine.load(&suppressing(limit_shape).build(), &[vec![1, 1, 8]]).unwrap();
+        for count in [3, 0, 8, 1] {
+            let scores: Vec<f32> = (0..8).map(|index| if index < count { 0.9 } else { 0.1 }).collect();
+            let outputs = session.run(vec![floats(&[1, 1, 8], &scores)]).unwrap();
+            assert_eq!(outputs[0].shape(), [count, 3]);
+            let mut rows: Vec<f32> = outputs[0].to_f32().chunks_exact(3).map(|row| row[2]).collect();
+            rows.sort_by(f32::total_cmp);
+            assert_eq!(rows, (0..count).map(|index| index as f32).collect::<Vec<_>>());
+        }
+    }
+}
+
+fn half_floats_go_in_and_come_out(engine: &dyn Engine) {
+    let model = Model::new()
+        .input("x", FLOAT16, &[Dim::Size(1), Dim::Size(2)])
+        .node("Add", &["x", "x"], &["y"], &[])
+        .output("y", FLOAT16, &[Dim::Size(1), Dim::Size(2)]);
+    let half = |values: [f32; 2]| Tensor::new(vec![1, 2], Data::F16(values.map(half::f16::from_f32).to_vec())).unwrap();
+    let mut session = engine.load(&model.build(), &[vec![1, 2]]).unwrap();
+    assert_eq!(session.run(vec![half([1.5, -2.0])]).unwrap(), [half([3.0, -4.0])]);
+}
+
 fn what_is_no_model_is_refused(engine: &dyn Engine) {
     let whole = linear().build();
     let nothing = Model::new().build();
@@ -148,6 +191,8 @@ fn suite(engine: &dyn Engine) {
     a_wrong_input_is_refused_and_the_next_one_runs(engine);
     a_fork_answers_the_same_on_another_thread(engine);
     every_run_begins_with_the_initial_state(engine);
+    a_slice_ends_with_its_tensor(engine);
+    half_floats_go_in_and_come_out(engine);
     what_is_no_model_is_refused(engine);
     an_unknown_operator_is_named(engine);
     weights_in_other_files_are_refused(engine);

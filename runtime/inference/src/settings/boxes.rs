@@ -147,9 +147,12 @@ impl Detector<'_> {
 
     /// Whether the last of six columns holds whole numbers; `None` without rows.
     fn has_class_numbers_in_rows(&self) -> Option<bool> {
-        let columns: Vec<Vec<f32>> = self.rows_of(0, 6).map(|row| vec![row[4], row[5]]).collect();
-        let used: Vec<&Vec<f32>> = columns.iter().filter(|row| row[0] != 0.0).collect();
-        (used.len() >= BOXES_MIN).then(|| used.iter().all(|row| row[1].fract() == 0.0))
+        let last: Vec<f32> =
+            self.rows_of(0, 6).filter(|row| row[4] != 0.0 || row[5] != 0.0).map(|row| row[5]).collect();
+        if last.iter().any(|value| value.fract() != 0.0) {
+            return Some(false);
+        }
+        (last.len() >= BOXES_MIN).then_some(true)
     }
 
     /// The rows of an output with so many columns, of all runs.

@@ -34,7 +34,11 @@ impl Engine for Tract {
     }
 
     fn load(&self, model: &[u8], input_shapes: &[Vec<usize>]) -> Result<Box<dyn Session>> {
-        let proto = proto::parse(model)?;
+        let mut proto = proto::parse(model)?;
+        if let Some(graph) = &mut proto.graph {
+            proto::give_limits_one_dimension(graph);
+            proto::end_slices_with_their_tensor(graph);
+        }
         let graph = proto.graph.as_ref().ok_or_else(|| Error::new(ErrorKind::BadModel, "the model holds no graph"))?;
         let unknown = proto::unknown_operators(graph);
         if !unknown.is_empty() {
@@ -66,7 +70,7 @@ impl Engine for Tract {
                 ..input.clone()
             });
         }
-        let outputs = graph.output.len();
+        let outputs = proto::info(&proto, graph).outputs.into_iter().map(|output| output.data_type).collect();
         let (plan, notes) = fenced("loading the model", || optimised(&proto, facts))
             .map_err(|error| Error::new(ErrorKind::Unsupported, format!("tract cannot run this model: {error}")))?;
         drop(proto);
@@ -144,7 +148,8 @@ struct TractSession {
     /// keep a state (LSTM, GRU, RNN, Scan, Loop): each run begins with the initial state of the model.
     state: Option<TypedSimpleState>,
     inputs: Arc<[TensorMetadata]>,
-    outputs: usize,
+    /// The declared element types; `None` for those that are not declared.
+    outputs: Arc<[Option<DataType>]>,
     notes: Vec<String>,
 }
 
@@ -171,18 +176,33 @@ impl Session for TractSession {
                 Some(state) => state,
                 None => state.insert(self.plan.spawn()?),
             };
-            let inputs = inputs.into_iter().map(into_tract).collect::<TractResult<TVec<TValue>>>()?;
-            state.run(inputs)?.into_iter().map(from_tract).collect::<TractResult<Vec<Tensor>>>()
+            let inputs = inputs.into_iter().enumerate().map(|(index, tensor)| {
+                // Half floats are computed in single precision.
+                let data_type = self.plan.model().input_fact(index)?.datum_type;
+                let value = into_tract(tensor)?;
+                if value.datum_type() == data_type {
+                    Ok(value)
+                } else {
+                    Ok(value.cast_to_dt(data_type)?.into_owned().into())
+                }
+            });
+            let inputs = inputs.collect::<TractResult<TVec<TValue>>>()?;
+            let outputs = state.run(inputs)?.into_iter().zip(self.outputs.iter()).map(|(value, declared)| {
+                let is_half = *declared == Some(DataType::F16) && value.datum_type() == DatumType::F32;
+                let value = if is_half { value.cast_to::<half::f16>()?.into_owned().into() } else { value };
+                from_tract(value)
+            });
+            outputs.collect::<TractResult<Vec<Tensor>>>()
         })
         .map_err(|error| inference(format!("tract failed on this input: {error}")))?;
         self.state = state.filter(|state| state.op_states.iter().all(Option::is_none));
-        debug_assert_eq!(outputs.len(), self.outputs);
+        debug_assert_eq!(outputs.len(), self.outputs.len());
         Ok(outputs)
     }
 
     fn fork(&self) -> Result<Box<dyn Session>> {
         let (plan, inputs, notes) = (self.plan.clone(), self.inputs.clone(), self.notes.clone());
-        Ok(Box::new(Self { plan, state: None, inputs, outputs: self.outputs, notes }))
+        Ok(Box::new(Self { plan, state: None, inputs, outputs: self.outputs.clone(), notes }))
     }
 
     fn notes(&self) -> &[String] {

@@ -2,11 +2,12 @@
 //!
 //! Format: `onnx.proto3` of the ONNX project, IR versions 3 to 10.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Cursor;
 
 use tract_onnx::pb::type_proto::Value;
 use tract_onnx::pb::{
-    GraphProto, ModelProto, TensorProto, ValueInfoProto, tensor_proto, tensor_shape_proto::dimension,
+    GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, tensor_proto, tensor_shape_proto::dimension,
 };
 use tract_onnx::prelude::Framework as _;
 
@@ -81,6 +82,67 @@ fn excess(graph: &GraphProto) -> Option<String> {
         true => Some(format!("its graph has {operators} operators; at most {OPERATORS_MAX} are taken")),
         false => found,
     }
+}
+
+/// The limits of a NonMaxSuppression may be scalars in ONNX; tract takes those with one dimension only.
+pub(super) fn give_limits_one_dimension(graph: &mut GraphProto) {
+    const FIRST_LIMIT: usize = 2;
+    let constants: BTreeMap<String, TensorProto> = scalars(graph);
+    let mut added: BTreeMap<String, TensorProto> = BTreeMap::new();
+    for node in graph.node.iter_mut().filter(|node| node.op_type == "NonMaxSuppression") {
+        for limit in node.input.iter_mut().skip(FIRST_LIMIT) {
+            if let Some(scalar) = constants.get(limit) {
+                let name = format!("{limit}/one_dimension");
+                added.insert(name.clone(), TensorProto { name: name.clone(), dims: vec![1], ..scalar.clone() });
+                *limit = name;
+            }
+        }
+    }
+    graph.initializer.extend(added.into_values());
+}
+
+/// In ONNX a slice ends with its tensor. tract refuses one that ends later where the size is known at run time only, behind operators that
+/// select: the end becomes the smaller one of both.
+pub(super) fn end_slices_with_their_tensor(graph: &mut GraphProto) {
+    const SELECTING: [&str; 4] = ["NonMaxSuppression", "NonZero", "Compress", "Unique"];
+    let mut selected: BTreeSet<String> = BTreeSet::new();
+    let mut nodes = Vec::with_capacity(graph.node.len());
+    for mut node in std::mem::take(&mut graph.node) {
+        let is_selected = node.input.iter().any(|input| selected.contains(input));
+        if is_selected || SELECTING.contains(&node.op_type.as_str()) {
+            selected.extend(node.output.iter().filter(|name| !name.is_empty()).cloned());
+        }
+        if let ("Slice", true, [data, _, end, axes, ..]) =
+            (node.op_type.as_str(), is_selected, node.input.as_mut_slice())
+        {
+            let prefix = format!("{}/{}", node.output.first().map(String::as_str).unwrap_or_default(), node.name);
+            let step = |operator: &str, inputs: [&String; 2], suffix: &str| NodeProto {
+                op_type: operator.to_owned(),
+                name: format!("{prefix}/{suffix}"),
+                input: inputs.into_iter().filter(|input| !input.is_empty()).cloned().collect(),
+                output: vec![format!("{prefix}/{suffix}")],
+                ..NodeProto::default()
+            };
+            let shape = step("Shape", [data, &String::new()], "shape");
+            let sizes = step("Gather", [&shape.output[0], axes], "sizes");
+            let least = step("Min", [end, &sizes.output[0]], "end");
+            end.clone_from(&least.output[0]);
+            nodes.extend([shape, sizes, least]);
+        }
+        nodes.push(node);
+    }
+    graph.node = nodes;
+}
+
+/// The constants without dimensions, by name.
+fn scalars(graph: &GraphProto) -> BTreeMap<String, TensorProto> {
+    let initializers = graph.initializer.iter().map(|tensor| (&tensor.name, tensor));
+    let nodes = graph.node.iter().filter(|node| node.op_type == "Constant").filter_map(|node| {
+        let value = node.attribute.iter().find(|attribute| attribute.name == "value")?.t.as_ref()?;
+        Some((node.output.first()?, value))
+    });
+    let constants = initializers.chain(nodes).filter(|(_, tensor)| tensor.dims.is_empty());
+    constants.map(|(name, tensor)| (name.clone(), tensor.clone())).collect()
 }
 
 /// The facts of a parsed model.

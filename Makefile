@@ -13,7 +13,7 @@ TOOLS := mosquitto_sub cjpeg ffmpeg promtool docker-registry openssl
 VENV := .venv
 # Of `make fuzz`. The targets of FUZZ_FULL contain the inference engine, which takes many minutes to compile with sanitizers.
 SECONDS ?= 60
-FUZZ_LIGHT := command jpeg manifest mqtt_packet multipart name object rule sparkplug spool url
+FUZZ_LIGHT := command jpeg manifest mqtt_packet name object picture_stream rule sparkplug spool url
 FUZZ_FULL := address cached_objects config last_good model picture signature store_record watch_message
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
@@ -112,7 +112,7 @@ experiments: compiler test-tools lab-tools ## Run the experiments with many iter
 	LINESIDE_OUTAGE_RESULTS=12600 $(CARGO) test --workspace --test suite -- --nocapture endurance::memory
 
 # libFuzzer chooses inputs by the code that they reach. `cargo test -p lineside-fuzz` runs the same targets on stable Rust.
-fuzz: compiler ## Fuzz with libFuzzer on nightly Rust (TARGET=multipart, default: all without the engine; SECONDS=60 each)
+fuzz: compiler ## Fuzz with libFuzzer on nightly Rust (TARGET=picture_stream, default: all without the engine; SECONDS=60 each)
 	@cargo fuzz --version >/dev/null 2>&1 || cargo +stable install cargo-fuzz --locked
 	@rustup toolchain list | grep -q '^nightly' || rustup toolchain install nightly --profile minimal
 	@mkdir -p target/fuzz-failures && cp Cargo.lock tests/fuzz/libfuzzer/

@@ -41,6 +41,6 @@ macro_rules! tests {
 }
 
 tests! {
-    address cached_objects command config jpeg last_good manifest model mqtt_packet multipart name object picture rule
+    address cached_objects command config jpeg last_good manifest model mqtt_packet name object picture picture_stream rule
     signature sparkplug spool store_record url watch_message
 }

@@ -23,6 +23,14 @@ pub enum CameraScript {
     Mjpeg(Vec<u8>),
     /// Exactly these bytes; then the connection is closed.
     Raw(Vec<u8>),
+    /// The first bytes, and then the others again and again.
+    Stream(Vec<u8>, Vec<u8>),
+    /// These bytes; then silence, with the connection open.
+    Stall(Vec<u8>),
+    /// One image per connection: the second request on it is received, and the connection is closed without an answer.
+    Forgetful(Vec<u8>),
+    /// The first bytes for requests that do not contain the text, the others for those that do. The connection is closed.
+    Unless(&'static str, Vec<u8>, Vec<u8>),
     /// No response; the connection stays open.
     Silence,
 }
@@ -125,29 +133,34 @@ fn answer(stream: TcpStream, script: &Mutex<CameraScript>, requests: &AtomicUsiz
     let Ok(copy) = stream.try_clone() else { return };
     let mut reader = BufReader::new(copy);
     let mut writer = stream;
-    while read_request(&mut reader) {
+    let mut count = 0;
+    while let Some(request) = read_request(&mut reader) {
         requests.fetch_add(1, Ordering::SeqCst);
+        count += 1;
         let script = script.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let keep_alive = match script {
-            CameraScript::Snapshot(picture) => writer
-                .write_all(
-                    &[
-                        format!(
-                            "HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {}\r\n\r\n",
-                            picture.len()
-                        )
-                        .into_bytes(),
-                        picture,
-                    ]
-                    .concat(),
-                )
-                .is_ok(),
+            CameraScript::Snapshot(picture) => writer.write_all(&snapshot(&picture)).is_ok(),
             CameraScript::Mjpeg(picture) => {
                 mjpeg(&mut writer, &picture);
                 false
             }
             CameraScript::Raw(bytes) => {
                 drop(writer.write_all(&bytes));
+                false
+            }
+            CameraScript::Stream(head, part) => {
+                repeat(&mut writer, &head, &part);
+                false
+            }
+            CameraScript::Stall(bytes) => {
+                drop(writer.write_all(&bytes));
+                drop(reader.read(&mut [0; 1]));
+                false
+            }
+            CameraScript::Forgetful(picture) if count == 1 => writer.write_all(&snapshot(&picture)).is_ok(),
+            CameraScript::Forgetful(_) => false,
+            CameraScript::Unless(text, first, other) => {
+                drop(writer.write_all(if request.contains(text) { &other } else { &first }));
                 false
             }
             CameraScript::Silence => {
@@ -162,13 +175,20 @@ fn answer(stream: TcpStream, script: &Mutex<CameraScript>, requests: &AtomicUsiz
     }
 }
 
-fn read_request(reader: &mut BufReader<TcpStream>) -> bool {
-    let mut line = String::new();
+/// The response with one image.
+fn snapshot(picture: &[u8]) -> Vec<u8> {
+    let head = format!("HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {}\r\n\r\n", picture.len());
+    [head.as_bytes(), picture].concat()
+}
+
+/// The head of a request; `None` at the end of the connection.
+fn read_request(reader: &mut BufReader<TcpStream>) -> Option<String> {
+    let mut request = String::new();
     loop {
-        line.clear();
-        match reader.read_line(&mut line) {
-            Ok(0) | Err(_) => return false,
-            Ok(_) if line.trim().is_empty() => return true,
+        let before = request.len();
+        match reader.read_line(&mut request) {
+            Ok(0) | Err(_) => return None,
+            Ok(_) if request[before..].trim().is_empty() => return Some(request),
             Ok(_) => {}
         }
     }
@@ -182,9 +202,13 @@ fn mjpeg(writer: &mut TcpStream, picture: &[u8]) {
         b"\r\n".to_vec(),
     ]
     .concat();
+    repeat(writer, head, &part);
+}
+
+fn repeat(writer: &mut TcpStream, head: &[u8], part: &[u8]) {
     let mut is_open = writer.write_all(head).is_ok();
     while is_open {
-        is_open = writer.write_all(&part).is_ok();
+        is_open = writer.write_all(part).is_ok();
         std::thread::park_timeout(FRAME_INTERVAL);
     }
 }

@@ -54,10 +54,12 @@ fn every_decoder_matches_the_reference_boxes() {
         let output = if has_metadata {
             String::new()
         } else {
-            format!("    decoder: {}\n    labels: {labels}\n", model["decoder"].as_str().unwrap())
+            let decoder = model["decoder"].as_str().unwrap();
+            let first_class = if name == "end2end-split" { "    firstClass: 0\n" } else { "" };
+            format!("    decoder: {decoder}\n{first_class}    labels: {labels}\n")
         };
         let more = format!(
-            "  {}\n  input: {{color: {}, mean: {}, std: {}}}\n  output:\n{output}    threshold: {}\n    iou: {}\n    topK: {}\n",
+            "  {}\n  input: {{filter: antialias, color: {}, mean: {}, std: {}}}\n  output:\n{output}    threshold: {}\n    iou: {}\n    topK: {}\n",
             if has_metadata { "rollback: false" } else { "task: detect" },
             model["color"].as_str().unwrap(),
             model["mean"],

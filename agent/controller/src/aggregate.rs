@@ -1,14 +1,18 @@
 //! Aggregates the statuses of nodes into those of `EdgeModel`s and `CameraStream`s. All functions are pure.
 //!
 //! A node counts for a model when its labels match the model's selector, whether or not its agent has seen the model
-//! yet: a model that a node has not taken up is not ready there. A node that is unreachable counts too, and not as
-//! ready, since its state is not known.
+//! yet: a model that a node has not taken up is not ready there. A node that is unreachable is counted and named, but
+//! does not decide whether the object is ready, since its state is not known: one absent node must not block those who
+//! wait. Where all nodes are unreachable, nothing is known.
+//!
+//! `Reconciling` and `Stalled` are the conditions of kstatus (sigs.k8s.io/cli-utils), which Flux, Argo CD and `kubectl`
+//! plugins read.
 
 use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use lineside_api::condition::{Condition, ConditionType, Reason, set_transition_times};
+use lineside_api::condition::{Condition, ConditionStatus, ConditionType, Reason, set_transition_times};
 use lineside_api::kinds::selects;
 use lineside_api::state::ModelState;
 use lineside_api::status::{
@@ -30,7 +34,13 @@ const STEPS: [(ConditionType, ModelState); 4] = [
 /// Removes the conditions that the controller does not write. They belong to other writers, whose changes are no
 /// difference to write.
 pub fn retain_own_conditions(conditions: &mut Vec<Condition>) {
-    let summary = [ConditionType::Ready, ConditionType::Progressing, ConditionType::Degraded];
+    let summary = [
+        ConditionType::Ready,
+        ConditionType::Progressing,
+        ConditionType::Degraded,
+        ConditionType::Reconciling,
+        ConditionType::Stalled,
+    ];
     conditions
         .retain(|condition| summary.contains(&condition.kind) || STEPS.iter().any(|(step, _)| *step == condition.kind));
 }
@@ -116,7 +126,8 @@ enum ObjectState<'a> {
 pub fn model_status(model: &FleetObject, nodes: &[NodeView<'_>], last: &EdgeModelStatus, now: &str) -> EdgeModelStatus {
     let targets = || nodes.iter().filter(|node| model.targets(node));
     let states: Vec<_> = targets().map(|node| (node.name, model_state(model, node))).collect();
-    let steps: Vec<_> = targets().map(|node| (node.name, completed_steps(model.model_report(node)))).collect();
+    let reporting = targets().filter(|node| !node.is_unreachable);
+    let steps: Vec<_> = reporting.map(|node| (node.name, completed_steps(model.model_report(node)))).collect();
     let (nodes, mut conditions) = summarize(&states, Reason::AllNodesReady, "serves");
     conditions.extend(STEPS.iter().enumerate().map(|(index, (kind, _))| step_condition(kind, index + 1, &steps)));
     complete(&mut conditions, model, &last.conditions, now);
@@ -201,8 +212,8 @@ fn stream_state<'a>(stream: &FleetObject, node: &NodeView<'a>) -> ObjectState<'a
     }
 }
 
-/// The counts of nodes, and the conditions `Ready`, `Progressing` and `Degraded`. `ready` is the reason when all nodes
-/// are ready.
+/// The counts of nodes, and the conditions `Ready`, `Progressing`, `Degraded`, `Reconciling` and `Stalled`. `ready` is the
+/// reason when all nodes that report are ready.
 fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (NodeCounts, Vec<Condition>) {
     let count = |is: fn(&ObjectState<'_>) -> bool| {
         u64::try_from(states.iter().filter(|(_, state)| is(state)).count()).unwrap_or(u64::MAX)
@@ -219,22 +230,33 @@ fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (
     let unreachable_names = names(states, |state| matches!(state, ObjectState::Unreachable));
     let pending_message = format!("{pending} of {} nodes are not ready yet", counts.desired);
 
-    let is_ready = counts.desired > 0 && counts.ready == counts.desired;
-    let (reason, message) = if is_ready {
-        (ready, format!("it {verb} on all {} nodes", counts.desired))
-    } else if counts.desired == 0 {
-        (Reason::NoNodes, "no reporting node has the labels of the selector".to_owned())
+    let reporting = counts.desired.saturating_sub(unreachable);
+    let is_ready = ConditionStatus::from(reporting > 0 && counts.ready == reporting);
+    let silence = format!("no agent reports on {unreachable_names}");
+    let (is_ready, reason, message) = if counts.desired == 0 {
+        (is_ready, Reason::NoNodes, "no reporting node has the labels of the selector".to_owned())
+    } else if reporting == 0 {
+        (ConditionStatus::Unknown, Reason::NodesUnreachable, silence)
+    } else if is_ready == ConditionStatus::True && unreachable > 0 {
+        (is_ready, ready, format!("it {verb} on all {reporting} nodes that report; {silence}"))
+    } else if is_ready == ConditionStatus::True {
+        (is_ready, ready, format!("it {verb} on all {reporting} nodes"))
     } else if counts.failed > 0 {
-        (Reason::NodesFailed, format!("it failed on {failed_names}"))
-    } else if unreachable > 0 {
-        (Reason::NodesUnreachable, format!("no agent reports on {unreachable_names}"))
+        (is_ready, Reason::NodesFailed, format!("it failed on {failed_names}"))
     } else {
-        (Reason::NodesPending, pending_message.clone())
+        (is_ready, Reason::NodesPending, pending_message.clone())
     };
-    let progressing = if pending == 0 {
-        Condition::new(ConditionType::Progressing, false, Reason::Settled, "")
+    let in_transition = |kind| match pending {
+        0 => Condition::new(kind, false, Reason::Settled, ""),
+        _ => Condition::new(kind, true, Reason::NodesPending, pending_message.clone()),
+    };
+    let (progressing, reconciling) =
+        (in_transition(ConditionType::Progressing), in_transition(ConditionType::Reconciling));
+    // A node that failed tries again, but reaches nothing new while the others do not change either.
+    let stalled = if counts.failed > 0 && pending == 0 {
+        Condition::new(ConditionType::Stalled, true, Reason::NodesFailed, format!("it failed on {failed_names}"))
     } else {
-        Condition::new(ConditionType::Progressing, true, Reason::NodesPending, pending_message)
+        Condition::new(ConditionType::Stalled, false, Reason::AsExpected, "")
     };
     let degraded = if counts.failed > 0 {
         Condition::new(ConditionType::Degraded, true, Reason::NodesFailed, failed_names)
@@ -243,7 +265,8 @@ fn summarize(states: &[(&str, ObjectState<'_>)], ready: Reason, verb: &str) -> (
     } else {
         Condition::new(ConditionType::Degraded, false, Reason::AsExpected, "")
     };
-    (counts, vec![Condition::new(ConditionType::Ready, is_ready, reason, message), progressing, degraded])
+    let ready = Condition::new(ConditionType::Ready, is_ready, reason, message);
+    (counts, vec![ready, progressing, degraded, reconciling, stalled])
 }
 
 /// The names of the first nodes in a state, each with the reason that it reports.
@@ -274,7 +297,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use lineside_api::condition::ConditionStatus;
 
     fn node(line: &str, state: ModelState, version: u64, generation: i64) -> NodeStatus {
         let mut status = NodeStatus::default();
@@ -376,14 +398,38 @@ mod tests {
     }
 
     #[test]
-    fn an_unreachable_node_is_not_ready_and_the_message_names_it() {
+    fn an_unreachable_node_is_named_and_does_not_block_the_others() {
         let good = node("a", ModelState::Ready, 3, 4);
         let status = model_status(&object(), &[view("n1", &good, true)], &EdgeModelStatus::default(), "t1");
         assert_eq!(
             (ready(&status), status.nodes.ready, status.nodes.desired),
             ((false, Reason::NodesUnreachable), 0, 1)
         );
+        assert_eq!(status.conditions[0].status, ConditionStatus::Unknown);
         assert_eq!(status.conditions[0].message, "no agent reports on n1");
+        let both = [view("n1", &good, true), view("n2", &good, false)];
+        let status = model_status(&object(), &both, &EdgeModelStatus::default(), "t1");
+        assert_eq!((ready(&status), status.nodes.ready, status.nodes.desired), ((true, Reason::AllNodesReady), 1, 2));
+        assert_eq!(status.conditions[0].message, "it serves on all 1 nodes that report; no agent reports on n1");
+        assert_eq!(status.conditions[2].reason, Reason::NodesUnreachable, "it is degraded");
+    }
+
+    #[test]
+    fn kstatus_reads_progress_and_failure() {
+        let kstatus = |states: &[ModelState]| {
+            let nodes: Vec<NodeStatus> = states.iter().map(|state| node("a", *state, 3, 4)).collect();
+            let views: Vec<NodeView<'_>> = nodes.iter().map(|status| view("n", status, false)).collect();
+            let status = model_status(&object(), &views, &EdgeModelStatus::default(), "t");
+            assert_eq!(status.observed_generation, Some(4));
+            let holds = |kind| {
+                let condition = status.conditions.iter().find(|condition| condition.kind == kind).unwrap();
+                condition.status == ConditionStatus::True
+            };
+            (holds(ConditionType::Reconciling), holds(ConditionType::Stalled))
+        };
+        assert_eq!(kstatus(&[ModelState::Ready]), (false, false));
+        assert_eq!(kstatus(&[ModelState::Vetting, ModelState::Failed]), (true, false));
+        assert_eq!(kstatus(&[ModelState::Ready, ModelState::Failed]), (false, true));
     }
 
     #[test]

@@ -283,8 +283,8 @@ impl Controller {
         }
     }
 
-    /// Marks unreachable nodes with `Ready=Unknown`, since their state cannot be determined. An agent's next status
-    /// overwrites the mark.
+    /// Sets all conditions of unreachable nodes to `Unknown`, since their state cannot be determined. An agent's next status
+    /// overwrites the marks.
     async fn mark_unreachable(&mut self, end: Instant) -> Result<(), ClusterError> {
         for name in self.nodes.unmarked(Instant::now()) {
             if Instant::now() >= end {
@@ -293,14 +293,11 @@ impl Controller {
             let Some(node) = self.nodes.get(&name) else { continue };
             let uid = node.uid.clone();
             let message = format!("the agent has not reported for {} s", self.unreachable_after.as_secs());
-            let unknown = ConditionStatus::Unknown;
-            let mut mark = Condition::new(ConditionType::Ready, unknown, Reason::NodeUnreachable, message.clone());
-            let time = clock::rfc3339(SystemTime::now());
-            set_transition_times(std::slice::from_mut(&mut mark), &node.status.conditions, &time);
-            if !self.write(ResourceKind::EdgeNode, &name, &json!({"conditions": [mark]})).await? {
+            let marks = unknown_conditions(&node.status.conditions, &message);
+            if !self.write(ResourceKind::EdgeNode, &name, &json!({"conditions": marks})).await? {
                 continue;
             }
-            self.nodes.set_ready_condition(&name, mark);
+            self.nodes.set_conditions(&name, marks);
             let event = ClusterEvent {
                 is_warning: true,
                 reason: Reason::NodeUnreachable,
@@ -355,6 +352,18 @@ fn changed<S: PartialEq>(
 /// A status that is missing or cannot be read counts as an empty one, and is overwritten.
 fn read_status<T: DeserializeOwned + Default>(status: &Value) -> T {
     T::deserialize(status).unwrap_or_default()
+}
+
+/// The conditions of an agent that does not report, all of them unknown. Conditions of other writers are left alone.
+fn unknown_conditions(last: &[Condition], message: &str) -> Vec<Condition> {
+    let is_own = |kind: &&ConditionType| !matches!(kind, ConditionType::Ready | ConditionType::Other(_));
+    let others = last.iter().map(|condition| &condition.kind).filter(is_own);
+    let kinds = std::iter::once(&ConditionType::Ready).chain(others);
+    let unknown =
+        |kind: &ConditionType| Condition::new(kind.clone(), ConditionStatus::Unknown, Reason::NodeUnreachable, message);
+    let mut marks: Vec<Condition> = kinds.map(unknown).collect();
+    set_transition_times(&mut marks, last, &clock::rfc3339(SystemTime::now()));
+    marks
 }
 
 #[cfg(test)]
@@ -432,6 +441,19 @@ mod tests {
         status["conditions"].as_array_mut().unwrap().push(foreign);
         controller.handle(WatchEvent::Updated(ResourceKind::EdgeModel, resource("m", status)), Instant::now());
         assert!(statuses(&controller).is_empty(), "{:?}", statuses(&controller));
+    }
+
+    #[test]
+    fn nothing_stays_true_on_a_silent_node() {
+        let condition = |kind| Condition::new(kind, true, Reason::AsExpected, "");
+        let foreign = ConditionType::Other("Approved".to_owned());
+        let last =
+            [ConditionType::Ready, ConditionType::BrokerConnected, foreign, ConditionType::Degraded].map(condition);
+        let marks = unknown_conditions(&last, "silent");
+        let kinds: Vec<String> = marks.iter().map(|mark| mark.kind.to_string()).collect();
+        assert_eq!(kinds, ["Ready", "BrokerConnected", "Degraded"]);
+        assert!(marks.iter().all(|mark| mark.status == ConditionStatus::Unknown && mark.message == "silent"));
+        assert_eq!(unknown_conditions(&[], "silent").len(), 1);
     }
 
     #[tokio::test(start_paused = true)]

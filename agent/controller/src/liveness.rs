@@ -128,11 +128,12 @@ impl NodeLiveness {
         self.nodes.get(name)
     }
 
-    /// Replaces the node's condition `Ready`, after it was written.
-    pub(crate) fn set_ready_condition(&mut self, name: &str, ready: Condition) {
+    /// Replaces conditions of the node, after they were written.
+    pub(crate) fn set_conditions(&mut self, name: &str, marks: Vec<Condition>) {
         if let Some(node) = self.nodes.get_mut(name) {
-            node.status.conditions.retain(|condition| condition.kind != ConditionType::Ready);
-            node.status.conditions.push(ready);
+            let is_marked = |kind: &ConditionType| marks.iter().any(|mark| mark.kind == *kind);
+            node.status.conditions.retain(|condition| !is_marked(&condition.kind));
+            node.status.conditions.extend(marks);
         }
     }
 
@@ -228,7 +229,7 @@ mod tests {
             Reason::NodeUnreachable,
             "no report for 180 s",
         );
-        nodes.set_ready_condition("n", mark);
+        nodes.set_conditions("n", vec![mark]);
         assert!(is_unreachable(&nodes, start) && nodes.unmarked(start).is_empty());
         assert_eq!(nodes.get("n").unwrap().status.conditions.len(), 1);
         observe(&mut nodes, "u1", "t2", start);

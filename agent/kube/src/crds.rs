@@ -84,7 +84,7 @@ pub(crate) struct CameraStreamSpec(pub RawStreamSpec);
     printcolumn = r#"{"name":"Spooled","type":"integer","jsonPath":".status.spool.records","description":"Messages in the spool."}"#,
     printcolumn = r#"{"name":"Degraded","type":"string","jsonPath":".status.conditions[?(@.type==\"Degraded\")].reason","description":"The reason of the condition Degraded."}"#,
     printcolumn = r#"{"name":"Agent","type":"string","jsonPath":".status.agent.version","description":"The agent's version."}"#,
-    printcolumn = r#"{"name":"Heartbeat","type":"date","jsonPath":".status.agent.lastHeartbeatTime","description":"When the agent last wrote its status, by the node's clock."}"#,
+    printcolumn = r#"{"name":"Heartbeat","type":"string","jsonPath":".status.agent.lastHeartbeatTime","description":"When the agent last wrote its status, by the node's clock."}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 pub(crate) struct EdgeNodeSpec {}
@@ -102,6 +102,11 @@ pub fn definitions() -> Result<Vec<Value>, serde_json::Error> {
                 normalize(schema);
                 if let Some(status) = schema.pointer_mut("/properties/status") {
                     remove_defaults(status);
+                    // Tools that read kstatus take an object without a status for one that is as desired. This default says that no
+                    // generation has been observed yet.
+                    if status.pointer("/properties/observedGeneration").is_some() {
+                        status["default"] = serde_json::json!({"observedGeneration": -1});
+                    }
                 }
             }
             Ok(definition)

@@ -79,7 +79,7 @@ fn extent(bytes: &[u8]) -> Result<usize, HeaderError> {
         PictureFormat::Png => png::extent(bytes).ok_or(HeaderError::Truncated),
         PictureFormat::Jpeg => match jpeg::extent(bytes) {
             Extent::Complete(length) => Ok(length),
-            Extent::Truncated => Err(HeaderError::Truncated),
+            Extent::Truncated | Extent::Interrupted(_) => Err(HeaderError::Truncated),
             Extent::NotJpeg => Err(HeaderError::NotAPicture),
         },
     }

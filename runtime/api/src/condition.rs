@@ -57,6 +57,10 @@ pub enum ConditionType {
     Progressing,
     /// The object works, but not fully.
     Degraded,
+    /// The object is moving towards its desired state, in the terms of kstatus.
+    Reconciling,
+    /// The object does not reach its desired state without a change, in the terms of kstatus.
+    Stalled,
     /// The desired version's file is on all nodes.
     Downloaded,
     /// The desired version's file matches its digest, and its signature where one is required.

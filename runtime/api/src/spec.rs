@@ -13,8 +13,6 @@ pub enum Task {
     Classify,
     /// Objects as boxes, each with a class and a score.
     Detect,
-    /// A class for each pixel. Not supported by this version; such a model is rejected.
-    Segment,
     /// An anomaly score for the picture, optionally with a map.
     Anomaly,
     /// The raw outputs, without interpretation.
@@ -27,7 +25,6 @@ impl Task {
         match self {
             Self::Classify => "classify",
             Self::Detect => "detect",
-            Self::Segment => "segment",
             Self::Anomaly => "anomaly",
             Self::Tensor => "tensor",
         }

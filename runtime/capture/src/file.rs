@@ -1,4 +1,5 @@
-//! The source `file:`: one file with a picture, or an MJPEG recording: concatenated JPEGs, as `ffmpeg -f mjpeg` writes them.
+//! The source `file:`: one file with a picture, or an MJPEG recording: concatenated JPEGs, as `ffmpeg -f mjpeg` writes them. A picture in a
+//! recording that is cut off by the next one is dropped and counted.
 
 use std::path::Path;
 use std::time::Duration;
@@ -47,6 +48,10 @@ async fn play_once(
     let mut rest = Bytes::from(bytes);
     let mut pace = Pace::new(interval);
     while let Some(frame) = next_frame(&mut rest) {
+        let Some(frame) = frame else {
+            health.metrics.failed.inc();
+            continue;
+        };
         pace.tick().await;
         health.up();
         if interval.is_some() {
@@ -59,8 +64,8 @@ async fn play_once(
 }
 
 /// Removes the next picture from the front, with the bytes between two JPEGs. Data that is not a complete JPEG is returned as
-/// one piece, which the decoder identifies or rejects.
-fn next_frame(rest: &mut Bytes) -> Option<Bytes> {
+/// one piece, which the decoder identifies or rejects. The inner `None` is a picture that was cut off by the next one.
+fn next_frame(rest: &mut Bytes) -> Option<Option<Bytes>> {
     if rest.is_empty() {
         return None;
     }
@@ -69,9 +74,13 @@ fn next_frame(rest: &mut Bytes) -> Option<Bytes> {
             let frame = rest.split_to(length);
             let next = rest.windows(3).position(|bytes| bytes == [0xFF, 0xD8, 0xFF]).unwrap_or(rest.len());
             drop(rest.split_to(next));
-            Some(frame)
+            Some(Some(frame))
         }
-        Extent::Truncated | Extent::NotJpeg => Some(std::mem::take(rest)),
+        Extent::Interrupted(next) => {
+            drop(rest.split_to(next));
+            Some(None)
+        }
+        Extent::Truncated | Extent::NotJpeg => Some(Some(std::mem::take(rest))),
     }
 }
 
@@ -82,11 +91,12 @@ mod tests {
     #[test]
     fn a_recording_is_split_into_its_pictures() {
         let jpeg = [0xFF, 0xD8, 0xFF, 0xDA, 0x00, 0x02, 0x12, 0xFF, 0xD9];
-        let mut recording = Bytes::from([&jpeg[..], b"\0\0", &jpeg, &jpeg[..5], b""].concat());
-        let frames: Vec<Bytes> = std::iter::from_fn(|| next_frame(&mut recording)).collect();
-        assert_eq!(frames, [&jpeg[..], &jpeg[..], &jpeg[..5]]);
+        let mut recording = Bytes::from([&jpeg[..], b"\0\0", &jpeg, &jpeg[..7], &jpeg, &jpeg[..5], b""].concat());
+        let frames: Vec<Option<Bytes>> = std::iter::from_fn(|| next_frame(&mut recording)).collect();
+        let whole = || Some(Bytes::copy_from_slice(&jpeg));
+        assert_eq!(frames, [whole(), whole(), None, whole(), Some(Bytes::copy_from_slice(&jpeg[..5]))]);
         let mut png = Bytes::from_static(b"\x89PNG...");
-        assert_eq!(next_frame(&mut png).unwrap().len(), 7);
+        assert_eq!(next_frame(&mut png).unwrap().unwrap().len(), 7);
         assert_eq!(next_frame(&mut png), None);
     }
 }

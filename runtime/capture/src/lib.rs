@@ -7,11 +7,12 @@ mod dir;
 mod file;
 mod http;
 mod mailbox;
-mod multipart;
+mod pictures;
 mod policy;
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -23,7 +24,7 @@ use lineside_common::backoff::Backoff;
 use lineside_ipc::frame::Frame;
 
 pub use mailbox::{Mailbox, MailboxReceiver, TakenFrame, mailbox};
-pub use multipart::{Multipart, MultipartError};
+pub use pictures::{Found, PictureScanner, PictureTooLarge};
 pub use policy::{CameraHostError, CameraHosts, InvalidCameraHost, SourcePolicy};
 
 /// Largest encoded frame, in bytes.
@@ -35,6 +36,8 @@ const RETRY_CAP: Duration = Duration::from_secs(4);
 
 /// A source that ran for this long was healthy: its next retry is quick again.
 const STEADY_AFTER: Duration = Duration::from_secs(5);
+/// Failures in a row after which a stream that was up is down. A single failed request or cut picture is not a lost camera.
+const FAILURES_MAX: u32 = 3;
 
 /// Receives the state of a stream from its source.
 pub trait StreamReporter: Send + Sync {
@@ -60,7 +63,7 @@ pub struct SourceMetrics {
 /// Runs a stream's source: frames go to the mailbox. Returns at the end of a source that has one. A source that `policy` does not
 /// allow is down, with the reason.
 pub async fn play(stream: &StreamManifest, policy: &SourcePolicy, mailbox: &Mailbox, metrics: &SourceMetrics) {
-    let health = Health { stream: stream.name.clone(), metrics: metrics.clone() };
+    let health = Health { stream: stream.name.clone(), metrics: metrics.clone(), frames: AtomicU64::new(0) };
     let interval = stream.frame_interval;
     match &stream.source {
         StreamSource::Dir { folder, repeat } => {
@@ -76,10 +79,13 @@ pub async fn play(stream: &StreamManifest, policy: &SourcePolicy, mailbox: &Mail
 struct Health {
     stream: String,
     metrics: SourceMetrics,
+    /// Frames received so far.
+    frames: AtomicU64,
 }
 
 impl Health {
     fn up(&self) {
+        self.frames.fetch_add(1, Ordering::Relaxed);
         if self.metrics.reporter.up() {
             tracing::info!(event = "stream_up", stream = self.stream, "Stream is up");
         }
@@ -97,6 +103,8 @@ enum CameraError {
     Unreachable(String),
     /// The camera answers with something that is not usable.
     Rejected(String),
+    /// The camera is busy and asks to wait for so long.
+    Busy(String, Duration),
 }
 
 impl CameraError {
@@ -112,16 +120,28 @@ impl CameraError {
 async fn retry<F: Future<Output = Result<(), CameraError>>>(health: &Health, mut attempt: impl FnMut() -> F) {
     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_CAP);
     let mut logged: Option<CameraError> = None;
+    let mut failures = 0;
     loop {
-        let started = Instant::now();
+        let (started, frames) = (Instant::now(), health.frames.load(Ordering::Relaxed));
         let Err(error) = attempt().await else { return };
         // A camera that delivers one frame and fails again gets no quick retry and no further log line.
         if health.metrics.reporter.is_up() && started.elapsed() >= STEADY_AFTER {
             backoff.reset();
             logged = None;
         }
-        let delay = backoff.next_delay();
-        let (CameraError::Unreachable(reason) | CameraError::Rejected(reason)) = &error;
+        let has_delivered = health.frames.load(Ordering::Relaxed) > frames;
+        failures = if has_delivered { 1 } else { failures + 1 };
+        let mut delay = backoff.next_delay();
+        if let CameraError::Busy(_, least) = &error {
+            delay = delay.max(*least);
+        }
+        let (CameraError::Unreachable(reason) | CameraError::Rejected(reason) | CameraError::Busy(reason, _)) = &error;
+        if health.metrics.reporter.is_up() && failures < FAILURES_MAX {
+            tracing::debug!(stream = health.stream, reason, failures, "Request to the camera failed, retrying");
+            tokio::time::sleep(delay).await;
+            health.metrics.reconnects.inc();
+            continue;
+        }
         health.metrics.reporter.down(Some(reason));
         if logged.as_ref().is_none_or(|logged| error.differs_from(logged)) {
             tracing::warn!(event = "stream_down", stream = health.stream, reason, "Stream is down, retrying");

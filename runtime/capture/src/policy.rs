@@ -10,14 +10,12 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::str::FromStr;
-use std::sync::Arc;
 
 use lineside_common::error_chain;
 use lineside_common::file_roots::FileRoots;
 use lineside_common::files::read_opened;
 use lineside_common::net::{AddressClass, AllowedHosts, ForbiddenAddress, classify, is_own_address};
-use reqwest::Url;
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use url::Url;
 
 /// What sources may read.
 #[derive(Debug, Clone)]
@@ -123,39 +121,26 @@ impl CameraHosts {
         }
     }
 
-    /// Checks an address that contains no name. A name is checked when it is resolved.
-    pub(crate) fn check_literal(&self, url: &Url) -> Result<(), CameraHostError> {
+    /// The addresses of a camera, all of which are allowed.
+    pub(crate) async fn resolve(&self, url: &Url) -> Result<Vec<SocketAddr>, ResolveError> {
         let (host, port) = host_and_port(url);
-        match host.parse() {
-            Ok(address) => self.check(&host, port, address, is_own_address),
-            Err(_) => Ok(()),
+        let resolved: Vec<SocketAddr> = tokio::net::lookup_host((host.as_str(), port)).await?.collect();
+        for address in &resolved {
+            self.check(&host, port, address.ip(), is_own_address)?;
         }
-    }
-
-    /// A resolver for the host of this address, which returns only addresses that are allowed.
-    pub(crate) fn resolver(&self, url: &Url) -> Arc<CheckedResolver> {
-        Arc::new(CheckedResolver { hosts: self.clone(), port: host_and_port(url).1 })
+        Ok(resolved)
     }
 }
 
-/// Resolves names and fails for a name that has an address which is not allowed.
-pub(crate) struct CheckedResolver {
-    hosts: CameraHosts,
-    port: u16,
-}
-
-impl Resolve for CheckedResolver {
-    fn resolve(&self, name: Name) -> Resolving {
-        let (hosts, port) = (self.hosts.clone(), self.port);
-        Box::pin(async move {
-            let host = name.as_str();
-            let resolved: Vec<SocketAddr> = tokio::net::lookup_host((host, 0)).await?.collect();
-            for address in &resolved {
-                hosts.check(host, port, address.ip(), is_own_address)?;
-            }
-            Ok(Box::new(resolved.into_iter()) as Addrs)
-        })
-    }
+/// Why a camera's name gives no address to connect to.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ResolveError {
+    /// The name cannot be resolved.
+    #[error(transparent)]
+    Lookup(#[from] io::Error),
+    /// An address is not allowed.
+    #[error(transparent)]
+    NotAllowed(#[from] CameraHostError),
 }
 
 /// Host without the brackets of an IPv6 address, and port.
@@ -295,16 +280,15 @@ mod tests {
     #[tokio::test]
     async fn a_name_that_leads_to_this_node_is_not_resolved() {
         let url = |text: &str| Url::parse(text).unwrap();
-        let resolve = |hosts: CameraHosts| async move {
-            hosts.resolver(&url("http://localhost:81/")).resolve("localhost".parse().unwrap()).await.map(|_| ())
-        };
+        let resolve = |hosts: CameraHosts| async move { hosts.resolve(&url("http://localhost:81/")).await.map(drop) };
         let error = resolve(CameraHosts::any()).await.unwrap_err();
         assert!(error.to_string().contains("--camera-hosts"), "{error}");
         assert!(resolve(hosts(&["localhost:81"])).await.is_ok());
         for refused in ["http://2130706433/", "http://0x7f.1/", "http://[::1]:80/", "http://[::ffff:7f00:1]/"] {
-            assert!(CameraHosts::any().check_literal(&url(refused)).is_err(), "{refused}");
+            assert!(CameraHosts::any().resolve(&url(refused)).await.is_err(), "{refused}");
         }
-        assert_eq!(CameraHosts::any().check_literal(&url("http://10.0.0.7/")), Ok(()));
+        let allowed = CameraHosts::any().resolve(&url("http://10.0.0.7/")).await.unwrap();
+        assert_eq!(allowed, ["10.0.0.7:80".parse().unwrap()]);
     }
 
     #[test]

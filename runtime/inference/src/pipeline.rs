@@ -402,8 +402,14 @@ mod tests {
         let output = OutputSpec { threshold: Some(1.5), ..Default::default() };
         assert!(rejection(&model, &ModelSpec { output, ..ModelSpec::default() }).contains("spec.output.threshold"));
         assert!(rejection(&model, &of_task(Task::Detect)).contains("no decoder reads boxes"));
-        let segment = load(&model, &of_task(Task::Segment)).err().unwrap();
-        assert_eq!(segment.kind(), ErrorKind::Unsupported);
+        for task in ["segment", "obb", "pose"] {
+            let stated = mean_colour_classifier(8, 8, 3).metadata("task", task);
+            let error = load(&stated, &ModelSpec::default()).err().unwrap();
+            assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains(task), "{error}");
+            assert!(load(&stated, &of_task(Task::Tensor)).is_ok());
+        }
+        let stated = mean_colour_classifier(8, 8, 3).metadata("task", "paint");
+        assert!(rejection(&stated, &ModelSpec::default()).contains("the task paint, which is unknown"));
 
         let vector = Model::new()
             .input("x", FLOAT, &[Dim::Size(1), Dim::Size(3)])

@@ -26,42 +26,76 @@ pub enum Extent {
     Complete(usize),
     /// It begins as a JPEG, and the bytes run out before its end marker.
     Truncated,
+    /// It begins as a JPEG, and another one begins at this offset before its end: it was cut off.
+    Interrupted(usize),
     /// It does not begin as a JPEG, or its markers make no sense.
     NotJpeg,
 }
 
 /// Finds where the JPEG at the start of `bytes` ends.
 pub fn extent(bytes: &[u8]) -> Extent {
-    match bytes {
-        [0xFF, SOI, ..] => {}
-        [] | [0xFF] => return Extent::Truncated,
-        _ => return Extent::NotJpeg,
-    }
-    let mut at = 2;
-    loop {
-        let Some((marker, after)) = next_marker(bytes, at) else {
-            return if lacks_marker(bytes, at) { Extent::NotJpeg } else { Extent::Truncated };
-        };
-        at = after;
-        match marker {
-            EOI => return Extent::Complete(at),
-            // Markers that stand alone: TEM, RSTn, and a second SOI, which some cameras write.
-            0x01 | 0xD0..=0xD8 => {}
-            _ => {
-                let Some(length) = bytes.get(at..at + 2) else { return Extent::Truncated };
-                let length = usize::from(u16::from_be_bytes([length[0], length[1]]));
-                if length < 2 {
-                    return Extent::NotJpeg;
-                }
-                at += length;
-                if marker == SOS {
-                    match end_of_scan(bytes, at) {
-                        Some(next) => at = next,
-                        None => return Extent::Truncated,
+    ExtentScanner::default().scan(bytes)
+}
+
+/// Finds the end of a JPEG that arrives in pieces, without looking at a byte twice.
+#[derive(Debug, Clone, Default)]
+pub struct ExtentScanner {
+    /// Offset of the next marker, or of entropy-coded data.
+    at: usize,
+    is_in_scan: bool,
+    /// Offset of the last segment that began.
+    segment: usize,
+}
+
+impl ExtentScanner {
+    /// Looks at the bytes that have arrived, from the start of the JPEG on. They begin with those of the last call.
+    pub fn scan(&mut self, bytes: &[u8]) -> Extent {
+        if self.at == 0 {
+            match bytes {
+                [0xFF, SOI, ..] => self.at = 2,
+                [] | [0xFF] => return Extent::Truncated,
+                _ => return Extent::NotJpeg,
+            }
+        }
+        loop {
+            if self.is_in_scan {
+                match end_of_scan(bytes, self.at) {
+                    Ok(marker) => (self.at, self.is_in_scan) = (marker, false),
+                    Err(searched) => {
+                        self.at = searched;
+                        return Extent::Truncated;
                     }
                 }
             }
+            let Some((marker, after)) = next_marker(bytes, self.at) else {
+                return if lacks_marker(bytes, self.at) { Extent::NotJpeg } else { Extent::Truncated };
+            };
+            match marker {
+                EOI => return Extent::Complete(after),
+                // Some cameras write it twice.
+                SOI if self.at == 2 => self.at = after,
+                SOI => return Extent::Interrupted(after - 2),
+                // Markers that stand alone: TEM and RSTn.
+                0x01 | 0xD0..=0xD7 => self.at = after,
+                _ => {
+                    self.segment = after - 2;
+                    let Some(length) = bytes.get(after..after + 2) else { return Extent::Truncated };
+                    let length = usize::from(u16::from_be_bytes([length[0], length[1]]));
+                    if length < 2 {
+                        return Extent::NotJpeg;
+                    }
+                    if after + length > bytes.len() {
+                        return Extent::Truncated;
+                    }
+                    (self.at, self.is_in_scan) = (after + length, marker == SOS);
+                }
+            }
         }
+    }
+
+    /// Offset of the last segment that began. What follows it may be another picture, if this one was cut off within it.
+    pub fn last_segment(&self) -> usize {
+        self.segment
     }
 }
 
@@ -117,9 +151,10 @@ impl JpegHeader {
             has_junk |= bytes.get(start) != Some(&0xFF);
             at = after;
             match marker {
-                0x01 | 0xD0..=0xD8 => continue,
-                // Pixels never come, or this is not a marker.
-                EOI | 0x00 => return Err(HeaderError::NotAPicture),
+                SOI if start == 2 => continue,
+                0x01 | 0xD0..=0xD7 => continue,
+                // Pixels never come, or this is not a marker, or another picture begins.
+                EOI | SOI | 0x00 => return Err(HeaderError::NotAPicture),
                 _ => {}
             }
             let length = bytes.get(at..).and_then(|rest| rest.first_chunk::<2>()).ok_or(HeaderError::Truncated)?;
@@ -221,15 +256,17 @@ fn marker_at(bytes: &[u8], at: usize) -> Option<(u8, usize)> {
     Some((code, at + fill + 1))
 }
 
-/// The offset of the marker that ends the entropy-coded data starting at `from`.
-fn end_of_scan(bytes: &[u8], from: usize) -> Option<usize> {
+/// The offset of the marker that ends the entropy-coded data starting at `from`; an error with the offset up to which there is none.
+fn end_of_scan(bytes: &[u8], from: usize) -> Result<usize, usize> {
     let mut at = from;
     loop {
-        at += bytes.get(at..)?.iter().position(|byte| *byte == 0xFF)?;
-        match bytes.get(at + 1)? {
-            0x00 | 0xD0..=0xD7 => at += 2,
-            0xFF => at += 1,
-            _ => return Some(at),
+        let rest = bytes.get(at..).unwrap_or_default();
+        at += rest.iter().position(|byte| *byte == 0xFF).ok_or(at + rest.len())?;
+        match bytes.get(at + 1) {
+            None => return Err(at),
+            Some(0x00 | 0xD0..=0xD7) => at += 2,
+            Some(0xFF) => at += 1,
+            Some(_) => return Ok(at),
         }
     }
 }
@@ -256,6 +293,36 @@ mod tests {
         for cut in 0..SAMPLE.len() {
             assert_eq!(extent(&SAMPLE[..cut]), Extent::Truncated, "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn pieces_of_any_size_give_the_same_end() {
+        for step in 1..SAMPLE.len() {
+            let mut scanner = ExtentScanner::default();
+            let two = [SAMPLE, SAMPLE].concat();
+            let found = (step..two.len())
+                .step_by(step)
+                .map(|end| scanner.scan(&two[..end]))
+                .find(|found| *found != Extent::Truncated);
+            assert_eq!(found.unwrap_or(scanner.scan(&two)), Extent::Complete(SAMPLE.len()), "in pieces of {step}");
+        }
+    }
+
+    #[test]
+    fn a_picture_that_is_cut_off_by_the_next_is_named_so() {
+        // Within the scan, and between segments.
+        for cut in [16, 18, 10] {
+            let bytes = [
+                &SAMPLE[..cut],
+                &b"\r\n--b\r\nContent-Type: image/jpeg\r\n\r\n"[..if cut == 10 { 0 } else { 36 }],
+                &SAMPLE,
+            ]
+            .concat();
+            let next = bytes.len() - SAMPLE.len();
+            assert_eq!(extent(&bytes), Extent::Interrupted(next), "cut at {cut}");
+        }
+        let twice = [&SAMPLE[..2], &SAMPLE].concat();
+        assert_eq!(extent(&twice), Extent::Complete(twice.len()), "a start that is written twice");
     }
 
     #[test]

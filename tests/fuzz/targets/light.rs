@@ -1,4 +1,4 @@
-//! Fuzz targets of parsers that need no inference engine: manifests, addresses, rules, names, MQTT, multipart and JPEG.
+//! Fuzz targets of parsers that need no inference engine: manifests, addresses, rules, names, MQTT, streams of pictures and JPEG.
 //!
 //! Each target checks, besides the absence of panics, what must hold for every input.
 
@@ -11,7 +11,7 @@ use lineside_api::kinds::{ModelSource, StreamSource, document};
 use lineside_api::message::{IncomingTopic, Topics};
 use lineside_api::names::{is_name, topic_segment};
 use lineside_api::prediction::{Class, Detection, Prediction};
-use lineside_capture::{Multipart, MultipartError};
+use lineside_capture::{Found, PictureScanner};
 use lineside_fuzz::FuzzTarget;
 use lineside_ipc::jpeg::{Extent, extent};
 use lineside_mqtt::command::{CommandAction, CommandName};
@@ -31,7 +31,7 @@ pub(crate) const TARGETS: &[FuzzTarget] = &[
     FuzzTarget { name: "command", run: run_command, seeds: Vec::new },
     FuzzTarget { name: "sparkplug", run: run_sparkplug, seeds: sparkplug_seeds },
     FuzzTarget { name: "mqtt_packet", run: run_mqtt_packet, seeds: mqtt_packet_seeds },
-    FuzzTarget { name: "multipart", run: run_multipart, seeds: Vec::new },
+    FuzzTarget { name: "picture_stream", run: run_picture_stream, seeds: Vec::new },
     FuzzTarget { name: "jpeg", run: run_jpeg, seeds: jpeg_seeds },
 ];
 
@@ -199,36 +199,34 @@ fn mqtt_packet_seeds() -> Vec<Vec<u8>> {
     ]
 }
 
-/// A multipart body: the first byte selects the declared boundary and the size of the pieces that are received.
-fn run_multipart(input: &[u8]) {
-    let Some((selector, body)) = input.split_first() else { return };
-    let boundary = [None, Some("frame"), Some("--frame"), Some("\"frame\"")][usize::from(selector % 4)];
-    let step = usize::from(selector / 4) + 1;
-    const PART_BYTES_MAX: usize = 1000;
-    let (whole, whole_error) = parts(boundary, body, body.len().max(1), PART_BYTES_MAX);
-    let (stepped, stepped_error) = parts(boundary, body, step, PART_BYTES_MAX);
-    for part in &stepped {
-        assert!(part.len() <= PART_BYTES_MAX + step, "a part of {} bytes", part.len());
+/// A stream of pictures: the first byte selects the size of the pieces that are received.
+fn run_picture_stream(input: &[u8]) {
+    let Some((step, stream)) = input.split_first() else { return };
+    const PICTURE_BYTES_MAX: usize = 1000;
+    let step = usize::from(*step) + 1;
+    let whole = found(stream, stream.len().max(1), PICTURE_BYTES_MAX);
+    let stepped = found(stream, step, PICTURE_BYTES_MAX);
+    for one in stepped.iter().flatten().chain(whole.iter().flatten()) {
+        if let Found::Picture(picture) = one {
+            assert!(picture.starts_with(&[0xFF, 0xD8, 0xFF]) || picture.starts_with(b"\x89PNG"));
+        }
     }
-    if whole_error.is_none() && stepped_error.is_none() {
-        assert_eq!(whole, stepped, "the parts do not depend on the size of the received pieces");
+    if let (Some(whole), Some(stepped)) = (whole, stepped) {
+        assert_eq!(whole, stepped, "what is found does not depend on the size of the received pieces");
     }
 }
 
-fn parts(boundary: Option<&str>, body: &[u8], step: usize, bytes_max: usize) -> (Vec<Bytes>, Option<MultipartError>) {
-    let mut parser = Multipart::new(boundary, bytes_max);
+/// All that is found; `None` when a picture is too large.
+fn found(stream: &[u8], step: usize, bytes_max: usize) -> Option<Vec<Found>> {
+    let mut scanner = PictureScanner::new(bytes_max);
     let mut found = Vec::new();
-    for piece in body.chunks(step) {
-        parser.feed(piece);
-        loop {
-            match parser.next_part() {
-                Ok(Some(part)) => found.push(part),
-                Ok(None) => break,
-                Err(error) => return (found, Some(error)),
-            }
+    for piece in stream.chunks(step) {
+        scanner.feed(piece);
+        while let Some(one) = scanner.next_found().ok()? {
+            found.push(one);
         }
     }
-    (found, None)
+    Some(found)
 }
 
 /// The extent of a JPEG.
@@ -244,6 +242,7 @@ fn run_jpeg(input: &[u8]) {
             assert_ne!(extent(&input[..input.len() / 2]), Extent::NotJpeg);
             assert!(!matches!(extent(&completed), Extent::Complete(bytes) if bytes < input.len()));
         }
+        Extent::Interrupted(next) => assert!(input[next..].starts_with(&[0xFF, 0xD8])),
         Extent::NotJpeg => {}
     }
 }

@@ -46,6 +46,20 @@ fn without_secrets(url: &Url) -> String {
     format!("{}://{host}{port}{}", url.scheme(), url.path())
 }
 
+/// Whether a `/`, `#` or `?` that stands for itself in a user or password ends the host before it. Such an address would name another
+/// host, and parts of the password would be shown as its port or path.
+fn has_raw_delimiter(uri: &str) -> bool {
+    let rest = uri.split_once("://").map_or(uri, |(_, rest)| rest);
+    let after_host = rest.find(['/', '?', '#']).map_or("", |end| &rest[end..]);
+    match after_host.chars().next() {
+        Some('/') => {
+            let path = after_host.split('?').next().unwrap_or_default();
+            path.contains('@')
+        }
+        _ => after_host.contains('@'),
+    }
+}
+
 impl StreamSource {
     /// Parses the address of a stream's source. Relative paths refer to `folder`.
     pub(super) fn parse(uri: &str, folder: &Path) -> Result<Self, String> {
@@ -62,6 +76,11 @@ impl StreamSource {
             }
             "file" => Ok(Self::File(local_path(uri, folder)?)),
             "http" | "https" => {
+                if has_raw_delimiter(uri) {
+                    return Err("an @ follows the host, so user or password seem to contain a character that ends the host; write / as %2F, \
+                                # as %23, ? as %3F and @ as %40 in them"
+                        .to_owned());
+                }
                 let url = Url::parse(uri).map_err(|error| format!("not a valid address: {error}"))?;
                 match url.host_str() {
                     Some(host) if !host.is_empty() => Ok(Self::Http(url)),

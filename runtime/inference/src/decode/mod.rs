@@ -152,7 +152,7 @@ fn format_of(bytes: &[u8]) -> Result<ImageFormat> {
     }
     match extent(bytes) {
         Extent::Complete(_) => Ok(ImageFormat::Jpeg),
-        Extent::Truncated => Err(Error::new(
+        Extent::Truncated | Extent::Interrupted(_) => Err(Error::new(
             ErrorKind::BadFrame,
             format!("the JPEG is cut off: {} bytes came and its end marker is missing", bytes.len()),
         )),

@@ -18,7 +18,6 @@ pub fn task(spec: &ModelSpec, graph: &GraphInfo) -> Result<Task> {
     let from_metadata = match stated {
         Some("classify") => Some(Task::Classify),
         Some("detect") => Some(Task::Detect),
-        Some("segment") => Some(Task::Segment),
         _ => None,
     };
     // The rows of these models have the length of boxes and other contents.
@@ -41,10 +40,6 @@ pub fn task(spec: &ModelSpec, graph: &GraphInfo) -> Result<Task> {
         _ => None,
     };
     match spec.task.or(from_metadata).or_else(from_shape) {
-        Some(Task::Segment) => Err(Error::new(
-            ErrorKind::Unsupported,
-            "task segment is not built yet; use classify, detect, anomaly or tensor",
-        )),
         Some(task) => Ok(task),
         None => Err(bad_spec(format!(
             "the model does not say what its output {} means; set spec.task to classify, detect, anomaly or tensor",

@@ -72,7 +72,7 @@ pub fn output(
             (TaskSettings::Detect(settings), labels)
         }
         Task::Anomaly => (TaskSettings::Anomaly(anomaly(spec, graph, outputs)?), Labels::numbered(0)),
-        Task::Tensor | Task::Segment => (TaskSettings::Tensor, Labels::numbered(0)),
+        Task::Tensor => (TaskSettings::Tensor, Labels::numbered(0)),
     };
     Ok(OutputSettings {
         labels,

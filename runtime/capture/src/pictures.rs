@@ -1,0 +1,232 @@
+//! Finds the pictures in a stream of bytes by their own beginnings and ends.
+//!
+//! Cameras surround pictures with multipart boundaries and headers, declare other boundaries than they send, state wrong lengths, or
+//! send text parts and padding in between. A JPEG begins with FF D8 FF and ends with its end marker; a PNG begins with its signature and
+//! ends with IEND. Whatever stands between pictures is skipped, so a picture is complete when its last byte has arrived, and not when
+//! what follows it begins. OpenCV (through FFmpeg) reads such streams in the same way.
+//!
+//! A picture that is cut off, because the next one begins before its end, is dropped and counted; the next one is not lost with it.
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use lineside_ipc::jpeg::{Extent, ExtentScanner};
+use lineside_ipc::png;
+
+/// Bytes in front of the first picture that are kept for messages.
+const TEXT_BYTES_MAX: usize = 200;
+
+/// What the scanner has found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// A whole picture.
+    Picture(Bytes),
+    /// A picture was cut off or is damaged.
+    Broken,
+}
+
+/// A picture is larger than allowed. The connection has to be closed then.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a picture has more than {bytes_max} bytes")]
+pub struct PictureTooLarge {
+    bytes_max: usize,
+}
+
+/// A scanner that receives the stream in pieces.
+pub struct PictureScanner {
+    bytes_max: usize,
+    /// Begins with a picture, if there is one.
+    buffer: BytesMut,
+    state: State,
+    /// The first bytes that belong to no picture.
+    text: Vec<u8>,
+}
+
+enum State {
+    /// No picture has begun.
+    Between,
+    Jpeg(ExtentScanner),
+    Png,
+}
+
+impl PictureScanner {
+    /// A scanner for pictures of at most so many bytes.
+    pub fn new(bytes_max: usize) -> Self {
+        Self { bytes_max, buffer: BytesMut::new(), state: State::Between, text: Vec::new() }
+    }
+
+    /// Appends received bytes.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// Whether a picture has begun and is not complete.
+    pub fn is_within_picture(&self) -> bool {
+        !matches!(self.state, State::Between)
+    }
+
+    /// The beginning of what was received in front of the first picture, as text; `None` for bytes that are not text.
+    pub fn text(&self) -> Option<String> {
+        let text: String = String::from_utf8_lossy(&self.text).split_whitespace().collect::<Vec<_>>().join(" ");
+        (!text.is_empty() && !text.contains(|character: char| character.is_control() || character == '\u{fffd}'))
+            .then_some(text)
+    }
+
+    /// Removes the next picture, or the next broken one. `None` until one has been received.
+    ///
+    /// # Errors
+    /// [`PictureTooLarge`].
+    pub fn next_found(&mut self) -> Result<Option<Found>, PictureTooLarge> {
+        loop {
+            match &mut self.state {
+                State::Between => {
+                    if !self.skip_to_picture() {
+                        return Ok(None);
+                    }
+                }
+                State::Jpeg(scanner) => match scanner.scan(&self.buffer) {
+                    Extent::Complete(length) => return Ok(Some(self.take(length))),
+                    Extent::Truncated => return self.wait(),
+                    Extent::Interrupted(next) => {
+                        self.buffer.advance(next);
+                        self.state = State::Jpeg(ExtentScanner::default());
+                        return Ok(Some(Found::Broken));
+                    }
+                    Extent::NotJpeg => {
+                        // The rest of the last segment may hold the beginning of the next picture.
+                        let skipped = scanner.last_segment().max(2).min(self.buffer.len());
+                        self.buffer.advance(skipped);
+                        self.state = State::Between;
+                        return Ok(Some(Found::Broken));
+                    }
+                },
+                State::Png if self.buffer.len() >= png::SIGNATURE.len() && !self.buffer.starts_with(png::SIGNATURE) => {
+                    self.buffer.advance(1);
+                    self.state = State::Between;
+                }
+                State::Png => match png::extent(&self.buffer) {
+                    Some(length) => return Ok(Some(self.take(length))),
+                    None => return self.wait(),
+                },
+            }
+        }
+    }
+
+    /// Drops what belongs to no picture, and begins the next one.
+    fn skip_to_picture(&mut self) -> bool {
+        let is_start = |bytes: &[u8]| bytes == [0xFF, 0xD8, 0xFF] || bytes == &png::SIGNATURE[..3];
+        let start = self.buffer.windows(3).position(is_start);
+        // The last two bytes may begin a picture.
+        let skipped = start.unwrap_or(self.buffer.len().saturating_sub(2));
+        let room = TEXT_BYTES_MAX.saturating_sub(self.text.len());
+        self.text.extend(self.buffer.iter().take(skipped.min(room)));
+        self.buffer.advance(skipped);
+        if start.is_some() {
+            let is_jpeg = self.buffer.starts_with(&[0xFF]);
+            self.state = if is_jpeg { State::Jpeg(ExtentScanner::default()) } else { State::Png };
+        }
+        start.is_some()
+    }
+
+    fn take(&mut self, length: usize) -> Found {
+        self.state = State::Between;
+        Found::Picture(self.buffer.split_to(length).freeze())
+    }
+
+    fn wait(&self) -> Result<Option<Found>, PictureTooLarge> {
+        if self.buffer.len() > self.bytes_max {
+            return Err(PictureTooLarge { bytes_max: self.bytes_max });
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SOI, an APP1 segment that hides the beginning and the end of a thumbnail, a scan, EOI.
+    const JPEG: [u8; 22] = [
+        0xFF, 0xD8, 0xFF, 0xE1, 0x00, 0x07, 0xFF, 0xD8, 0xFF, 0xFF, 0xD9, 0xFF, 0xDA, 0x00, 0x03, 0x01, 0x12, 0xFF,
+        0x00, 0x34, 0xFF, 0xD9,
+    ];
+
+    /// All that is found in a stream that arrives in pieces of this size.
+    fn found(stream: &[u8], step: usize) -> Vec<Found> {
+        let mut scanner = PictureScanner::new(1000);
+        let mut found = Vec::new();
+        for piece in stream.chunks(step) {
+            scanner.feed(piece);
+            while let Some(one) = scanner.next_found().unwrap() {
+                found.push(one);
+            }
+        }
+        found
+    }
+
+    fn picture() -> Found {
+        Found::Picture(Bytes::from_static(&JPEG))
+    }
+
+    #[test]
+    fn pictures_are_found_in_every_envelope_and_complete_with_their_last_byte() {
+        let head = b"--b\r\nContent-Type: image/jpeg\r\nContent-Length: 5\r\n\r\n";
+        let text = b"\r\n--other\r\nContent-Type: text/plain\r\n\r\nHeartbeat\r\n";
+        let part = [&head[..], &JPEG].concat();
+        for stream in [
+            [&part[..], b"\r\n", &part].concat(),
+            [&JPEG[..], &JPEG].concat(),
+            [&text[..], &part, text, &part].concat(),
+            [&part[..], &[0; 512], b"\r\n", &part].concat(),
+            [&part[..], &[0xFF; 512], &part].concat(),
+            // The rest of an older picture behind the end.
+            [&part[..], &JPEG[15..], &part].concat(),
+        ] {
+            for step in [1, 2, 3, 7, 100, stream.len()] {
+                assert_eq!(found(&stream, step), [picture(), picture()], "in pieces of {step}: {stream:?}");
+            }
+            let cut = &stream[..stream.len() - 1];
+            assert_eq!(found(cut, 9), [picture()], "before its last byte");
+        }
+    }
+
+    #[test]
+    fn a_cut_picture_does_not_take_the_next_one_with_it() {
+        for cut in 1..JPEG.len() {
+            for between in [&b""[..], b"\r\n--b\r\nContent-Type: image/jpeg\r\n\r\n"] {
+                let stream = [&JPEG[..cut], between, &JPEG, &[0; 70_000], &JPEG].concat();
+                let found = found(&stream, 50);
+                let pictures = found.iter().filter(|one| **one == picture()).count();
+                // A cut within the length of a segment makes that segment swallow what follows; the one after it is found.
+                assert!(pictures >= 1, "cut at {cut}: {found:?}");
+                let whole = |one: &Found| !matches!(one, Found::Picture(bytes) if bytes[..] != JPEG);
+                assert!(cut == 6 || found.iter().all(whole), "cut at {cut}: only whole pictures: {found:?}");
+            }
+        }
+        let stream = [&JPEG[..17], b"\r\n--b\r\n\r\n", &JPEG].concat();
+        assert_eq!(found(&stream, 4), [Found::Broken, picture()]);
+    }
+
+    #[test]
+    fn png_pictures_are_found_and_sizes_are_bounded() {
+        let png = [&png::SIGNATURE[..], b"\0\0\0\x02IHDRab....", b"\0\0\0\0IEND...."].concat();
+        let stream = [b"--b\r\n\r\n", &png[..], b"\r\n", &JPEG].concat();
+        assert_eq!(found(&stream, 3), [Found::Picture(png.into()), picture()]);
+        let mut scanner = PictureScanner::new(100);
+        scanner.feed(&JPEG[..17]);
+        scanner.feed(&[0x55; 100]);
+        assert_eq!(scanner.next_found(), Err(PictureTooLarge { bytes_max: 100 }));
+    }
+
+    #[test]
+    fn text_in_the_place_of_a_picture_is_kept_for_the_message() {
+        let text = |bytes: &[u8]| {
+            let mut scanner = PictureScanner::new(100);
+            scanner.feed(bytes);
+            assert_eq!(scanner.next_found(), Ok(None));
+            scanner.text()
+        };
+        assert_eq!(text(b"Device\r\n Busy\r\n.."), Some("Device Busy".to_owned()));
+        assert_eq!(text(&[0; 50]), None);
+        assert_eq!(text(&[0xC3; 50]), None);
+        assert_eq!(text(&[b'x'; 1000]).unwrap().len(), TEXT_BYTES_MAX);
+    }
+}

@@ -24,6 +24,8 @@ const CHANNELS_MAX: usize = 4;
 const MEAN_MAX: f32 = 1e6;
 const STD_MIN: f32 = 1e-6;
 /// Largest number of classes or boxes that are reported.
+/// Largest number of the first class.
+const FIRST_CLASS_MAX: u32 = 1000;
 const TOP_K_MAX: u32 = 100_000;
 /// Largest number of labels.
 const LABELS_MAX: usize = 10_000;
@@ -179,6 +181,7 @@ fn check_output(at: &impl Fn(&str) -> String, output: &OutputSpec, errors: &mut 
     errors.check_range(&at("output.threshold"), output.threshold.as_ref(), &(0.0..=1.0));
     errors.check_range(&at("output.iou"), output.iou.as_ref(), &(0.0..=1.0));
     errors.check_range(&at("output.topK"), output.top_k.as_ref(), &(1..=TOP_K_MAX));
+    errors.check_range(&at("output.firstClass"), output.first_class.as_ref(), &(0..=FIRST_CLASS_MAX));
     let labels = output.labels.as_ref().map(Vec::len);
     errors.check_range(&format!("{} (number of labels)", at("output.labels")), labels.as_ref(), &(0..=LABELS_MAX));
 }

@@ -7,7 +7,8 @@
 //! new folder id is drawn, and the epoch starts at 1, when the file is missing or damaged, and when the folder is elsewhere than
 //! it states: a copy on another machine, or beside the original, never reuses an id of the original.
 //!
-//! A disk that accepts no writes does not prevent the start: the folder id is then drawn for this run only.
+//! A disk that accepts no writes does not prevent the start: the folder id is then drawn for this run only. A new folder that
+//! belongs to another user does.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
@@ -147,7 +148,8 @@ impl DataFolder {
     /// Creates the folder if necessary, locks it, and counts this start.
     ///
     /// # Errors
-    /// When another process holds the lock for longer than 10 seconds, or the folder cannot be created or read.
+    /// When another process holds the lock for longer than 10 seconds, the folder cannot be created or read, or it is new and
+    /// this process may not write to it.
     pub fn open(path: &Path, node: &str) -> Result<Self, DataFolderError> {
         let io_error = |source| DataFolderError::from_io(path, source);
         std::fs::create_dir_all(path).map_err(io_error)?;
@@ -162,6 +164,11 @@ impl DataFolder {
             Ok(()) => {
                 log_new_folder(&stored, reason.as_ref());
                 Ok(Self { path: path.to_owned(), identity: stored.into(), refused_write: None, _lock: lock })
+            }
+            // Nothing can be served from a folder that was never used, and it may be made usable at any moment: the start fails,
+            // and is repeated by who runs the agent.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && reason == Some(NewFolder::First) => {
+                Err(io_error(error))
             }
             // Without a write, the next start would count the same epoch again. So the folder id is for this run only.
             Err(error) => {

@@ -133,6 +133,41 @@ fn an_edge_node_needs_no_manual_step() {
     lab.kubectl_ok(&["delete", "namespace", "lineside-prepare", "--timeout=120s"]);
 }
 
+#[test]
+fn images_are_never_pulled_except_from_a_registry_of_the_site() {
+    let Some(lab) = Lab::shared() else { return };
+    let folder = tempfile::Builder::new().prefix("site-").tempdir_in(root().join("target/lab")).unwrap();
+    let render = |more: &str| -> Vec<Value> {
+        let kustomization = format!(
+            "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n\
+             resources: [../../../edge-manifests/overlays/k3s-install]\n{more}"
+        );
+        std::fs::write(folder.path().join("kustomization.yaml"), kustomization).unwrap();
+        let printed = lab.kubectl_ok(&["create", "--dry-run=client", "-o", "json", "-k", utf8(folder.path())]);
+        let objects = serde_json::Deserializer::from_str(&printed).into_iter::<Value>().map(Result::unwrap);
+        let items = objects.flat_map(|object| object["items"].as_array().cloned().unwrap_or_else(|| vec![object]));
+        items.filter(|object| object["kind"] == "DaemonSet" || object["kind"] == "Deployment").collect()
+    };
+    let images = |objects: Vec<Value>| -> Vec<(String, String, Value)> {
+        let pods = objects.into_iter().map(|object| object["spec"]["template"]["spec"].clone());
+        pods.map(|pod| {
+            let container = &pod["containers"][0];
+            let text = |key: &str| container[key].as_str().unwrap().to_owned();
+            (text("image"), text("imagePullPolicy"), pod["imagePullSecrets"].clone())
+        })
+        .collect()
+    };
+    // `localhost` is no registry, and the kubelet does not ask it.
+    let imported =
+        (concat!("localhost/lineside:", env!("CARGO_PKG_VERSION")).to_owned(), "Never".to_owned(), Value::Null);
+    assert_eq!(images(render("")), vec![imported; 3]);
+    let site = "components: [../../../edge-manifests/components/registry]\n\
+                images: [{name: localhost/lineside, newName: images.plant.example/vision, newTag: '7'}]\n";
+    let secret = json!([{"name": "lineside-registry"}]);
+    let pulled = ("images.plant.example/vision:7".to_owned(), "IfNotPresent".to_owned(), secret);
+    assert_eq!(images(render(site)), vec![pulled; 3]);
+}
+
 /// Writes the packages of `make dist` into a folder.
 fn packages(folder: &std::path::Path) {
     let mut program = Command::new("python3");

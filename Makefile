@@ -17,7 +17,7 @@ FUZZ_LIGHT := command jpeg manifest mqtt_packet name object picture_stream rule 
 FUZZ_FULL := address cached_objects config last_good model picture signature store_record watch_message
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help compiler demo build image test test-tools lab-tools lab-up lab-down lab-demo fleet check deny generate bench experiments fuzz figures fmt clean
+.PHONY: help compiler demo build image dist test test-tools lab-tools lab-up lab-down lab-demo fleet check deny generate bench experiments fuzz figures fmt clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ image: compiler ## Build the container image for K3s: dist/lineside-VERSION-amd6
 	cross/image.sh amd64 release
 	@if command -v aarch64-linux-gnu-gcc /usr/bin/cargo >/dev/null; then cross/image.sh arm64 release; \
 	else echo 'the image for arm64 was not built; it requires: apt-get install rustc-web cargo-web rust-web-src gcc-aarch64-linux-gnu libc6-dev-arm64-cross'; fi
+
+dist: ## Write dist/lineside-install.yaml (one file for K3s) and dist/lineside-VERSION.tgz (Helm chart); requires kubectl
+	python3 cross/dist.py
 
 test: compiler test-tools lab-tools ## Install the tools of the tests, and run all tests
 	$(CARGO) test --workspace

@@ -51,7 +51,7 @@ def layer(files: list, folders: list) -> bytes:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="path of the archive")
-    parser.add_argument("--name", required=True, help="image name with tag, for example lineside.dev/lineside:0.1.0")
+    parser.add_argument("--name", required=True, help="image name with tag, for example localhost/lineside:0.1.0")
     parser.add_argument("--arch", required=True, choices=["amd64", "arm64"])
     parser.add_argument("--file", action="append", default=[], metavar="PATH=SOURCE", help="a file, readable by all users")
     parser.add_argument("--program", action="append", default=[], metavar="PATH=SOURCE", help="an executable file")

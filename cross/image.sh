@@ -51,7 +51,7 @@ trap 'rm -rf "$work"' EXIT
 ${CARGO:-cargo} metadata --format-version 1 --locked --filter-platform "$target" | python3 cross/licences.py >"$work/third-party.txt"
 certificates=/etc/ssl/certs/ca-certificates.crt
 [ -f "$certificates" ] || { echo "image.sh: $certificates is missing; apt-get install ca-certificates" >&2; exit 1; }
-python3 cross/image.py --output "$output" --name "lineside.dev/lineside:$version" --arch "$arch" --max-mib 40 \
+python3 cross/image.py --output "$output" --name "localhost/lineside:$version" --arch "$arch" --max-mib 40 \
 	--program "/usr/bin/lineside=$work/lineside" \
 	--file "/etc/ssl/certs/ca-certificates.crt=$certificates" \
 	--file /usr/share/licenses/lineside/LICENSE-APACHE=LICENSE-APACHE \

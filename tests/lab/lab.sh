@@ -187,7 +187,7 @@ node() {
 	[plugins."io.containerd.internal.v1.opt"]
 	  path = "$own/opt"
 	[plugins."io.containerd.grpc.v1.cri"]
-	  sandbox_image = "lineside.dev/pause:lab"
+	  sandbox_image = "localhost/pause:lab"
 	  restrict_oom_score_adj = true
 	  disable_apparmor = true
 	  [plugins."io.containerd.grpc.v1.cri".cni]
@@ -270,7 +270,7 @@ pause() {
 	printf '#include <unistd.h>\n#include <signal.h>\nstatic void end(int s) { (void)s; _exit(0); }\nint main(void) { signal(SIGTERM, end); signal(SIGINT, end); for (;;) pause(); }\n' \
 		>"$folder/pause.c"
 	cc -O1 -static -o "$folder/pause" "$folder/pause.c"
-	python3 "$here/../../cross/image.py" --output "$folder/pause.oci.tar" --name lineside.dev/pause:lab --arch amd64 \
+	python3 "$here/../../cross/image.py" --output "$folder/pause.oci.tar" --name localhost/pause:lab --arch amd64 \
 		--program "/pause=$folder/pause" --entrypoint /pause >/dev/null
 }
 

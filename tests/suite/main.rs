@@ -15,6 +15,7 @@ mod detect;
 mod dialect;
 mod endurance;
 mod fetch;
+mod log_collectors;
 mod manifests;
 mod mqtt;
 mod real_photos;

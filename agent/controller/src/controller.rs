@@ -33,6 +33,8 @@ const TICK_EVERY: Duration = Duration::from_secs(2);
 /// The time limit of the writes of one tick, so that the lease is renewed in time; the rest is written in the next
 /// tick.
 const WRITE_MAX: Duration = Duration::from_secs(2);
+/// How often the volume of the data folders is checked.
+const VOLUME_EVERY: Duration = Duration::from_secs(20);
 /// The most error messages that are remembered as logged.
 const LOGGED_ERRORS_MAX: usize = 64;
 /// The connection is replaced after this long without an answer.
@@ -52,6 +54,8 @@ pub struct Controller {
     /// The kinds that have been listed completely.
     listed: BTreeSet<ResourceKind>,
     was_leader: bool,
+    /// The persistent volume of the data folders, and when it is checked next.
+    volume: Option<(String, Instant)>,
     /// The error messages that were logged since the last successful list.
     logged_errors: BTreeSet<String>,
 }
@@ -76,8 +80,17 @@ impl Controller {
             nodes: NodeLiveness::new(timeouts),
             listed: BTreeSet::new(),
             was_leader: false,
+            volume: None,
             logged_errors: BTreeSet::new(),
         }
+    }
+
+    /// Keeps the persistent volume of this name bound to the claim of the same name, also when the namespace is deleted and
+    /// created again.
+    #[must_use]
+    pub fn with_data_volume(mut self, name: Option<String>) -> Self {
+        self.volume = name.map(|name| (name, Instant::now()));
+        self
     }
 
     /// Runs until stopped, and releases the lease at the end. The reflectors run under `supervisor`: one that panics is
@@ -214,7 +227,14 @@ impl Controller {
         }
         self.heartbeat.beat(self.is_synced(), Instant::now());
         self.publish_metrics(is_leader);
-        if !is_leader || !self.is_synced() {
+        if !is_leader {
+            return;
+        }
+        if let Err(error) = self.rebind_volume(Instant::now()).await {
+            self.metrics.failures.inc();
+            self.log_error(&error);
+        }
+        if !self.is_synced() {
             return;
         }
         // The leadership may end before the time for writes does.
@@ -233,6 +253,24 @@ impl Controller {
         self.metrics.leader.set(i64::from(is_leader));
         self.metrics.reporting_nodes.set(gauge(reporting));
         self.metrics.unreachable_nodes.set(gauge(unreachable));
+    }
+
+    /// Makes the volume of the data folders available again if its claim was deleted. A conflict is left to the next check.
+    async fn rebind_volume(&mut self, now: Instant) -> Result<(), ClusterError> {
+        let Some((name, next)) = self.volume.as_mut().filter(|(_, next)| *next <= now) else { return Ok(()) };
+        *next = now + VOLUME_EVERY;
+        match self.cluster.rebind_volume(name).await {
+            Ok(true) => {
+                tracing::info!(
+                    event = "volume_released",
+                    volume = name,
+                    "Claim of the volume was deleted; a new one can use it"
+                );
+                Ok(())
+            }
+            Err(error) if error.kind() != ClusterErrorKind::Conflict => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Writes the statuses of models and streams that differ from what the nodes report.

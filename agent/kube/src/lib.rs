@@ -5,6 +5,7 @@
 //!   that was down can stay silent for a long time after the network is back.
 //! - [`reflector`] lists and watches the objects of one kind.
 //! - [`status_writer`] writes the node's status and publishes the Events that [`status_events`] computes.
+//! - [`ClusterClient::rebind_volume`] makes the volume of the data folders available to a claim that was created again.
 //! - [`Lease`] elects one of several controllers as leader.
 //! - [`definitions`] are the custom resource definitions.
 //!
@@ -28,6 +29,7 @@ pub mod reflector;
 mod resource;
 pub mod status_events;
 pub mod status_writer;
+mod volume;
 
 pub use client::{ClusterClient, parse_watch_message};
 pub use cluster_state::{ClusterState, ClusterStatePublisher, ClusterStateReader};

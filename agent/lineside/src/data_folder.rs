@@ -7,7 +7,8 @@
 //! new folder id is drawn, and the epoch starts at 1, when the file is missing or damaged, and when the folder is elsewhere than
 //! it states: a copy on another machine, or beside the original, never reuses an id of the original.
 //!
-//! A disk that accepts no writes does not prevent the start: the folder id is then drawn for this run only.
+//! A disk that accepts no writes does not prevent the start: the folder id is then drawn for this run only. A new folder that
+//! belongs to another user does.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
@@ -57,7 +58,13 @@ pub enum DataFolderError {
     /// Another process uses the folder, or it cannot be locked.
     #[error(transparent)]
     Lock(#[from] FolderLockError),
-    /// The file system reported an error.
+    /// The user of this process may not use the folder. The message has the command that makes it usable.
+    #[error("permission denied; {remedy}")]
+    Denied {
+        /// Who owns the folder, and the command that gives it to the user of this process.
+        remedy: String,
+    },
+    /// The file system reported another error.
     #[error("cannot use {}", path.display())]
     Io {
         /// The folder, or the file in it.
@@ -65,6 +72,25 @@ pub enum DataFolderError {
         /// The error of the file system.
         source: io::Error,
     },
+}
+
+/// A user and a group, by number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Owner {
+    user: u32,
+    group: u32,
+}
+
+impl Owner {
+    /// The effective user of this process: the kernel gives it the files of the process in /proc.
+    fn of_process() -> Option<Self> {
+        Self::of(Path::new("/proc/self"))
+    }
+
+    /// The owner of a file; `None` if that cannot be read.
+    fn of(path: &Path) -> Option<Self> {
+        std::fs::metadata(path).ok().map(|metadata| Self { user: metadata.uid(), group: metadata.gid() })
+    }
 }
 
 /// The content of `identity.json`.
@@ -100,15 +126,35 @@ enum NewFolder {
     Exhausted,
 }
 
+impl DataFolderError {
+    fn from_io(path: &Path, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::PermissionDenied => Self::Denied { remedy: ownership_remedy(path) },
+            _ => Self::Io { path: path.to_owned(), source },
+        }
+    }
+
+    fn from_lock(path: &Path, error: FolderLockError) -> Self {
+        match error {
+            FolderLockError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                Self::from_io(path, source)
+            }
+            error => Self::Lock(error),
+        }
+    }
+}
+
 impl DataFolder {
     /// Creates the folder if necessary, locks it, and counts this start.
     ///
     /// # Errors
-    /// When another process holds the lock for longer than 10 seconds, or the folder cannot be created or read.
+    /// When another process holds the lock for longer than 10 seconds, the folder cannot be created or read, or it is new and
+    /// this process may not write to it.
     pub fn open(path: &Path, node: &str) -> Result<Self, DataFolderError> {
-        let io_error = |source| DataFolderError::Io { path: path.to_owned(), source };
+        let io_error = |source| DataFolderError::from_io(path, source);
         std::fs::create_dir_all(path).map_err(io_error)?;
-        let lock = FolderLock::acquire(path, node, LOCK_TIMEOUT)?;
+        let lock =
+            FolderLock::acquire(path, node, LOCK_TIMEOUT).map_err(|error| DataFolderError::from_lock(path, error))?;
         let inode = std::fs::metadata(path).map_err(io_error)?.ino();
         let machine = files::read_bounded(Path::new("/etc/machine-id"), IDENTITY_BYTES_MAX).unwrap_or_default();
         let machine = String::from_utf8_lossy(&machine).trim().to_owned();
@@ -119,9 +165,17 @@ impl DataFolder {
                 log_new_folder(&stored, reason.as_ref());
                 Ok(Self { path: path.to_owned(), identity: stored.into(), refused_write: None, _lock: lock })
             }
+            // Nothing can be served from a folder that was never used, and it may be made usable at any moment: the start fails,
+            // and is repeated by who runs the agent.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && reason == Some(NewFolder::First) => {
+                Err(io_error(error))
+            }
             // Without a write, the next start would count the same epoch again. So the folder id is for this run only.
             Err(error) => {
-                let refused_write = error_chain(&error);
+                let refused_write = match error.kind() {
+                    io::ErrorKind::PermissionDenied => format!("{error}; {}", ownership_remedy(path)),
+                    _ => error_chain(&error),
+                };
                 let identity = FolderIdentity { folder: draw_folder_id(), epoch: 1 };
                 tracing::error!(
                     event = "data_folder_unwritable",
@@ -161,6 +215,24 @@ impl From<StoredIdentity> for FolderIdentity {
     fn from(stored: StoredIdentity) -> Self {
         Self { folder: stored.folder, epoch: stored.epoch }
     }
+}
+
+/// What makes a folder usable that the user of this process may not write to.
+fn ownership_remedy(path: &Path) -> String {
+    remedy_for(path, Owner::of(path), Owner::of_process())
+}
+
+fn remedy_for(path: &Path, owner: Option<Owner>, process: Option<Owner>) -> String {
+    let is_owned =
+        owner.map_or_else(String::new, |owner| format!("{} belongs to user {}, and ", path.display(), owner.user));
+    let Some(process) = process else {
+        return format!("{is_owned}the agent needs a folder of its own user with the mode 0700");
+    };
+    let Owner { user, group } = process;
+    format!(
+        "{is_owned}the agent runs as user {user}; as root on the node: install -d -o {user} -g {group} -m 0700 {}",
+        path.display()
+    )
 }
 
 /// Reads the identity. `None` for a folder that has none, `Err` with the reason for one that cannot be read.
@@ -300,6 +372,28 @@ mod tests {
         fs::write(folder.path().join(EPOCH_FILE), "many").unwrap();
         assert_eq!(open(folder.path(), "edge-1").epoch, 1);
         assert!(!folder.path().join(EPOCH_FILE).exists());
+    }
+
+    #[test]
+    fn a_denied_folder_names_its_owner_and_the_remedy() {
+        let folder = Path::new("/srv/inspection");
+        let owner = |user, group| Some(Owner { user, group });
+        assert_eq!(
+            remedy_for(folder, owner(0, 0), owner(65532, 65533)),
+            "/srv/inspection belongs to user 0, and the agent runs as user 65532; as root on the node: \
+             install -d -o 65532 -g 65533 -m 0700 /srv/inspection"
+        );
+        assert!(remedy_for(folder, None, owner(7, 8)).contains("install -d -o 7 -g 8 -m 0700 /srv/inspection"));
+        assert!(remedy_for(folder, None, None).contains("0700"));
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let locked = FolderLockError::Io { path: folder.join("lock"), source: denied() };
+        for error in [DataFolderError::from_io(folder, denied()), DataFolderError::from_lock(folder, locked)] {
+            assert!(matches!(&error, DataFolderError::Denied { remedy } if remedy.contains("install -d")), "{error}");
+        }
+        let full = DataFolderError::from_io(folder, io::ErrorKind::StorageFull.into());
+        assert!(matches!(full, DataFolderError::Io { .. }));
+        let metadata = fs::metadata("/proc/self").unwrap();
+        assert_eq!(Owner::of_process(), owner(metadata.uid(), metadata.gid()));
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use lineside_tests::agent::{Agent, AgentOptions, lineside};
-use lineside_tests::process::output_text;
+use lineside_tests::agent::{Agent, AgentOptions, lineside, program};
+use lineside_tests::process::{command, output_text};
 use lineside_tests::site::{TestSite, folder_id, status};
 use lineside_tests::utf8;
 use lineside_tests::wait::{until_long, until_true};
@@ -172,4 +172,25 @@ fn a_start_on_a_disk_that_accepts_no_writes_serves_cached_models() {
         (results.len(), 3),
         "each run without writes has a folder id of its own"
     );
+}
+
+#[test]
+fn a_new_folder_of_another_user_ends_the_start_with_the_remedy() {
+    let site = TestSite::offline();
+    let data = site.path("foreign");
+    fs::create_dir(&data).unwrap();
+    if std::os::unix::fs::chown(&data, Some(4711), Some(4711)).is_err() {
+        return eprintln!("skipped: only root may give a folder to another user");
+    }
+    let mut confined = command("setpriv");
+    confined.args(["--bounding-set", "-dac_override,-dac_read_search", "--"]).arg(program());
+    confined.args(["run", "--mqtt", "mqtt://127.0.0.1:1", "--http", "127.0.0.1:0", "--data-dir", utf8(&data)]);
+    let output = confined.arg("--manifests").arg(site.path("manifests")).output().unwrap();
+    let text = output_text(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    let remedy = format!(
+        "{0} belongs to user 4711, and the agent runs as user 0; as root on the node: install -d -o 0 -g 0 -m 0700 {0}",
+        data.display()
+    );
+    assert!(text.contains(&remedy), "{text}");
 }

@@ -116,10 +116,10 @@ fn pod_failures_and_updates_lose_no_result() {
         lab.patch_ok("cam", stream, &json!({"fps": 50}));
     }
     lab.until("results of the second stream", || (subscriber.count("/line-2/result") >= 200).then_some(()));
-    let image = "lineside.dev/lineside:0.1.0";
-    lab.ctr(&["images", "tag", "--force", image, "lineside.dev/lineside:next"]);
+    let image = "localhost/lineside:0.1.0";
+    lab.ctr(&["images", "tag", "--force", image, "localhost/lineside:next"]);
     let loaded = subscriber.messages().len();
-    lab.kubectl_ok(&["set", "image", "daemonset/lineside-agent", "agent=lineside.dev/lineside:next", "-n", NAMESPACE]);
+    lab.kubectl_ok(&["set", "image", "daemonset/lineside-agent", "agent=localhost/lineside:next", "-n", NAMESPACE]);
     lab.wait_for_rollouts();
     lab.until("a new epoch after the update", || (epoch(&subscriber) > before).then_some(()));
     wait_for_results(&lab, &subscriber, 100);

@@ -65,6 +65,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=2_592_000),
           env = "LINESIDE_REMOVE_AFTER_SECONDS", hide_env = true)]
     remove_after_seconds: u64,
+    /// Persistent volume of the agents' data folders, which is kept available to the claim of the same name: a namespace that is
+    /// deleted and created again gets its data back [default: none].
+    #[arg(long, value_name = "NAME", env = "LINESIDE_DATA_VOLUME", hide_env = true)]
+    data_volume: Option<String>,
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
@@ -126,8 +130,9 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
                 None => main.await,
             }
         });
-        let controller =
-            Controller::new(cluster, &identity, timeouts, heartbeat, metrics).run(&supervisor, stop.clone());
+        let controller = Controller::new(cluster, &identity, timeouts, heartbeat, metrics)
+            .with_data_volume(arguments.data_volume)
+            .run(&supervisor, stop.clone());
         tokio::pin!(controller);
         tokio::select! {
             () = &mut controller => serve.await.context("the HTTP server panicked")?,

@@ -6,6 +6,7 @@ mod controller;
 mod crd;
 #[cfg(feature = "demo")]
 mod demo;
+mod prepare_folder;
 mod progress;
 mod run;
 mod schema;
@@ -68,6 +69,8 @@ enum Command {
     Store(store::Arguments),
     /// List, export and delete the messages that wait for the broker.
     Spool(spool::Arguments),
+    /// Give the data folder of this node to the user of the agent.
+    PrepareFolder(prepare_folder::Arguments),
     /// Sign a model version.
     Sign(sign::SignArguments),
     /// Generate a key pair for signing.
@@ -135,6 +138,7 @@ pub fn main() -> ExitCode {
         Command::Check(arguments) => check::run(*arguments),
         Command::Spool(arguments) => spool::run(arguments),
         Command::Store(arguments) => store::run(arguments),
+        Command::PrepareFolder(arguments) => prepare_folder::run(&arguments),
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Keygen(arguments) => sign::keygen(&arguments),
         Command::Schema(arguments) => schema::run(arguments),

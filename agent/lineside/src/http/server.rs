@@ -6,7 +6,7 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -153,7 +153,7 @@ impl Server {
                 }
             };
             let admission = loop {
-                let admission = table.lock().admit(address.ip(), Instant::now());
+                let admission = table.lock().admit(address.ip().to_canonical(), Instant::now());
                 if stop.is_cancelled() || !matches!(admission, Admission::Wait) {
                     break admission;
                 }
@@ -190,7 +190,22 @@ impl Server {
     }
 }
 
+/// Listens on the address. The unspecified IPv6 address, `[::]`, accepts IPv4 as well; where the kernel has no IPv6, the
+/// unspecified IPv4 address takes its place, so that one setting fits all nodes.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    listen_on(address).or_else(|error| ipv4_instead(address, &error).map_or(Err(error), listen_on))
+}
+
+/// The address to use where `address` cannot be bound because the kernel has no IPv6.
+fn ipv4_instead(address: SocketAddr, error: &io::Error) -> Option<SocketAddr> {
+    /// `EAFNOSUPPORT` and `EADDRNOTAVAIL` of Linux.
+    const NO_IPV6: [i32; 2] = [97, 99];
+    let is_any = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let is_without_ipv6 = error.raw_os_error().is_some_and(|code| NO_IPV6.contains(&code));
+    (is_any && is_without_ipv6).then(|| SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port())))
+}
+
+fn listen_on(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
@@ -250,5 +265,40 @@ async fn serve(stream: TcpStream, router: Router, state: Arc<Connection>, stop: 
     };
     if let Err(error) = outcome {
         tracing::debug!(%error, "A connection failed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_unspecified_address_of_ipv6_accepts_both_families() {
+        let listener = listen(SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))).unwrap();
+        let address = listener.local_addr().unwrap();
+        let v4 = TcpStream::connect((Ipv4Addr::LOCALHOST, address.port())).await.unwrap();
+        let (_, peer) = listener.accept().await.unwrap();
+        assert_eq!(
+            (peer.ip().to_canonical(), peer.port()),
+            (Ipv4Addr::LOCALHOST.into(), v4.local_addr().unwrap().port())
+        );
+        // A machine without IPv6 listens on IPv4 alone.
+        if address.is_ipv6() {
+            let v6 = TcpStream::connect((Ipv6Addr::LOCALHOST, address.port())).await;
+            assert!(v6.is_ok() || v6.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable));
+        }
+    }
+
+    #[test]
+    fn only_the_unspecified_address_is_replaced_where_the_kernel_has_no_ipv6() {
+        let replaced =
+            |address: &str, code| ipv4_instead(address.parse().unwrap(), &io::Error::from_raw_os_error(code));
+        assert_eq!(replaced("[::]:8082", 97), Some(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8082))));
+        assert_eq!(replaced("[::]:8082", 99), Some(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8082))));
+        // EADDRINUSE.
+        assert_eq!(replaced("[::]:8082", 98), None);
+        for address in ["[::1]:8082", "[2001:db8::7]:8082", "0.0.0.0:8082"] {
+            assert_eq!(replaced(address, 97), None, "{address}");
+        }
     }
 }

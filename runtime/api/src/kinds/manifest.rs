@@ -356,7 +356,8 @@ pub struct RawGolden {
     #[schemars(length(min = 1, max = 2048))]
     pub output: Option<String>,
     /// Largest accepted difference of a score, 0 to 1. Boxes may differ by this fraction of the picture. Default: 0.01.
-    #[schemars(range(min = 0.0, max = 1.0), extend("default" = 0.01))]
+    // Not a default of the schema: the API server would write it into the list, and each `kubectl apply` would remove it.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub tolerance: Option<f32>,
 }
 

@@ -24,9 +24,9 @@ const CHANNELS_MAX: usize = 4;
 const MEAN_MAX: f32 = 1e6;
 const STD_MIN: f32 = 1e-6;
 /// Largest number of classes or boxes that are reported.
+const TOP_K_MAX: u32 = 100_000;
 /// Largest number of the first class.
 const FIRST_CLASS_MAX: u32 = 1000;
-const TOP_K_MAX: u32 = 100_000;
 /// Largest number of labels.
 const LABELS_MAX: usize = 10_000;
 /// Memory of a worker in MiB. The custom resource definition has the same bounds.

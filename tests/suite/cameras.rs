@@ -102,22 +102,22 @@ fn a_camera_outage_is_logged_once_in_each_direction_and_the_stream_recovers() {
 #[test]
 fn invalid_camera_responses_are_reported_and_do_not_affect_other_streams() {
     let cases: [(&str, Vec<u8>, &str); 7] = [
-        ("refused", b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n".to_vec(), "denies access"),
+        ("refused", b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n".to_vec(), "put user and password into the address"),
         ("moved", b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n".to_vec(), "redirects"),
         ("page", b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<hr>".to_vec(), "text/html"),
-        ("huge", b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: 99999999999\r\n\r\n".to_vec(), "more than"),
+        ("huge", b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: 99999999999\r\n\r\n".to_vec(), "image/jpeg and no picture"),
         (
             "announced",
             b"HTTP/1.1 200 OK\r\nContent-Type: multipart/x-mixed-replace; boundary=b\r\n\r\n--b\r\nContent-Length: 999999999\r\n\r\n"
                 .to_vec(),
-            "a part is larger",
+            "no picture",
         ),
         (
             "endless",
             [&b"HTTP/1.1 200 OK\r\nContent-Type: multipart/x-mixed-replace\r\n\r\n"[..], &[b'x'; 100_000]].concat(),
-            "not a multipart body",
+            "no picture",
         ),
-        ("noise", [0xFFu8; 300].to_vec(), "did not complete the request"),
+        ("noise", [0xFFu8; 300].to_vec(), "without an answer"),
     ];
     let cameras: Vec<ScriptedCamera> =
         cases.iter().map(|(_, answer, _)| ScriptedCamera::start(CameraScript::Raw(answer.clone()))).collect();

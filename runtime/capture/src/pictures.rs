@@ -11,9 +11,6 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use lineside_ipc::jpeg::{Extent, ExtentScanner};
 use lineside_ipc::png;
 
-/// Bytes in front of the first picture that are kept for messages.
-const TEXT_BYTES_MAX: usize = 200;
-
 /// What the scanner has found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
@@ -36,8 +33,6 @@ pub struct PictureScanner {
     /// Begins with a picture, if there is one.
     buffer: BytesMut,
     state: State,
-    /// The first bytes that belong to no picture.
-    text: Vec<u8>,
 }
 
 enum State {
@@ -50,7 +45,7 @@ enum State {
 impl PictureScanner {
     /// A scanner for pictures of at most so many bytes.
     pub fn new(bytes_max: usize) -> Self {
-        Self { bytes_max, buffer: BytesMut::new(), state: State::Between, text: Vec::new() }
+        Self { bytes_max, buffer: BytesMut::new(), state: State::Between }
     }
 
     /// Appends received bytes.
@@ -61,13 +56,6 @@ impl PictureScanner {
     /// Whether a picture has begun and is not complete.
     pub fn is_within_picture(&self) -> bool {
         !matches!(self.state, State::Between)
-    }
-
-    /// The beginning of what was received in front of the first picture, as text; `None` for bytes that are not text.
-    pub fn text(&self) -> Option<String> {
-        let text: String = String::from_utf8_lossy(&self.text).split_whitespace().collect::<Vec<_>>().join(" ");
-        (!text.is_empty() && !text.contains(|character: char| character.is_control() || character == '\u{fffd}'))
-            .then_some(text)
     }
 
     /// Removes the next picture, or the next broken one. `None` until one has been received.
@@ -116,8 +104,6 @@ impl PictureScanner {
         let start = self.buffer.windows(3).position(is_start);
         // The last two bytes may begin a picture.
         let skipped = start.unwrap_or(self.buffer.len().saturating_sub(2));
-        let room = TEXT_BYTES_MAX.saturating_sub(self.text.len());
-        self.text.extend(self.buffer.iter().take(skipped.min(room)));
         self.buffer.advance(skipped);
         if start.is_some() {
             let is_jpeg = self.buffer.starts_with(&[0xFF]);
@@ -151,7 +137,7 @@ mod tests {
 
     /// All that is found in a stream that arrives in pieces of this size.
     fn found(stream: &[u8], step: usize) -> Vec<Found> {
-        let mut scanner = PictureScanner::new(1000);
+        let mut scanner = PictureScanner::new(200_000);
         let mut found = Vec::new();
         for piece in stream.chunks(step) {
             scanner.feed(piece);
@@ -197,7 +183,7 @@ mod tests {
                 let pictures = found.iter().filter(|one| **one == picture()).count();
                 // A cut within the length of a segment makes that segment swallow what follows; the one after it is found.
                 assert!(pictures >= 1, "cut at {cut}: {found:?}");
-                let whole = |one: &Found| !matches!(one, Found::Picture(bytes) if bytes[..] != JPEG);
+                let whole = |one: &Found| !matches!(one, Found::Picture(bytes) if !bytes.ends_with(&JPEG));
                 assert!(cut == 6 || found.iter().all(whole), "cut at {cut}: only whole pictures: {found:?}");
             }
         }
@@ -214,19 +200,5 @@ mod tests {
         scanner.feed(&JPEG[..17]);
         scanner.feed(&[0x55; 100]);
         assert_eq!(scanner.next_found(), Err(PictureTooLarge { bytes_max: 100 }));
-    }
-
-    #[test]
-    fn text_in_the_place_of_a_picture_is_kept_for_the_message() {
-        let text = |bytes: &[u8]| {
-            let mut scanner = PictureScanner::new(100);
-            scanner.feed(bytes);
-            assert_eq!(scanner.next_found(), Ok(None));
-            scanner.text()
-        };
-        assert_eq!(text(b"Device\r\n Busy\r\n.."), Some("Device Busy".to_owned()));
-        assert_eq!(text(&[0; 50]), None);
-        assert_eq!(text(&[0xC3; 50]), None);
-        assert_eq!(text(&[b'x'; 1000]).unwrap().len(), TEXT_BYTES_MAX);
     }
 }

@@ -311,13 +311,9 @@ mod tests {
     #[test]
     fn a_picture_that_is_cut_off_by_the_next_is_named_so() {
         // Within the scan, and between segments.
-        for cut in [16, 18, 10] {
-            let bytes = [
-                &SAMPLE[..cut],
-                &b"\r\n--b\r\nContent-Type: image/jpeg\r\n\r\n"[..if cut == 10 { 0 } else { 36 }],
-                &SAMPLE,
-            ]
-            .concat();
+        let envelope = b"\r\n--b\r\nContent-Type: image/jpeg\r\n\r\n";
+        for (cut, between) in [(16, &envelope[..]), (18, envelope), (10, b"")] {
+            let bytes = [&SAMPLE[..cut], between, &SAMPLE].concat();
             let next = bytes.len() - SAMPLE.len();
             assert_eq!(extent(&bytes), Extent::Interrupted(next), "cut at {cut}");
         }

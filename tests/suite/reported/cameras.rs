@@ -195,7 +195,8 @@ fn digest_authentication_and_busy_cameras_work_and_passwords_stay_secret() {
         events.iter().find(|event| event["stream"] == stream).unwrap()["reason"].as_str().unwrap().to_owned()
     };
     assert!(reason("integrity").contains("Digest auth-int"), "{}", reason("integrity"));
-    assert!(reason("text").contains("Device Busy"), "{}", reason("text"));
+    // What is sent instead of a picture may be a secret of another service.
+    assert!(reason("text").contains("text/plain") && !reason("text").contains("Device"), "{}", reason("text"));
     let log = serde_json::to_string(&site.agent.logs()).unwrap();
     assert!(!log.contains("cret") && !log.contains("operator"), "the password or user is in the log");
     assert!(site.agent.terminate().success());

@@ -334,7 +334,7 @@ fn admit_and_serve(
         context.memory.reserve(benchmark.peak_memory_bytes, instances).map_err(|error| error.to_string())?;
     // A load in a process of its own cannot end the agent.
     if manifest.spec.runtime.isolation == Some(Isolation::InProcess) {
-        let loading = FailureRecord { unfinished_loads: record.unfinished_loads + 1, ..record.clone() };
+        let loading = FailureRecord { unfinished_loads: record.unfinished_loads + 1, ..record };
         context.store.write_digest_record(digest, &loading)?;
     }
     let admitted = Admitted {

@@ -94,14 +94,23 @@ impl Head {
         if self.values("transfer-encoding").any(|value| value.to_ascii_lowercase().contains("chunked")) {
             return Framing::Chunked;
         }
-        let lengths = self.values("content-length").filter_map(|value| value.parse().ok());
-        lengths.last().map_or(Framing::UntilClose, Framing::Length)
+        let mut lengths = self.values("content-length").filter_map(|value| value.parse().ok());
+        lengths.next_back().map_or(Framing::UntilClose, Framing::Length)
     }
 
     /// Whether the camera may take another request on the connection.
     pub(super) fn keeps_connection(&self) -> bool {
         let states = |word: &str| self.values("connection").any(|value| value.to_ascii_lowercase().contains(word));
         if self.is_http_1_1 { !states("close") } else { states("keep-alive") }
+    }
+
+    /// The media type that the camera states, for messages.
+    pub(super) fn media_type(&self) -> String {
+        let stated =
+            self.values("content-type").next_back().and_then(|value| value.split(';').next()).unwrap_or_default();
+        let is_plain = |character: &char| character.is_ascii_alphanumeric() || "/+-.".contains(*character);
+        let media: String = stated.trim().chars().take_while(is_plain).take(60).collect();
+        if media.is_empty() { "bytes of no stated type".to_owned() } else { media }
     }
 
     /// Whether the camera announces a stream of parts.

@@ -79,10 +79,11 @@ enum ReceiveError {
     Forbidden,
     #[error("the camera redirects ({status}) and redirects are not followed; use the final address")]
     Redirect { status: u16 },
-    #[error("the camera answers with text instead of a picture: {0}")]
-    Text(String),
-    #[error("the camera answers without a picture")]
-    Nothing,
+    /// What the camera sent instead is not shown: reasons leave the node, and the address may be that of another service.
+    #[error(
+        "the camera answers with {0} and no picture; check the path of the address, and whether the camera is busy"
+    )]
+    Nothing(String),
     #[error("the picture is cut off or damaged")]
     Broken,
     #[error(transparent)]
@@ -259,7 +260,7 @@ impl Receiver<'_> {
             // The body ended after one picture, as that of a camera with single pictures.
             1 => Ok(None),
             0 if broken => Err(ReceiveError::Broken),
-            0 => Err(scanner.text().map_or(ReceiveError::Nothing, ReceiveError::Text)),
+            0 => Err(ReceiveError::Nothing(head.media_type())),
             _ => Err(ReceiveError::Ended),
         }
     }

@@ -18,6 +18,7 @@ mod fetch;
 mod manifests;
 mod mqtt;
 mod real_photos;
+mod reported;
 mod results;
 mod signing;
 mod sparkplug;

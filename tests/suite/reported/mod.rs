@@ -1,0 +1,3 @@
+//! Cases that users of such programs have reported elsewhere: cameras, brokers and consumers as they really behave.
+
+mod brokers;

@@ -126,8 +126,12 @@ impl Model {
 
     /// Forgets which records were to be set aside, at the end of a process. Those it did set aside are completed.
     fn end_setting_aside(&mut self, driven: &DrivenSpool, found: &BTreeSet<RecordId>) {
-        let stored: BTreeSet<RecordId> = driven.set_aside().iter().map(|set_aside| set_aside.record.id).collect();
-        let is_completed = |id: &RecordId| stored.contains(id) && !found.contains(id);
+        // A power cut can make the spool assign a position again, so the payload decides which record was stored.
+        let stored: BTreeSet<(RecordId, Bytes)> =
+            driven.set_aside().into_iter().map(|set_aside| (set_aside.record.id, set_aside.record.payload)).collect();
+        let is_stored =
+            |id: &RecordId| self.pending.get(id).is_some_and(|payload| stored.contains(&(*id, payload.clone())));
+        let is_completed = |id: &RecordId| is_stored(id) && !found.contains(id);
         let completed: Vec<RecordId> = self.setting_aside.iter().copied().filter(is_completed).collect();
         self.complete_set_aside(driven, &completed);
         self.setting_aside.clear();

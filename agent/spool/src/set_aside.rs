@@ -250,10 +250,9 @@ mod tests {
     #[test]
     fn the_oldest_records_are_dropped_at_the_bounds() {
         let store = SetAsideFolder::new(Arc::new(FakeDisk::default()), Path::new("/spool"));
-        let third = usize::try_from(SET_ASIDE_BYTES_MAX / 3).unwrap();
         let dropped: u64 =
-            (1..=5).map(|position| store.store(&record(position, third), SetAsideReason::TooLarge).unwrap()).sum();
-        assert_eq!((dropped, positions(&store)), (3, vec![4, 5]));
+            (1..=7).map(|position| store.store(&record(position, 3 << 20), SetAsideReason::TooLarge).unwrap()).sum();
+        assert_eq!((dropped, positions(&store)), (2, vec![3, 4, 5, 6, 7]));
     }
 
     #[test]

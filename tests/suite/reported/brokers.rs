@@ -4,7 +4,7 @@ use std::fs;
 
 use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::{Broker, BrokerOptions};
-use lineside_tests::paho::{Paho, check_sequence};
+use lineside_tests::paho::check_sequence;
 use lineside_tests::site::status;
 use lineside_tests::wait::until_true;
 use lineside_tests::{example, model_manifest, stream_manifest};
@@ -30,7 +30,7 @@ fn start(folder: &TempDir, mqtt: &str, flags: &[&str]) -> Agent {
 #[test]
 fn a_message_that_the_broker_never_takes_is_set_aside_and_the_results_pass() {
     let broker = Broker::with(BrokerOptions { extra: "max_packet_size 2000".to_owned(), ..BrokerOptions::default() });
-    let subscriber = Paho::start(&broker.connect_options(), "lineside/v1/plant/edge-1/#", None);
+    let subscriber = broker.subscribe("lineside/v1/plant/edge-1/#");
     let folder = site();
     // The metrics message, and no other, is larger than the broker accepts.
     let mut agent = start(&folder, &broker.url(), &["--mqtt-metrics-seconds", "1"]);
@@ -43,7 +43,7 @@ fn a_message_that_the_broker_never_takes_is_set_aside_and_the_results_pass() {
     // Two refusals teach the limit, and later messages of this size are not sent at all.
     agent.wait_for_metric("lineside_spool_set_aside_total{reason=\"too_large\"}", 1.0);
     assert!(agent.terminate().success());
-    let results = subscriber.results();
+    let results = subscriber.payloads("/line-1/result");
     assert!(check_sequence(&results).gaps.is_empty(), "{:?}", check_sequence(&results).gaps);
 }
 

@@ -37,6 +37,8 @@ pub struct MqttConfig {
     pub drain_per_second: Option<u64>,
     /// Time without traffic after which a keep-alive request is sent. Default: 15 s.
     pub keep_alive: Duration,
+    /// Maximum size of a message in bytes, as a packet with its topic. A larger record is set aside. Default: `None`, no limit.
+    pub packet_bytes_max: Option<u64>,
     /// Interval between metrics messages; `None` sends none. Default: 60 s.
     pub metrics_every: Option<Duration>,
     /// Publishes in Sparkplug B instead of JSON. Default: `None`, JSON.
@@ -54,6 +56,7 @@ impl MqttConfig {
             commands: BTreeSet::new(),
             drain_per_second: Some(DRAIN_DEFAULT),
             keep_alive: Duration::from_secs(KEEP_ALIVE_DEFAULT),
+            packet_bytes_max: None,
             metrics_every: Some(METRICS_INTERVAL_DEFAULT),
             sparkplug: None,
             home_assistant: None,

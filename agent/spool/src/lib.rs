@@ -2,7 +2,8 @@
 //!
 //! A producer appends records and never waits for the network or for the disk. The publisher takes records and acknowledges
 //! them. A record is deleted only when the broker has acknowledged it, when its time to live has expired, or when a bound is
-//! exceeded, which is counted by reason.
+//! exceeded, which is counted by reason. A record that the broker does not take is **set aside**: it is moved to the bounded folder
+//! `set-aside`, where operators can export, retry or drop it.
 //!
 //! # Terms
 //! - **Record**: one message with its topic and payload.
@@ -10,7 +11,7 @@
 //! - **Position**: the number of a record in its partition. It is never reused.
 //! - **Segment**: a file of consecutive records of about 1 MiB. `record_format` describes its bytes.
 //! - **Cursor**: the file that stores which positions of a partition are completed. `cursor` describes its bytes.
-//! - **Completed**: acknowledged by the broker, or dropped and counted. A record that is not completed is **pending**.
+//! - **Completed**: acknowledged by the broker, set aside, or dropped and counted. A record that is not completed is **pending**.
 //! - **In flight**: taken by the publisher and not acknowledged yet.
 //!
 //! # Files
@@ -22,7 +23,8 @@
 //! # Invariants
 //! - A record that is appended and written survives the end of the process; a record that is synced survives a power cut. A
 //!   record is written at once, and synced within `sync_interval` unless it is acknowledged earlier.
-//! - Each appended record is either acknowledged, or dropped and counted by [`DropReason`], never both.
+//! - Each appended record is acknowledged, or set aside, or dropped and counted by [`DropReason`]. A record is completed in its
+//!   partition only when its copy in `set-aside` is synced, so a crash leaves it in one of the two, or in both with one id.
 //! - A position is assigned once. Recovery after a crash returns a record exactly as it was appended, or does not return it.
 //! - The records of a partition are delivered in the order they were appended: first those that were in flight when the last
 //!   connection ended, then live records, then the backlog.
@@ -49,6 +51,7 @@ mod record;
 mod record_format;
 mod recovery;
 mod segment;
+mod set_aside;
 mod shared;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;
@@ -64,6 +67,10 @@ pub use metrics::{DropCounters, DropReason, SpoolMetrics};
 pub use options::{MEMORY_BYTES_MAX, Options};
 pub use record::{
     AppendOutcome, NewRecord, RECORD_BYTES_MAX, Record, RecordId, RecordKind, RecordOrigin, TOPIC_BYTES_MAX, WhenFull,
+};
+pub use set_aside::{
+    SET_ASIDE_BYTES_MAX, SET_ASIDE_RECORDS_MAX, SetAsideReason, SetAsideRecord, SetAsideStats, drop_set_aside,
+    set_aside_records,
 };
 pub use spool::Spool;
 pub use stats::{DiskFailure, Stats};

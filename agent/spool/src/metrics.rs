@@ -3,6 +3,7 @@
 use lineside_common::metrics::Registrar;
 use prometheus::{IntCounter, IntCounterVec, IntGauge};
 
+use crate::set_aside::SetAsideReason;
 use crate::stats::Stats;
 
 /// Why a record was dropped.
@@ -16,13 +17,16 @@ pub enum DropReason {
     Expired,
     /// The spool was full.
     Full,
+    /// Too many records were set aside; the oldest was dropped.
+    SetAsideFull,
     /// The record was too large to append.
     TooLarge,
 }
 
 impl DropReason {
     /// All reasons in the order of their labels.
-    pub const ALL: [Self; 5] = [Self::Damaged, Self::Disk, Self::Expired, Self::Full, Self::TooLarge];
+    pub const ALL: [Self; 6] =
+        [Self::Damaged, Self::Disk, Self::Expired, Self::Full, Self::SetAsideFull, Self::TooLarge];
 
     /// The value of the label `reason`.
     pub fn as_str(self) -> &'static str {
@@ -31,6 +35,7 @@ impl DropReason {
             Self::Disk => "disk",
             Self::Expired => "expired",
             Self::Full => "full",
+            Self::SetAsideFull => "set_aside_full",
             Self::TooLarge => "too_large",
         }
     }
@@ -38,7 +43,7 @@ impl DropReason {
 
 /// The counter of dropped records, with one child for each [`DropReason`].
 #[derive(Clone)]
-pub struct DropCounters([IntCounter; 5]);
+pub struct DropCounters([IntCounter; 6]);
 
 impl DropCounters {
     /// Looks up the children of a counter with the label `reason`, so that each reason is exported from the start.
@@ -56,6 +61,21 @@ impl DropCounters {
     }
 }
 
+/// The counter of records that were set aside, with one child for each [`SetAsideReason`].
+#[derive(Clone)]
+pub struct SetAsideCounters([IntCounter; 3]);
+
+impl SetAsideCounters {
+    /// Looks up the children of a counter with the label `reason`, so that each reason is exported from the start.
+    pub fn new(counters: &IntCounterVec) -> Self {
+        Self(SetAsideReason::ALL.map(|reason| counters.with_label_values(&[reason.as_str()])))
+    }
+
+    pub(crate) fn inc(&self, reason: SetAsideReason) {
+        self.0[reason as usize].inc();
+    }
+}
+
 /// The metrics of the spool. Clones share their values.
 #[derive(Clone)]
 pub struct SpoolMetrics {
@@ -67,6 +87,10 @@ pub struct SpoolMetrics {
     pub oldest_seconds: IntGauge,
     /// Dropped records, by reason.
     pub dropped: DropCounters,
+    /// Records set aside because the broker does not take them, by reason.
+    pub set_aside: SetAsideCounters,
+    /// Records that are set aside now.
+    pub set_aside_records: IntGauge,
     /// Bytes written to segments.
     pub written_bytes: IntCounter,
     /// Syncs of segments.
@@ -90,6 +114,12 @@ impl SpoolMetrics {
                 "Records dropped, by reason.",
                 &["reason"],
             )?),
+            set_aside: SetAsideCounters::new(&registrar.counters(
+                "spool_set_aside_total",
+                "Records set aside because the broker does not take them, by reason.",
+                &["reason"],
+            )?),
+            set_aside_records: registrar.gauge("spool_set_aside_records", "Records that are set aside.")?,
             written_bytes: registrar
                 .counter("spool_written_bytes_total", "Bytes written to the files of the spool.")?,
             syncs: registrar.counter("spool_syncs_total", "Times a file of the spool was synced.")?,
@@ -103,13 +133,14 @@ impl SpoolMetrics {
         self.records.set(gauge_value(stats.records));
         self.bytes.set(gauge_value(stats.bytes));
         self.oldest_seconds.set(gauge_value(stats.oldest.unwrap_or_default().as_secs()));
+        self.set_aside_records.set(gauge_value(stats.set_aside.records));
         self.degraded.set(i64::from(stats.degraded.is_some()));
     }
 }
 
 /// Records that one operation dropped, by reason. They are collected while the state is locked and counted afterwards.
 #[derive(Debug, Default)]
-pub(crate) struct DropCounts([u64; 5]);
+pub(crate) struct DropCounts([u64; 6]);
 
 impl DropCounts {
     pub(crate) fn add(&mut self, reason: DropReason, records: u64) {

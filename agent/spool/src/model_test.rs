@@ -1,8 +1,8 @@
 //! Model-based test of the spool, on a disk that loses, tears and refuses writes: random sequences of appends, deliveries,
 //! lost connections, full disks, killed processes and power cuts.
 //!
-//! After each step, each appended record is in one of three states, and the counters agree: it is pending, it was
-//! acknowledged, or it was dropped and counted. A kill loses no record that was written, a power cut loses no record that was
+//! After each step, each appended record is in one of four states, and the counters agree: it is pending, it was
+//! acknowledged, set aside, or it was dropped and counted. A kill loses no record that was written, a power cut loses no record that was
 //! synced. `LINESIDE_SPOOL_SEQUENCES` sets the number of sequences.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +12,7 @@ use bytes::Bytes;
 use crate::fake_disk::FaultMode;
 use crate::metrics::DropReason;
 use crate::record::{AppendOutcome, RecordId, RecordKind, RecordOrigin};
+use crate::set_aside::SetAsideReason;
 use crate::simulation::{DrivenSpool, options};
 
 /// Seeds that failed once.
@@ -31,6 +32,10 @@ struct Model {
     /// Records that a power cut may have torn: they are intact, or counted as damaged when they are read.
     maybe_torn: BTreeSet<RecordId>,
     in_flight: Vec<RecordId>,
+    /// Records that the spool was asked to set aside, and that are still pending.
+    setting_aside: BTreeSet<RecordId>,
+    /// Records that were set aside. Each stays in the folder, whatever happens.
+    set_aside: Vec<(RecordId, Bytes)>,
     last_live: BTreeMap<RecordKind, u64>,
     last_backlog: BTreeMap<RecordKind, u64>,
     dropped_before: u64,
@@ -41,6 +46,11 @@ struct Model {
 impl Model {
     /// Checks that exactly the records that are gone without an acknowledgement were counted.
     fn check(&mut self, driven: &DrivenSpool) {
+        let mut state = driven.spool.shared.state();
+        let is_gone = |id: &&RecordId| state.partition(id.kind).is_gone(id.position);
+        let completed: Vec<RecordId> = self.setting_aside.iter().filter(is_gone).copied().collect();
+        drop(state);
+        self.complete_set_aside(driven, &completed);
         let mut state = driven.spool.shared.state();
         let mut is_gone = |id: &RecordId| state.partition(id.kind).is_gone(id.position);
         let gone: Vec<RecordId> = self.pending.keys().copied().filter(|id| is_gone(id)).collect();
@@ -89,6 +99,44 @@ impl Model {
         self.durable.remove(&id);
     }
 
+    fn set_aside(&mut self, driven: &DrivenSpool, random: &mut fastrand::Rng) {
+        if self.in_flight.is_empty() {
+            return;
+        }
+        let id = self.in_flight.remove(random.usize(0..self.in_flight.len()));
+        driven.spool.set_aside(id, SetAsideReason::ALL[random.usize(0..3)]);
+        self.setting_aside.insert(id);
+    }
+
+    /// Registers that records are completed because they were set aside, and checks that everything set aside is there.
+    fn complete_set_aside(&mut self, driven: &DrivenSpool, completed: &[RecordId]) {
+        for id in completed {
+            self.setting_aside.remove(id);
+            self.durable.remove(id);
+            self.set_aside.extend(self.pending.remove(id).map(|payload| (*id, payload)));
+        }
+        if self.set_aside.is_empty() {
+            return;
+        }
+        let found: BTreeSet<(RecordId, Bytes)> =
+            driven.set_aside().into_iter().map(|set_aside| (set_aside.record.id, set_aside.record.payload)).collect();
+        let lost: Vec<_> = self.set_aside.iter().filter(|record| !found.contains(record)).collect();
+        assert!(lost.is_empty(), "{lost:?} are neither pending nor set aside");
+    }
+
+    /// Forgets which records were to be set aside, at the end of a process. Those it did set aside are completed.
+    fn end_setting_aside(&mut self, driven: &DrivenSpool, found: &BTreeSet<RecordId>) {
+        // A power cut can make the spool assign a position again, so the payload decides which record was stored.
+        let stored: BTreeSet<(RecordId, Bytes)> =
+            driven.set_aside().into_iter().map(|set_aside| (set_aside.record.id, set_aside.record.payload)).collect();
+        let is_stored =
+            |id: &RecordId| self.pending.get(id).is_some_and(|payload| stored.contains(&(*id, payload.clone())));
+        let is_completed = |id: &RecordId| is_stored(id) && !found.contains(id);
+        let completed: Vec<RecordId> = self.setting_aside.iter().copied().filter(is_completed).collect();
+        self.complete_set_aside(driven, &completed);
+        self.setting_aside.clear();
+    }
+
     fn connect(&mut self, driven: &DrivenSpool) {
         driven.spool.connected();
         self.reset_delivery();
@@ -107,6 +155,7 @@ impl Model {
         let driven = driven.restart();
         self.reset_delivery();
         let found = recovered(&driven);
+        self.end_setting_aside(&driven, &found);
         let lost = self.pending.keys().filter(|id| !found.contains(id)).count() as u64;
         let returned = found.iter().filter(|id| !self.pending.contains_key(id)).count();
         let dropped = driven.dropped_total();
@@ -144,6 +193,7 @@ impl Model {
         driven.disk.set_faults(FaultMode::default());
         let driven = driven.kill();
         let found = recovered(&driven);
+        self.end_setting_aside(&driven, &found);
         let lost: Vec<_> = must_survive.difference(&found).collect();
         assert!(lost.is_empty(), "lost {lost:?} in a {}", if is_power_cut { "power cut" } else { "kill" });
         self.pending = found.iter().map(|id| (*id, self.appended[id].clone())).collect();
@@ -171,7 +221,7 @@ fn sequence(seed: u64) {
     let mut driven = DrivenSpool::new(options(4000));
     let mut model = Model::default();
     for _ in 0..STEPS {
-        match random.u8(0..24) {
+        match random.u8(0..25) {
             0..=8 => {
                 let kind = RecordKind::ALL[random.usize(0..3).min(random.usize(0..3))];
                 model.serial += 1;
@@ -188,6 +238,7 @@ fn sequence(seed: u64) {
             14..=16 => model.take(&driven),
             17..=19 => model.acknowledge(&driven, random),
             20 => model.connect(&driven),
+            24 => model.set_aside(&driven, random),
             21 => match random.u8(0..4) {
                 0 => driven.spool.disconnected(),
                 1 => driven.advance(6000),
@@ -226,7 +277,7 @@ fn sequence(seed: u64) {
     assert!(model.pending.is_empty(), "{:?} was not delivered", model.pending.keys());
     driven.advance(20_000);
     driven.advance(20_000);
-    let left = driven.disk.paths();
+    let left: Vec<_> = driven.disk.paths().into_iter().filter(|path| !path.starts_with("/spool/set-aside")).collect();
     assert!(left.len() <= 6, "an empty spool leaves {left:?}");
 }
 

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 use crate::metrics::{DropCounts, SpoolMetrics};
 use crate::partition::Partition;
 use crate::record::RecordKind;
+use crate::set_aside::SetAsideStats;
 use crate::stats::DiskFailure;
 
 /// A monotonic clock: the time since a fixed moment in the past.
@@ -44,6 +45,8 @@ pub(crate) struct State {
     pub(crate) connection: Connection,
     /// The last failure of the disk, while the disk refuses writes. Only the writer changes it.
     pub(crate) degraded: Option<DiskFailure>,
+    /// The records that are set aside. Only the writer changes it.
+    pub(crate) set_aside: SetAsideStats,
     /// When a record was last dropped for lack of room.
     pub(crate) last_overflow_ms: Option<u64>,
     /// Whether the writer has work to do.
@@ -88,6 +91,7 @@ impl Shared {
             sequences: [0; 3],
             connection: Connection::Disconnected,
             degraded: None,
+            set_aside: SetAsideStats::default(),
             last_overflow_ms: None,
             has_work: true,
             is_closing: false,

@@ -14,6 +14,8 @@ use crate::fake_disk::{FakeDisk, FaultMode};
 use crate::metrics::{DropReason, SpoolMetrics};
 use crate::options::Options;
 use crate::record::{AppendOutcome, NewRecord, Record, RecordKind, WhenFull};
+#[cfg(test)]
+use crate::set_aside::{SetAsideFolder, SetAsideRecord};
 use crate::shared::Clock;
 use crate::spool::Spool;
 use crate::writer::Writer;
@@ -92,6 +94,12 @@ impl DrivenSpool {
         self.spool.append(NewRecord { kind, topic: "t".into(), ttl_seconds, when_full, build_payload })
     }
 
+    /// The records that are set aside, oldest first.
+    #[cfg(test)]
+    pub(crate) fn set_aside(&self) -> Vec<SetAsideRecord> {
+        SetAsideFolder::new(Arc::new(self.disk.clone()), Path::new(ROOT)).records()
+    }
+
     /// Records dropped for one reason since the first process started.
     pub fn dropped(&self, reason: DropReason) -> u64 {
         self.options.metrics.dropped.count(reason)
@@ -99,7 +107,9 @@ impl DrivenSpool {
 
     /// Records that were appended and dropped later, since the first process started.
     pub fn dropped_total(&self) -> u64 {
-        let reasons = DropReason::ALL.into_iter().filter(|reason| *reason != DropReason::TooLarge);
+        let is_pending_before =
+            |reason: &DropReason| !matches!(reason, DropReason::TooLarge | DropReason::SetAsideFull);
+        let reasons = DropReason::ALL.into_iter().filter(is_pending_before);
         reasons.map(|reason| self.dropped(reason)).sum()
     }
 

@@ -22,6 +22,7 @@ use crate::record::{
 };
 use crate::record_format;
 use crate::recovery::{self, Recovered};
+use crate::set_aside::SetAsideReason;
 use crate::shared::{Clock, Connection, Shared, State};
 use crate::stats::Stats;
 use crate::writer::{self, Writer};
@@ -83,7 +84,9 @@ impl Spool {
             memory_bytes_max: options.memory_bytes_max,
             writer: Mutex::new(None),
         };
-        Ok((spool, Writer::new(disk, folder, options)))
+        let writer = Writer::new(disk, folder, options);
+        spool.shared.state().set_aside = writer.set_aside_stats();
+        Ok((spool, writer))
     }
 
     /// Starts the writer thread.
@@ -219,6 +222,15 @@ impl Spool {
         }
     }
 
+    /// Sets a record aside that was taken and that the broker does not take: the writer moves it to the folder `set-aside`, and
+    /// it is not delivered again unless the process ends before that. Ignores a record that is not in flight.
+    pub fn set_aside(&self, id: RecordId, reason: SetAsideReason) {
+        let mut state = self.shared.state();
+        if state.partition(id.kind).set_aside(id.position, reason) {
+            self.shared.wake_writer(state);
+        }
+    }
+
     /// The contents and the state of the spool.
     pub fn stats(&self) -> Stats {
         let now_ms = self.shared.now_ms();
@@ -230,6 +242,7 @@ impl Spool {
             bytes_max: self.bytes_max,
             oldest: oldest_ms.map(|oldest| Duration::from_millis(now_ms.saturating_sub(oldest))),
             degraded: state.degraded.clone(),
+            set_aside: state.set_aside,
             is_overflowing: state.last_overflow_ms.is_some_and(|last| now_ms.saturating_sub(last) < OVERFLOW_MS),
         }
     }

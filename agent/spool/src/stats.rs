@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use crate::set_aside::SetAsideStats;
+
 /// The contents and the state of a spool at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -18,6 +20,8 @@ pub struct Stats {
     pub oldest: Option<Duration>,
     /// The last failure of the disk, while the disk refuses writes. `None` while the disk accepts writes.
     pub degraded: Option<DiskFailure>,
+    /// The records that are set aside because the broker does not take them.
+    pub set_aside: SetAsideStats,
     /// Whether records were dropped for lack of room within the last minute.
     pub is_overflowing: bool,
 }

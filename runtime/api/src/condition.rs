@@ -126,6 +126,8 @@ pub enum Reason {
     ModelsReady,
     /// No node matches the object's selector.
     NoNodes,
+    /// Messages were set aside, because the broker does not take them.
+    MessagesSetAside,
     /// Another agent uses the same site and node name on the broker.
     NodeNameClash,
     /// The node's agent does not report its status.

@@ -5,10 +5,13 @@
 //! ends with IEND. Whatever stands between pictures is skipped, so a picture is complete when its last byte has arrived, and not when
 //! what follows it begins. OpenCV (through FFmpeg) reads such streams in the same way.
 //!
-//! A picture that is cut off, because the next one begins before its end, is dropped and counted; the next one is not lost with it.
+//! A picture that is cut off, because the next one begins before its end, is dropped and counted; the next one is not lost with it. If it
+//! was cut within its metadata, a thumbnail in those of the next one could be taken for a picture, so a picture of other sides than before
+//! is not taken behind a broken one.
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use lineside_ipc::jpeg::{Extent, ExtentScanner};
+use lineside_ipc::picture_header::PictureHeader;
 use lineside_ipc::png;
 
 /// What the scanner has found.
@@ -33,6 +36,9 @@ pub struct PictureScanner {
     /// Begins with a picture, if there is one.
     buffer: BytesMut,
     state: State,
+    /// Width and height of the last picture.
+    sides: Option<(u32, u32)>,
+    is_behind_broken: bool,
 }
 
 enum State {
@@ -45,7 +51,7 @@ enum State {
 impl PictureScanner {
     /// A scanner for pictures of at most so many bytes.
     pub fn new(bytes_max: usize) -> Self {
-        Self { bytes_max, buffer: BytesMut::new(), state: State::Between }
+        Self { bytes_max, buffer: BytesMut::new(), state: State::Between, sides: None, is_behind_broken: false }
     }
 
     /// Appends received bytes.
@@ -76,6 +82,7 @@ impl PictureScanner {
                     Extent::Interrupted(next) => {
                         self.buffer.advance(next);
                         self.state = State::Jpeg(ExtentScanner::default());
+                        self.is_behind_broken = true;
                         return Ok(Some(Found::Broken));
                     }
                     Extent::NotJpeg => {
@@ -83,6 +90,7 @@ impl PictureScanner {
                         let skipped = scanner.last_segment().max(2).min(self.buffer.len());
                         self.buffer.advance(skipped);
                         self.state = State::Between;
+                        self.is_behind_broken = true;
                         return Ok(Some(Found::Broken));
                     }
                 },
@@ -114,7 +122,13 @@ impl PictureScanner {
 
     fn take(&mut self, length: usize) -> Found {
         self.state = State::Between;
-        Found::Picture(self.buffer.split_to(length).freeze())
+        let picture = self.buffer.split_to(length).freeze();
+        let sides = PictureHeader::read(&picture).ok().map(|header| (header.width, header.height));
+        if self.is_behind_broken && self.sides.is_some() && self.sides != sides {
+            return Found::Broken;
+        }
+        (self.sides, self.is_behind_broken) = (sides, false);
+        Found::Picture(picture)
     }
 
     fn wait(&self) -> Result<Option<Found>, PictureTooLarge> {
@@ -184,11 +198,42 @@ mod tests {
                 // A cut within the length of a segment makes that segment swallow what follows; the one after it is found.
                 assert!(pictures >= 1, "cut at {cut}: {found:?}");
                 let whole = |one: &Found| !matches!(one, Found::Picture(bytes) if !bytes.ends_with(&JPEG));
-                assert!(cut == 6 || found.iter().all(whole), "cut at {cut}: only whole pictures: {found:?}");
+                // Without sides, the thumbnail behind a cut within the first segment cannot be told from a picture.
+                assert!(
+                    (6..=7).contains(&cut) || found.iter().all(whole),
+                    "cut at {cut}: only whole pictures: {found:?}"
+                );
             }
         }
         let stream = [&JPEG[..17], b"\r\n--b\r\n\r\n", &JPEG].concat();
         assert_eq!(found(&stream, 4), [Found::Broken, picture()]);
+    }
+
+    /// A picture with these sides, and with metadata that hide a thumbnail of 8x8.
+    fn with_thumbnail(side: u8) -> Vec<u8> {
+        let plain = |side: u8| {
+            let frame = [0xFF, 0xC0, 0, 11, 8, 0, side, 0, side, 1, 1, 0x11, 0];
+            [&[0xFF, 0xD8][..], &frame, &[0xFF, 0xDA, 0, 3, 1, 0x12, 0x34, 0xFF, 0xD9]].concat()
+        };
+        let thumbnail = plain(8);
+        let metadata = [&[0xFF, 0xE1, 0, thumbnail.len() as u8 + 2][..], &thumbnail].concat();
+        let picture = plain(side);
+        [&picture[..2], &metadata, &picture[2..]].concat()
+    }
+
+    #[test]
+    fn a_thumbnail_is_never_taken_for_a_picture() {
+        let whole = with_thumbnail(64);
+        for cut in 1..whole.len() {
+            for between in [&b""[..], b"\r\n--b\r\nContent-Type: image/jpeg\r\n\r\n"] {
+                let stream = [&whole[..], &whole[..cut], between, &whole, between, &whole].concat();
+                let found = found(&stream, 13);
+                let pictures: Vec<&Found> = found.iter().filter(|one| **one != Found::Broken).collect();
+                assert!(pictures.len() >= 2, "cut at {cut}: {found:?}");
+                let is_whole = |one: &&Found| matches!(one, Found::Picture(bytes) if bytes.ends_with(&whole));
+                assert!(pictures.iter().all(is_whole), "cut at {cut}: {found:?}");
+            }
+        }
     }
 
     #[test]

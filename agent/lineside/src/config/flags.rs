@@ -142,6 +142,9 @@ struct MqttArguments {
     /// Maximum number of spooled results that are published per second; 0: unlimited [default: 2000].
     #[arg(long, value_name = "N")]
     mqtt_drain: Option<String>,
+    /// Maximum size of a message in bytes that the broker accepts; larger ones are set aside; 0: unlimited [default: 0].
+    #[arg(long, value_name = "BYTES")]
+    mqtt_max_packet_bytes: Option<String>,
     /// MQTT keep-alive interval [default: 15].
     #[arg(long, value_name = "SECONDS")]
     mqtt_keep_alive_seconds: Option<String>,

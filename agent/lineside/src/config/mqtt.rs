@@ -15,6 +15,8 @@ use lineside_spool::{SPOOL_MIB_DEFAULT, SpoolConfig, WhenFull};
 
 const MQTT_PORT: u16 = 1883;
 const MQTTS_PORT: u16 = 8883;
+/// The maximum that MQTT defines.
+const PACKET_BYTES_MAX: u64 = 256 << 20;
 const BROKERS_MAX: usize = 8;
 const SPOOL_MIB_MAX: u64 = 1 << 20;
 const HOURS_MAX: u64 = 24 * 3660;
@@ -61,6 +63,10 @@ pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Optio
         0 => None,
         seconds => Some(Duration::from_secs(seconds)),
     };
+    let packet_bytes_max = match layers.number("mqtt-max-packet-bytes", 0, 0..=PACKET_BYTES_MAX, errors) {
+        0 => None,
+        bytes => Some(bytes),
+    };
     let keep_alive = layers.number("mqtt-keep-alive-seconds", KEEP_ALIVE_DEFAULT, 2..=3600, errors);
     let mqtt = MqttConfig {
         brokers,
@@ -68,6 +74,7 @@ pub(super) fn resolve(layers: &ConfigLayers, errors: &mut ConfigErrors) -> Optio
         commands: commands.iter().filter_map(|name| name.parse().ok()).collect(),
         drain_per_second,
         keep_alive: Duration::from_secs(keep_alive),
+        packet_bytes_max,
         metrics_every,
         sparkplug: group.map(|group| SparkplugConfig { group, host }),
         home_assistant,

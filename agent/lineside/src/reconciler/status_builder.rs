@@ -241,6 +241,13 @@ fn problems(
         );
         problems.push((Reason::SpoolFull, message));
     }
+    if around.spool.set_aside.records > 0 {
+        let message = format!(
+            "{} messages that the broker does not take are set aside; see `lineside spool ls --set-aside`",
+            around.spool.set_aside.records
+        );
+        problems.push((Reason::MessagesSetAside, message));
+    }
     problems.extend(around.failed_tasks.iter().map(|failure| (Reason::TaskRestarted, failure.to_string())));
     let failed = models.iter().filter(|model| model.state.has_failed()).map(|model| {
         let is_quarantined = model.state == ModelState::Quarantined;

@@ -13,7 +13,8 @@
 //!                       credentials changed, Sparkplug host offline
 //! ```
 //!
-//! A record is deleted from the spool on its PUBACK and not before.
+//! A record is deleted from the spool on its PUBACK and not before. A record that the broker does not take is set aside
+//! (`suspects`), so that it does not stop the others.
 //!
 //! [`Publisher::run`] may be called again after it has panicked: everything that outlives it is in the spool. A guard makes sure
 //! that [`BrokerState`](crate::broker_state::BrokerState) is `Disconnected`, and the spool informed, whenever `run` is not running.
@@ -26,6 +27,7 @@ mod send_window;
 mod session;
 #[cfg(test)]
 mod simulation;
+mod suspects;
 
 use std::time::SystemTime;
 
@@ -39,6 +41,7 @@ use self::commands::Commands;
 pub use self::context::PublisherContext;
 use self::encoder::{Encoder, SessionSender};
 use self::session::{CREDENTIALS_CHECK_INTERVAL, Session, SessionEnd, SessionInputs};
+use self::suspects::Suspects;
 use crate::broker_state::{BrokerStateReader, BrokerStateWriter};
 use crate::connection;
 use crate::connection::{ConnectionEvent, ConnectionLoss, MqttReceiver};
@@ -120,6 +123,7 @@ impl Publisher {
             commands: Commands::new(&self.context),
             streams: self.context.streams.clone(),
             clash: ClashDetector::new(&self.context.folder, self.clash.clone()),
+            suspects: Suspects::load(&self.context.data_dir),
             stop,
         };
         let mut selector = BrokerSelector::new(&self.context.mqtt.brokers);

@@ -3,13 +3,16 @@
 //!
 //! Order: records that were unacknowledged when the last connection ended, then live records, then the backlog. The backlog is
 //! limited in two ways: by a rate, and by a number of unacknowledged records that adapts so that the broker answers within about
-//! half a second. Both ensure that a live result never waits behind hours of backlog on a slow link.
+//! half a second. Both ensure that a live result never waits behind hours of backlog on a slow link. A record that the
+//! broker may not take is sent while no other record is unacknowledged; `suspects` defines when.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::suspects::{LossCause, Sent, Suspects};
 use lineside_common::TokenBucket;
-use lineside_spool::{Record, RecordId, Spool};
+use lineside_spool::{Record, RecordId, SetAsideReason, Spool};
 
 /// Maximum number of unacknowledged records.
 pub(super) const WINDOW: usize = 64;
@@ -20,6 +23,12 @@ const BACKLOG_WINDOW_INITIAL: usize = 8;
 const FAST_ACKNOWLEDGEMENT: Duration = Duration::from_millis(250);
 /// An acknowledgement after more than this time halves the backlog window.
 const SLOW_ACKNOWLEDGEMENT: Duration = Duration::from_secs(1);
+/// Bytes of a PUBLISH packet besides topic and payload: type, remaining length, length of the topic, packet identifier.
+const PACKET_OVERHEAD_BYTES: usize = 9;
+/// Time from the start of a session until an isolated record is sent, so that the others pass first.
+const ALONE_DELAY: Duration = Duration::from_secs(5);
+/// Time between two isolated records, for live records.
+const BETWEEN_ALONE: Duration = Duration::from_millis(100);
 /// Bursts per second: the rate limit lets a tenth of the rate pass at once.
 const BURSTS_PER_SECOND: u64 = 10;
 
@@ -30,11 +39,44 @@ pub(super) struct SendWindow {
     backlog_window: usize,
     /// Limits the backlog; `None` is unlimited.
     rate_limit: Option<TokenBucket>,
+    suspects: Suspects,
+    /// The index of the broker.
+    broker: usize,
+    /// Isolated records that were taken and are not sent yet, and whether each is historical.
+    held: VecDeque<(Record, bool)>,
+    /// The isolated record that was sent, while it is unacknowledged.
+    alone: Option<RecordId>,
+    /// When the next isolated record is sent. Other records are not sent from then on, until it is acknowledged.
+    alone_at: Instant,
 }
 
 struct InFlight {
     sent_at: Instant,
     is_backlog: bool,
+    /// Size of the packet.
+    bytes: u64,
+    topic: Arc<str>,
+}
+
+/// A record that the broker does not take.
+#[derive(Debug)]
+pub(super) struct Undeliverable {
+    pub(super) id: RecordId,
+    /// Size of the packet in bytes.
+    pub(super) bytes: u64,
+    pub(super) topic: Arc<str>,
+    pub(super) reason: SetAsideReason,
+}
+
+/// Size of the packet that publishes a record in JSON, in bytes.
+pub(super) fn packet_bytes(record: &Record) -> u64 {
+    (PACKET_OVERHEAD_BYTES + record.topic.len() + record.payload.len()) as u64
+}
+
+impl InFlight {
+    fn new(record: &Record, is_backlog: bool, now: Instant) -> Self {
+        Self { sent_at: now, is_backlog, bytes: packet_bytes(record), topic: record.topic.clone() }
+    }
 }
 
 impl SendWindow {
@@ -49,7 +91,61 @@ impl SendWindow {
             backlog_in_flight: 0,
             backlog_window: BACKLOG_WINDOW_INITIAL,
             rate_limit: rate.map(bucket),
+            suspects: Suspects::default(),
+            broker: 0,
+            held: VecDeque::new(),
+            alone: None,
+            alone_at: now,
         }
+    }
+
+    /// Starts a session with a broker, with what is known from earlier ones.
+    pub(super) fn start(&mut self, suspects: Suspects, broker: usize, now: Instant) {
+        self.alone_at = if suspects.starts_alone() { now } else { now + ALONE_DELAY };
+        (self.suspects, self.broker) = (suspects, broker);
+    }
+
+    /// Ends the session. Returns what is known about suspects, and the record to set aside, if any.
+    pub(super) fn end(&mut self, cause: LossCause, now: Instant) -> (Suspects, Option<Undeliverable>) {
+        let mut suspects = std::mem::take(&mut self.suspects);
+        let sent: Vec<Sent> = self.in_flight.iter().map(|(id, sent)| Sent { id: *id, bytes: sent.bytes }).collect();
+        let alone = sent.iter().find(|sent| Some(sent.id) == self.alone).copied();
+        let set_aside = match (cause, alone) {
+            (LossCause::Other, _) => None,
+            (_, Some(alone)) => {
+                let reason = suspects.lost_alone(self.broker, alone, cause, now);
+                let topic = self.in_flight.get(&alone.id).map(|sent| sent.topic.clone()).unwrap_or_default();
+                reason.map(|reason| Undeliverable { id: alone.id, bytes: alone.bytes, topic, reason })
+            }
+            (_, None) => {
+                suspects.lost(self.broker, &sent, now);
+                None
+            }
+        };
+        (suspects, set_aside)
+    }
+
+    /// Whether the broker takes no message of this size: it exceeds the configured limit or the learnt one.
+    pub(super) fn exceeds_limit(&self, record: &Record, bytes_max: Option<u64>, now: Instant) -> bool {
+        let bytes = packet_bytes(record);
+        bytes_max.is_some_and(|max| bytes > max)
+            || self.suspects.learnt_limit(self.broker, now).is_some_and(|limit| bytes >= limit)
+    }
+
+    /// When the next isolated record is due, while there is one to send.
+    pub(super) fn alone_at(&self) -> Option<Instant> {
+        let is_waiting = !self.held.is_empty() && self.alone.is_none() && self.in_flight.is_empty();
+        is_waiting.then_some(self.alone_at)
+    }
+
+    /// When the oldest unacknowledged record was sent.
+    pub(super) fn oldest_sent_at(&self) -> Option<Instant> {
+        self.in_flight.values().map(|sent| sent.sent_at).min()
+    }
+
+    /// The number of records that were sent at or before this time and are unacknowledged.
+    pub(super) fn unacknowledged_since(&self, sent_before: Instant) -> usize {
+        self.in_flight.values().filter(|sent| sent.sent_at <= sent_before).count()
     }
 
     /// Number of unacknowledged records.
@@ -59,11 +155,39 @@ impl SendWindow {
 
     /// The next record to send now, and whether it is historical.
     pub(super) fn next(&mut self, spool: &Spool, now: Instant) -> Option<(Record, bool)> {
+        loop {
+            if self.alone.is_some() {
+                return None;
+            }
+            if !self.held.is_empty() && now >= self.alone_at {
+                return self.next_alone(now);
+            }
+            let (record, historical) = self.next_unchecked(spool, now)?;
+            if !self.suspects.is_isolated(record.id) {
+                return Some((record, historical));
+            }
+            self.requeue(record.id);
+            self.held.push_back((record, historical));
+        }
+    }
+
+    /// The next isolated record, once everything else is acknowledged.
+    fn next_alone(&mut self, now: Instant) -> Option<(Record, bool)> {
+        if !self.in_flight.is_empty() {
+            return None;
+        }
+        let (record, historical) = self.held.pop_front()?;
+        self.alone = Some(record.id);
+        self.in_flight.insert(record.id, InFlight::new(&record, false, now));
+        Some((record, historical))
+    }
+
+    fn next_unchecked(&mut self, spool: &Spool, now: Instant) -> Option<(Record, bool)> {
         if self.in_flight.len() >= WINDOW {
             return None;
         }
         if let Some((record, origin)) = spool.take() {
-            self.in_flight.insert(record.id, InFlight { sent_at: now, is_backlog: false });
+            self.in_flight.insert(record.id, InFlight::new(&record, false, now));
             return Some((record, origin != lineside_spool::RecordOrigin::Live));
         }
         if !self.is_backlog_window_open() || self.rate_limit_delay(now) > Duration::ZERO {
@@ -74,7 +198,7 @@ impl SendWindow {
             limit.take(now);
         }
         self.backlog_in_flight += 1;
-        self.in_flight.insert(record.id, InFlight { sent_at: now, is_backlog: true });
+        self.in_flight.insert(record.id, InFlight::new(&record, true, now));
         Some((record, true))
     }
 
@@ -95,6 +219,11 @@ impl SendWindow {
     /// Removes a record that the broker acknowledged, and adapts the backlog window to the time it took.
     pub(super) fn acknowledged(&mut self, record: RecordId, now: Instant) {
         let Some(sent) = self.in_flight.remove(&record) else { return };
+        self.suspects.acknowledged(self.broker, Sent { id: record, bytes: sent.bytes });
+        if self.alone == Some(record) {
+            self.alone = None;
+            self.alone_at = now + BETWEEN_ALONE;
+        }
         if !sent.is_backlog {
             return;
         }
@@ -109,6 +238,7 @@ impl SendWindow {
 
     /// Removes a record that could not be sent.
     pub(super) fn requeue(&mut self, record: RecordId) {
+        self.alone = self.alone.filter(|alone| *alone != record);
         if let Some(sent) = self.in_flight.remove(&record) {
             self.backlog_in_flight -= usize::from(sent.is_backlog);
         }

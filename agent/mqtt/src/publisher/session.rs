@@ -17,14 +17,15 @@ use super::broker_selector::{BrokerSelector, probe};
 use super::commands::Commands;
 use super::context::PublisherContext;
 use super::encoder::{AckToken, Encoder, EncoderSignal, QueueFull, SessionSender, publish_node_message};
-use super::send_window::{SendWindow, WINDOW};
+use super::send_window::{SendWindow, Undeliverable, WINDOW, packet_bytes};
+use super::suspects::{LossCause, Suspects};
 use crate::connection::{ConnectionEvent, ConnectionLoss, MqttMessage, MqttReceiver, TransportEvent};
 use crate::credentials::fingerprint;
 use crate::node_clash::ClashDetector;
 use lineside_api::message::IncomingTopic;
 use lineside_api::state::StreamStates;
 use lineside_common::digest::Digest;
-use lineside_spool::RecordKind;
+use lineside_spool::{RecordKind, SetAsideReason};
 
 /// Interval at which the credential files are checked for changes.
 pub(super) const CREDENTIALS_CHECK_INTERVAL: Duration = Duration::from_secs(2);
@@ -55,6 +56,8 @@ pub(super) struct SessionInputs {
     pub(super) commands: Commands,
     pub(super) streams: watch::Receiver<StreamStates>,
     pub(super) clash: ClashDetector,
+    /// The records that the broker may not take.
+    pub(super) suspects: Suspects,
     pub(super) stop: CancellationToken,
 }
 
@@ -68,6 +71,8 @@ pub(super) struct Session<'a> {
     encoder: Encoder,
     window: SendWindow,
     results_published: u64,
+    /// What a loss of the connection now says about the unacknowledged records.
+    loss_cause: LossCause,
     /// Whether the spool knows of the connection, and records are sent.
     is_sending: bool,
     /// The last acknowledgement, or the first message after an idle time.
@@ -116,6 +121,7 @@ impl<'a> Session<'a> {
             encoder,
             window: SendWindow::new(context.mqtt.drain_per_second, now.into_std()),
             results_published: 0,
+            loss_cause: LossCause::Closed,
             is_sending: false,
             last_progress: now,
             ping_sent_at: None,
@@ -138,10 +144,39 @@ impl<'a> Session<'a> {
         if let Err(error) = self.encoder.start(self.context, &mut self.sender, &streams) {
             return error.into();
         }
-        match self.run_events(receiver, inputs).await {
+        self.window.start(std::mem::take(&mut inputs.suspects), self.index, Instant::now().into_std());
+        let end = match self.run_events(receiver, inputs).await {
             Ok(never) => match never {},
             Err(end) => end,
+        };
+        inputs.suspects = self.finish(&end);
+        end
+    }
+
+    /// Registers how the session ended, and sets aside what the broker does not take.
+    fn finish(&mut self, end: &SessionEnd) -> Suspects {
+        let is_lost = matches!(end, SessionEnd::Lost(_)) || self.loss_cause == LossCause::Unacknowledged;
+        let cause = if is_lost { self.loss_cause } else { LossCause::Other };
+        let (mut suspects, set_aside) = self.window.end(cause, Instant::now().into_std());
+        if let Some(record) = set_aside {
+            self.set_aside(&record);
         }
+        suspects.save(&self.context.data_dir);
+        suspects
+    }
+
+    fn set_aside(&self, record: &Undeliverable) {
+        self.context.spool.set_aside(record.id, record.reason);
+        tracing::error!(
+            event = "record_set_aside",
+            broker = %self.selector.broker(self.index),
+            kind = record.id.kind.name(),
+            position = record.id.position,
+            topic = &*record.topic,
+            bytes = record.bytes,
+            reason = record.reason.as_str(),
+            "The broker does not take a message; it is set aside. `lineside spool ls --set-aside` shows it"
+        );
     }
 
     async fn run_events(
@@ -210,6 +245,12 @@ impl<'a> Session<'a> {
             let now = Instant::now().into_std();
             let Some((record, historical)) = self.window.next(&self.context.spool, now) else { break };
             let id = record.id;
+            if self.window.exceeds_limit(&record, self.context.mqtt.packet_bytes_max, now) {
+                self.window.requeue(id);
+                let (bytes, reason) = (packet_bytes(&record), SetAsideReason::TooLarge);
+                self.set_aside(&Undeliverable { id, bytes, topic: record.topic, reason });
+                continue;
+            }
             if self.encoder.send_record(record, historical, &mut self.sender).is_err() {
                 self.window.requeue(id);
                 self.context.spool.requeue(id);
@@ -248,6 +289,8 @@ impl<'a> Session<'a> {
             self.progress_deadline(),
             self.ping_deadline(),
             self.window.backlog_delay(now.into_std()).map(|delay| now + delay),
+            self.window.alone_at().map(Instant::from_std),
+            self.overdue_deadline(),
             self.probe_at,
         ];
         timers.into_iter().flatten().fold(self.credentials_check_at, Instant::min)
@@ -256,6 +299,11 @@ impl<'a> Session<'a> {
     /// While messages are unacknowledged: when the connection is given up because none has been acknowledged.
     fn progress_deadline(&self) -> Option<Instant> {
         (self.sender.unacknowledged() > 0).then(|| self.last_progress + self.progress_timeout())
+    }
+
+    /// When the oldest unacknowledged record is overdue, although others may have been acknowledged.
+    fn overdue_deadline(&self) -> Option<Instant> {
+        self.window.oldest_sent_at().map(|sent_at| Instant::from_std(sent_at) + self.progress_timeout())
     }
 
     fn progress_timeout(&self) -> Duration {
@@ -276,12 +324,17 @@ impl<'a> Session<'a> {
         if is_due(self.progress_deadline()) {
             let seconds = self.progress_timeout().as_secs();
             let message = format!("the broker acknowledged no message for {seconds} s");
+            self.loss_cause = LossCause::Unacknowledged;
             return Err(SessionEnd::Lost(ConnectionLoss::unreachable(message)));
         }
         if is_due(self.ping_deadline()) {
+            self.loss_cause = LossCause::Other;
             return Err(SessionEnd::Lost(ConnectionLoss::unreachable(
                 "the broker does not answer keep-alive requests",
             )));
+        }
+        if is_due(self.overdue_deadline()) {
+            self.on_overdue(now);
         }
         if self.credentials_check_at <= now {
             self.credentials_check_at = now + CREDENTIALS_CHECK_INTERVAL;
@@ -293,6 +346,25 @@ impl<'a> Session<'a> {
         }
         self.send_records();
         Ok(())
+    }
+
+    /// Reconnects when the broker has acknowledged others and not the oldest record. MQTT 3.1.1 sends a message again only on a
+    /// new connection, and the packet identifier of the lost message stays in use until then.
+    fn on_overdue(&mut self, now: Instant) {
+        if self.closing.is_some() {
+            return;
+        }
+        let sent_before = now.into_std().checked_sub(self.progress_timeout());
+        let records = sent_before.map_or(0, |sent_before| self.window.unacknowledged_since(sent_before));
+        tracing::warn!(
+            event = "records_unacknowledged",
+            broker = %self.selector.broker(self.index),
+            records,
+            seconds = self.progress_timeout().as_secs(),
+            "The broker acknowledges other messages and not these; reconnecting to send them again"
+        );
+        self.loss_cause = LossCause::Unacknowledged;
+        self.close(CloseReason::Reconnect);
     }
 
     /// Reconnects when the credentials have changed. A folder that was removed does not end a connection that works.

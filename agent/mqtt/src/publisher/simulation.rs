@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::send_window::SendWindow;
+use super::send_window::{SendWindow, packet_bytes};
+use super::suspects::{LossCause, Suspects};
 use lineside_spool::simulation::{DrivenSpool, options};
-use lineside_spool::{AppendOutcome, Options, RecordId, RecordKind};
+use lineside_spool::{AppendOutcome, Options, RecordId, RecordKind, SetAsideReason};
 
 const DAY_MS: u64 = 24 * 3600 * 1000;
 /// Mean time between two results.
@@ -111,6 +112,115 @@ fn simulate_day(seed: u64) {
         "seed {seed}: {produced} produced, {received} received, {dropped} dropped, {repeats} repeats, \
          live results after at most {worst_live_ms} ms"
     );
+}
+
+/// What a link and a broker do to connections.
+struct Faults {
+    /// The link breaks after this many bytes at the earliest and at the latest.
+    break_after: Option<(u64, u64)>,
+    /// The broker closes the connection on every n-th record.
+    poison_every: u64,
+    /// The broker closes the connection on larger packets.
+    bytes_max: u64,
+}
+
+/// The numbers of the records that were received and those that were set aside.
+#[derive(Default)]
+struct Outcome {
+    received: BTreeMap<u64, u64>,
+    set_aside: BTreeMap<u64, u64>,
+}
+
+/// Sends records of 1 to 40 KB over connections that end early, until each one is received or set aside.
+fn send_all(seed: u64, records: u64, faults: &Faults) -> Outcome {
+    let random = &mut fastrand::Rng::with_seed(seed);
+    let large = Options { segment_bytes: 256 << 10, memory_bytes_max: 8 << 20, ..options(64 << 20) };
+    let mut driven = DrivenSpool::new(large);
+    for number in 1..=records {
+        let bytes = if random.u8(0..10) == 0 { random.usize(10_000..40_000) } else { 1000 };
+        driven.append(RecordKind::Result, Bytes::from(format!("{number:>bytes$}")), 0);
+    }
+    driven.advance(0);
+    let (mut outcome, mut suspects, start) = (Outcome::default(), Suspects::default(), Instant::now());
+    let mut now_ms = 0;
+    while driven.spool.stats().records > 0 {
+        assert!(now_ms < DAY_MS, "seed {seed}: {} records are never delivered", driven.spool.stats().records);
+        driven.spool.connected();
+        let mut window = SendWindow::new(None, start + Duration::from_millis(now_ms));
+        window.start(suspects, 0, start + Duration::from_millis(now_ms));
+        let mut budget = faults.break_after.map_or(u64::MAX, |(min, max)| random.u64(min..max));
+        let mut numbers: BTreeMap<RecordId, u64> = BTreeMap::new();
+        let mut is_open = true;
+        while is_open && driven.spool.stats().records > 0 {
+            now_ms += STEP_MS;
+            driven.advance(STEP_MS);
+            let now = start + Duration::from_millis(now_ms);
+            let mut burst = Vec::new();
+            while let Some((record, _)) = window.next(&driven.spool, now) {
+                let number = std::str::from_utf8(&record.payload).unwrap().trim().parse().unwrap();
+                numbers.insert(record.id, number);
+                if window.exceeds_limit(&record, None, now) {
+                    window.requeue(record.id);
+                    driven.spool.set_aside(record.id, SetAsideReason::TooLarge);
+                    *outcome.set_aside.entry(number).or_default() += 1;
+                } else {
+                    burst.push((record.id, packet_bytes(&record), number));
+                }
+            }
+            for (id, bytes, number) in burst {
+                is_open = bytes <= budget && bytes <= faults.bytes_max && !number.is_multiple_of(faults.poison_every);
+                if !is_open {
+                    break;
+                }
+                budget -= bytes;
+                *outcome.received.entry(number).or_default() += 1;
+                window.acknowledged(id, now);
+                driven.spool.acknowledge(id);
+            }
+        }
+        let cause = if is_open { LossCause::Other } else { LossCause::Closed };
+        let set_aside;
+        (suspects, set_aside) = window.end(cause, start + Duration::from_millis(now_ms));
+        if let Some(record) = set_aside {
+            driven.spool.set_aside(record.id, record.reason);
+            *outcome.set_aside.entry(numbers[&record.id]).or_default() += 1;
+        }
+        driven.spool.disconnected();
+        driven.advance(STEP_MS);
+    }
+    outcome
+}
+
+#[test]
+fn a_link_that_breaks_all_the_time_sets_no_record_aside() {
+    for seed in 1..=20 {
+        let faults = Faults { break_after: Some((5_000, 60_000)), poison_every: u64::MAX, bytes_max: u64::MAX };
+        let outcome = send_all(seed, 600, &faults);
+        assert_eq!(outcome.set_aside, BTreeMap::new(), "seed {seed}");
+        assert_eq!(outcome.received.len(), 600);
+    }
+}
+
+#[test]
+fn exactly_the_records_that_the_broker_does_not_take_are_set_aside() {
+    for seed in 1..=20 {
+        let faults = Faults { break_after: None, poison_every: 97, bytes_max: u64::MAX };
+        let outcome = send_all(seed, 600, &faults);
+        let expected: Vec<u64> = (1..=600).filter(|number| number % 97 == 0).collect();
+        assert_eq!(outcome.set_aside.into_keys().collect::<Vec<_>>(), expected, "seed {seed}");
+        assert_eq!(outcome.received.len(), 600 - expected.len());
+    }
+}
+
+#[test]
+fn records_above_the_limit_of_the_broker_are_set_aside_and_the_others_pass() {
+    for (seed, bytes_max) in [(1, 20_000), (2, 20_000), (3, 5_000), (4, 900)] {
+        let faults = Faults { break_after: None, poison_every: u64::MAX, bytes_max };
+        let outcome = send_all(seed, 600, &faults);
+        assert_eq!(outcome.received.len() + outcome.set_aside.len(), 600, "seed {seed}");
+        assert!(outcome.set_aside.keys().all(|number| !outcome.received.contains_key(number)));
+        assert!((bytes_max < 1000) == outcome.received.is_empty(), "seed {seed}");
+    }
 }
 
 #[test]

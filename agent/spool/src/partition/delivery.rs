@@ -3,6 +3,7 @@
 use super::Partition;
 use crate::metrics::{DropCounts, DropReason};
 use crate::record::Record;
+use crate::set_aside::SetAsideReason;
 
 /// A record that was not delivered within this time becomes backlog, so that newer records are delivered first.
 const LIVE_AGE_MAX_MS: u64 = 5000;
@@ -10,7 +11,8 @@ const LIVE_AGE_MAX_MS: u64 = 5000;
 impl Partition {
     /// Starts a connection: records in flight are delivered again, and records appended from now on are live.
     pub(crate) fn connected(&mut self) {
-        self.resend = self.in_flight.keys().copied().collect();
+        let is_delivered = |position: &u64| !self.setting_aside.contains_key(position);
+        self.resend = self.in_flight.keys().copied().filter(is_delivered).collect();
         self.make_backlog();
     }
 
@@ -21,7 +23,7 @@ impl Partition {
 
     /// Schedules a record in flight to be delivered again, before all others.
     pub(crate) fn requeue(&mut self, position: u64) {
-        if self.in_flight.contains_key(&position) {
+        if self.in_flight.contains_key(&position) && !self.setting_aside.contains_key(&position) {
             self.resend.insert(position);
         }
     }
@@ -85,8 +87,25 @@ impl Partition {
         let was_in_flight = self.in_flight.remove(&position).is_some();
         if was_in_flight {
             self.resend.remove(&position);
+            self.setting_aside.remove(&position);
             self.complete(position);
         }
         was_in_flight
+    }
+
+    /// Schedules a record in flight to be set aside. Returns `false` when the record is not in flight.
+    pub(crate) fn set_aside(&mut self, position: u64, reason: SetAsideReason) -> bool {
+        let is_in_flight = self.in_flight.contains_key(&position);
+        if is_in_flight {
+            self.resend.remove(&position);
+            self.setting_aside.insert(position, reason);
+        }
+        is_in_flight
+    }
+
+    /// The next record to set aside. The writer stores it, and then acknowledges it in the place of the broker.
+    pub(crate) fn next_to_set_aside(&self) -> Option<(Record, SetAsideReason)> {
+        let (position, reason) = self.setting_aside.first_key_value()?;
+        Some((self.in_flight.get(position)?.clone(), *reason))
     }
 }

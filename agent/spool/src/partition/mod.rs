@@ -11,7 +11,7 @@
 //! A record that is not completed is in a segment, in `memory`, or in `in_flight`; a record that is not synced is always in
 //! `memory`. A segment is removed when all of its records are completed. A record in flight is also held in `in_flight`, and
 //! a segment with records in flight is dropped for room only when there is no other. Then only memory holds these records, so
-//! each one is either acknowledged or counted as dropped, never both.
+//! each one is either acknowledged, set aside or counted as dropped, never two of these.
 //!
 //! The submodules hold the operations of the publisher (`delivery`, `read_ahead`), of the bounds (`eviction`) and of the
 //! writer (`writing`). They are tested through the spool, in `tests.rs` and against a model in `model_test.rs`, because
@@ -29,6 +29,7 @@ use crate::position_set::PositionSet;
 use crate::record::Record;
 use crate::record_format;
 use crate::segment::Segment;
+use crate::set_aside::SetAsideReason;
 
 pub(crate) use read_ahead::ReadAhead;
 
@@ -61,6 +62,8 @@ pub(crate) struct Partition {
     in_flight: BTreeMap<u64, Record>,
     /// Positions in `in_flight` to deliver again.
     resend: BTreeSet<u64>,
+    /// Positions in `in_flight` that the writer moves to the folder `set-aside`. They are not delivered again.
+    setting_aside: BTreeMap<u64, SetAsideReason>,
     /// Records at or above it are live, records below it are backlog.
     live_from: u64,
     /// The next live record to deliver.
@@ -110,6 +113,7 @@ impl Partition {
             completed,
             in_flight: BTreeMap::new(),
             resend: BTreeSet::new(),
+            setting_aside: BTreeMap::new(),
             live_from: next,
             live_next: next,
             backlog_next: floor,

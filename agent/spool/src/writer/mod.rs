@@ -23,11 +23,13 @@ use std::time::Duration;
 use partition_files::PartitionFiles;
 
 use crate::disk::Disk;
+use crate::metrics::DropReason;
 use crate::options::Options;
 use crate::partition::ReadAhead;
 use crate::record::{Record, RecordKind};
 use crate::recovery;
 use crate::segment::Segment;
+use crate::set_aside::{SetAsideFolder, SetAsideStats};
 use crate::shared::{Connection, Shared};
 use crate::stats::DiskFailure;
 
@@ -44,6 +46,7 @@ const READ_ATTEMPTS: u32 = 3;
 pub(crate) struct Writer {
     disk: Arc<dyn Disk>,
     partitions: Vec<PartitionFiles>,
+    set_aside: SetAsideFolder,
     bytes_max: u64,
     sync_ms: u64,
     memory_bytes_max: u64,
@@ -78,6 +81,7 @@ impl Writer {
         let files = |kind| PartitionFiles::new(disk.clone(), root, kind, options.segment_bytes);
         Self {
             partitions: RecordKind::ALL.into_iter().map(files).collect(),
+            set_aside: SetAsideFolder::new(disk.clone(), root),
             disk,
             bytes_max: options.bytes_max,
             sync_ms: u64::try_from(options.sync_interval.as_millis()).unwrap_or(u64::MAX),
@@ -139,7 +143,7 @@ impl Writer {
             || unsynced_bytes > self.memory_bytes_max / 4
             || self.sync_at(shared).is_some_and(|sync_at_ms| sync_at_ms <= now_ms);
         let is_maintenance_due = is_closing || now_ms >= self.maintenance_at_ms;
-        let mut failure = None;
+        let mut failure = self.set_aside(shared).err();
         for files in &mut self.partitions {
             let is_crowded = shared.state().bytes() > self.bytes_max / 2;
             let pass = Pass { now_ms, is_sync_due, is_maintenance_due, is_crowded, is_closing };
@@ -152,6 +156,28 @@ impl Writer {
         }
         self.retry_at_ms = failure.is_some().then(|| now_ms + RETRY_MS);
         set_disk_state(shared, failure.as_ref());
+    }
+
+    /// Moves the records to the folder `set-aside` that the broker does not take. Each is completed once its copy is synced.
+    fn set_aside(&self, shared: &Shared) -> io::Result<()> {
+        for kind in RecordKind::ALL {
+            loop {
+                let next = shared.state().partition(kind).next_to_set_aside();
+                let Some((record, reason)) = next else { break };
+                let dropped_older = self.set_aside.store(&record, reason)?;
+                let stats = self.set_aside.stats();
+                shared.metrics.set_aside.inc(reason);
+                shared.metrics.dropped.add(DropReason::SetAsideFull, dropped_older);
+                let mut state = shared.state();
+                state.set_aside = stats;
+                state.partition(kind).acknowledge(record.id.position);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_aside_stats(&self) -> SetAsideStats {
+        self.set_aside.stats()
     }
 
     /// Reads ahead for a connected publisher.

@@ -1,0 +1,59 @@
+//! Brokers and their consumers as they really behave.
+
+use std::fs;
+
+use lineside_tests::agent::{Agent, AgentOptions};
+use lineside_tests::broker::{Broker, BrokerOptions};
+use lineside_tests::paho::check_sequence;
+use lineside_tests::site::status;
+use lineside_tests::wait::until_true;
+use lineside_tests::{example, model_manifest, stream_manifest};
+use tempfile::TempDir;
+
+/// A site with one stream of ten results per second.
+fn site() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("manifests")).unwrap();
+    let source = format!("dir://{}?loop=true", example("frames").display());
+    let text = model_manifest("parts", 1, &format!("file://{}", example("surface-defects.onnx").display()), "")
+        + "---\n"
+        + &stream_manifest("line-1", &source, "parts", "  fps: 10\n");
+    fs::write(folder.path().join("manifests/all.yaml"), text).unwrap();
+    folder
+}
+
+fn start(folder: &TempDir, mqtt: &str, flags: &[&str]) -> Agent {
+    let (manifests, data) = (folder.path().join("manifests"), folder.path().join("data"));
+    Agent::start(&AgentOptions { manifests: &manifests, data: &data, mqtt, flags })
+}
+
+#[test]
+fn a_message_that_the_broker_never_takes_is_set_aside_and_the_results_pass() {
+    let broker = Broker::with(BrokerOptions { extra: "max_packet_size 2000".to_owned(), ..BrokerOptions::default() });
+    let subscriber = broker.subscribe("lineside/v1/plant/edge-1/#");
+    let folder = site();
+    // The metrics message, and no other, is larger than the broker accepts.
+    let mut agent = start(&folder, &broker.url(), &["--mqtt-metrics-seconds", "1"]);
+    agent.wait_for_metric("lineside_spool_set_aside_total{reason=\"connection_lost\"}", 1.0);
+    let made = agent.metric("lineside_frames_total{outcome=\"processed\",stream=\"line-1\"}");
+    subscriber.wait_for("/line-1/result", made as usize);
+    let set_aside = &agent.events("record_set_aside")[0];
+    assert!(set_aside.to_string().contains("/metrics"), "{set_aside}");
+    until_true("the condition", || status(&agent)["conditions"].to_string().contains("MessagesSetAside"));
+    // Two refusals teach the limit, and later messages of this size are not sent at all.
+    agent.wait_for_metric("lineside_spool_set_aside_total{reason=\"too_large\"}", 1.0);
+    assert!(agent.terminate().success());
+    let results = subscriber.payloads("/line-1/result");
+    assert!(check_sequence(&results).gaps.is_empty(), "{:?}", check_sequence(&results).gaps);
+}
+
+#[test]
+fn a_configured_limit_sets_a_larger_message_aside_without_an_attempt() {
+    let broker = Broker::with(BrokerOptions { extra: "max_packet_size 2000".to_owned(), ..BrokerOptions::default() });
+    let folder = site();
+    let flags = ["--mqtt-metrics-seconds", "1", "--mqtt-max-packet-bytes", "2000"];
+    let mut agent = start(&folder, &broker.url(), &flags);
+    agent.wait_for_metric("lineside_spool_set_aside_total{reason=\"too_large\"}", 2.0);
+    assert_eq!(agent.events("broker_connected").len(), 1);
+    assert!(agent.terminate().success());
+}

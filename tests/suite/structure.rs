@@ -46,12 +46,13 @@ const EDGES: [(&str, &str, &[&str]); 14] = [
 ];
 
 /// The only place that may name each crate: a file, or a folder with everything in it.
-const DOORS: [(&str, &str); 22] = [
+const DOORS: [(&str, &str); 23] = [
     ("kube", "agent/kube/src"),
     ("k8s_openapi", "agent/kube/src"),
     ("tract_onnx", "runtime/inference/src/engine/tract"),
-    ("image", "runtime/inference/src/decode.rs"),
-    ("fast_image_resize", "runtime/inference/src/preprocess.rs"),
+    ("image", "runtime/inference/src/decode"),
+    ("jpeg_decoder", "runtime/inference/src/decode"),
+    ("fast_image_resize", "runtime/inference/src/preprocess"),
     ("landlock", "runtime/common/src/sandbox.rs"),
     ("libc", "runtime/common/src/sandbox.rs"),
     ("seccompiler", "runtime/common/src/sandbox.rs"),

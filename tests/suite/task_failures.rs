@@ -15,10 +15,11 @@ use lineside_tests::{example, model_manifest, utf8};
 use serde_json::Value;
 
 /// The tasks of an agent that reads a folder of manifests with one stream, and whether each is restarted.
-const TASKS: [(&str, bool); 8] = [
+const TASKS: [(&str, bool); 9] = [
     ("http", true),
     ("probes", true),
     ("manifest-watcher", true),
+    ("memory-budget", true),
     ("metrics-publisher", true),
     ("publisher", true),
     ("stream-client/line-1", true),

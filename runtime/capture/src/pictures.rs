@@ -199,7 +199,7 @@ mod tests {
                 // A cut within the length of a segment makes that segment swallow what follows; the one after it is found.
                 assert!(pictures >= 1, "cut at {cut}: {found:?}");
                 let whole = |one: &Found| !matches!(one, Found::Picture(bytes) if !bytes.ends_with(&JPEG));
-                // Without sides, the thumbnail behind a cut within the first segment cannot be told from a picture.
+                // Without sides, the thumbnail behind a cut within the first segment cannot be distinguished from a picture.
                 assert!(
                     (6..=10).contains(&cut) || found.iter().all(whole),
                     "cut at {cut}: only whole pictures: {found:?}"

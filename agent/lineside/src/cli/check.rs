@@ -14,7 +14,8 @@ use lineside_api::spec::ModelSpec;
 use lineside_common::digest::Digest;
 use lineside_common::files::read_bounded;
 use lineside_models::admission::{
-    Admission, AdmissionLimits, Benchmark, Examination, GraphReport, ImageReport, PipelineReport, Rejection, Report,
+    Admission, AdmissionLimits, AdmissionReport, Benchmark, Examination, GraphReport, ImageReport, PipelineReport,
+    Rejection,
 };
 use lineside_spool::RECORD_BYTES_MAX;
 use serde::Serialize;
@@ -197,7 +198,7 @@ fn read_manifest(path: &Path, name: Option<&str>) -> anyhow::Result<ModelManifes
 
 fn report(file: String, bytes: usize, digest: &Digest, examination: Examination) -> CheckReport {
     let Examination { verdict, report } = examination;
-    let Report { graph, pipeline, image, as_tensor, mut notes } = report;
+    let AdmissionReport { graph, pipeline, image, as_tensor, mut notes } = report;
     if verdict.is_err() && as_tensor.is_some() {
         notes.push("the figures are those of the task tensor, with which the agent would run the model".to_owned());
     }

@@ -19,7 +19,7 @@ use lineside_inference::{Error, ErrorKind};
 use super::Benchmark;
 use super::golden;
 use super::protocol::{Answer, GoldenSample, Request, Response, TestImage};
-use super::report::{GraphReport, ImageReport, PipelineReport, Report};
+use super::report::{AdmissionReport, GraphReport, ImageReport, PipelineReport};
 
 /// Upper bound of the measured inferences.
 const RUNS_MAX: u32 = 100;
@@ -72,7 +72,7 @@ pub fn main() -> Result<(), AdmissionChildError> {
 }
 
 fn answer(request: &Request, model: &[u8], memory: &mut MemoryStatus) -> Answer {
-    let mut report = Report::default();
+    let mut report = AdmissionReport::default();
     let response = match admit(request, model, memory, &mut report) {
         Ok(benchmark) => Response::Admitted(benchmark),
         Err(error) if error.kind() == ErrorKind::BadSpec => {
@@ -80,7 +80,7 @@ fn answer(request: &Request, model: &[u8], memory: &mut MemoryStatus) -> Answer 
             if request.reports_as_tensor && request.spec.task.is_none() {
                 let spec = ModelSpec { task: Some(Task::Tensor), ..request.spec.clone() };
                 let as_tensor = Request { spec, samples: Vec::new(), image: None, ..request.clone() };
-                report.as_tensor = admit(&as_tensor, model, memory, &mut Report::default()).ok();
+                report.as_tensor = admit(&as_tensor, model, memory, &mut AdmissionReport::default()).ok();
             }
             Response::Manifest(error.to_string())
         }
@@ -90,7 +90,12 @@ fn answer(request: &Request, model: &[u8], memory: &mut MemoryStatus) -> Answer 
 }
 
 /// Loads the model, runs it on synthetic images and on the golden samples, and measures it.
-fn admit(request: &Request, model: &[u8], memory: &mut MemoryStatus, report: &mut Report) -> Result<Benchmark, Error> {
+fn admit(
+    request: &Request,
+    model: &[u8],
+    memory: &mut MemoryStatus,
+    report: &mut AdmissionReport,
+) -> Result<Benchmark, Error> {
     report.graph = Some(GraphReport::from(&inspect(model)?));
     let started = Instant::now();
     let mut pipeline = Pipeline::load(engine_for(&request.spec)?, model, &request.spec)?;

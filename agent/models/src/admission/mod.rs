@@ -36,7 +36,7 @@ use crate::store::{DigestRecord, DigestRecordKind};
 
 pub use child::{AdmissionChildError, main as child_main};
 use protocol::{Answer, GoldenSample, Request, Response, TestImage};
-pub use report::{GraphReport, ImageReport, PipelineReport, Report, TensorReport};
+pub use report::{AdmissionReport, GraphReport, ImageReport, PipelineReport, TensorReport};
 
 /// The hidden subcommand of the child process.
 pub const SUBCOMMAND: &str = "admission-child";
@@ -142,7 +142,7 @@ pub struct Examination {
     /// The measurements of a model that is admitted, or why it is not.
     pub verdict: Result<Benchmark, Rejection>,
     /// What was found out besides.
-    pub report: Report,
+    pub report: AdmissionReport,
 }
 
 /// An admission that is ready to run.
@@ -214,7 +214,7 @@ impl Admission {
                 };
                 Examination { verdict, report }
             }
-            Err(rejection) => Examination { verdict: Err(rejection), report: Report::default() },
+            Err(rejection) => Examination { verdict: Err(rejection), report: AdmissionReport::default() },
         }
     }
 

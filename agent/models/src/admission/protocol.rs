@@ -4,7 +4,7 @@
 use lineside_api::spec::ModelSpec;
 use serde::{Deserialize, Serialize};
 
-use super::report::Report;
+use super::report::AdmissionReport;
 use super::{AdmissionLimits, Benchmark};
 
 /// A golden sample with the content of its files. The serialized names are part of the admission key.
@@ -56,7 +56,7 @@ impl Request {
 #[derive(Serialize, Deserialize)]
 pub(super) struct Answer {
     pub(super) response: Response,
-    pub(super) report: Report,
+    pub(super) report: AdmissionReport,
 }
 
 /// The result of the child.

@@ -11,7 +11,7 @@ use super::Benchmark;
 
 /// The findings. Absent parts were not reached.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Report {
+pub struct AdmissionReport {
     /// What the file states.
     pub graph: Option<GraphReport>,
     /// How the model is used.

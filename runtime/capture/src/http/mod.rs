@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! request ──> head ──> body ──> pictures
-//!    ^                            ├── the body goes on: a stream, until no picture has come for too long
+//!    ^                            ├── the body continues: a stream, until no picture has come for too long
 //!    └──── at the frame rate <────┴── the body ended after one picture
 //! ```
 //!
@@ -40,7 +40,7 @@ use crate::policy::CameraHosts;
 const PICTURE_TIMEOUT: Duration = Duration::from_secs(15);
 /// A camera with few pictures may take so many times the time between two of them.
 const PICTURE_INTERVALS: u32 = 3;
-/// Time in which a body goes on after its first picture, if it is a stream that does not say so.
+/// Time in which a body continues after its first picture, if it is a stream that does not say so.
 const SETTLE: Duration = Duration::from_millis(250);
 /// Interval between requests for single pictures when the manifest sets no frame rate (`fps: 0`).
 const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(200);

@@ -124,7 +124,7 @@ impl Detector<'_> {
         }
         match (self.shape(0), self.labels) {
             ([1, rows, 6], labels) if (7..=ROWS_MAX).contains(rows) => {
-                // Two class scores behind a box, or a score and a class number: the last column tells, where there are boxes.
+                // Two class scores behind a box, or a score and a class number: the last column shows which, where there are boxes.
                 match self.has_class_numbers_in_rows() {
                     Some(false) if labels == Some(2) => vec![Decoder::Detr],
                     _ => vec![Decoder::End2end],
@@ -164,7 +164,7 @@ impl Detector<'_> {
         })
     }
 
-    /// Where a decoder finds the boxes, and the number of classes where the shape tells it.
+    /// Where a decoder finds the boxes, and the number of classes where the shape states it.
     fn layout(&self, decoder: Decoder) -> Result<(BoxLayout, Option<usize>)> {
         let first = self.shape(0);
         let outputs = self.first_run().len();
@@ -307,7 +307,7 @@ impl Detector<'_> {
             }
             if evidence.is_relative && !is_tensorflow {
                 return Err(bad_spec(
-                    "the boxes on test pictures are parts of the picture, and their shape does not tell in which order; set \
+                    "the boxes on test pictures are parts of the picture, and their shape does not show in which order; set \
                      spec.output.boxFormat to xyxy or yxyx"
                         .to_owned(),
                 ));
@@ -524,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn separate_outputs_are_told_apart() {
+    fn separate_outputs_are_distinguished() {
         let boxes = || floats(&[1, 4, 4], rows(4, [4.0, 5.0, 30.0, 40.0], &[]));
         let (scores, classes) = (floats(&[1, 4], vec![0.9; 4]), integers(&[1, 4], vec![2; 4]));
         // torchvision does not say where its numbers begin, others do.

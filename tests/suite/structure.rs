@@ -66,7 +66,7 @@ const DOORS: [(&str, &str); 23] = [
     ("indicatif", "agent/lineside/src/cli/progress.rs"),
     ("crc32c", "agent/spool/src"),
     ("prost", "agent/mqtt/src"),
-    ("rustls_native_certs", "agent/mqtt/src/credentials.rs"),
+    ("rustls_native_certs", "runtime/common/src/tls_roots.rs"),
     ("x509_cert", "agent/mqtt/src/credentials.rs"),
     ("cel", "runtime/rules/src"),
     ("serde_saphyr", "runtime/api/src/kinds/yaml.rs"),

@@ -165,18 +165,15 @@ pub fn fingerprint(folder: Option<&Path>) -> Option<Digest> {
 
 /// The trusted root certificates: those of `ca.crt` if it is present, otherwise the machine's.
 fn root_certificates(ca_certificates: Option<String>) -> Result<rustls::RootCertStore, CredentialsError> {
-    let mut roots = rustls::RootCertStore::empty();
     if let Some(text) = ca_certificates {
+        let mut roots = rustls::RootCertStore::empty();
         for certificate in parse_certificates(CA_CERTIFICATES, &text)? {
             roots.add(certificate).map_err(|error| invalid_certificate(CA_CERTIFICATES, error))?;
         }
-    } else {
-        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        if roots.is_empty() {
-            return Err(CredentialsError::NoRootCertificates);
-        }
+        return Ok(roots);
     }
-    Ok(roots)
+    let roots = lineside_common::tls_roots::system_roots();
+    if roots.is_empty() { Err(CredentialsError::NoRootCertificates) } else { Ok(roots) }
 }
 
 fn parse_certificates(file: &'static str, text: &str) -> Result<Vec<CertificateDer<'static>>, CredentialsError> {

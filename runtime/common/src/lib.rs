@@ -20,6 +20,7 @@ pub mod secrets;
 pub mod shutdown;
 pub mod supervised_child;
 pub mod supervisor;
+pub mod tls_roots;
 mod token_bucket;
 
 pub use error_chain::error_chain;

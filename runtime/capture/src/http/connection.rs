@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf as _, BytesMut};
+use lineside_common::tls_roots::system_roots;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -186,9 +187,7 @@ impl Body {
 
 /// TLS with the certificates that the system trusts.
 pub(super) fn tls() -> TlsConnector {
-    let mut roots = RootCertStore::empty();
-    let found = rustls_native_certs::load_native_certs();
-    roots.add_parsable_certificates(found.certs);
+    let roots = system_roots();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     // The default versions are always available.
     let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();

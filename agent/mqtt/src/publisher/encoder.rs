@@ -205,6 +205,15 @@ impl Encoder {
         }
     }
 
+    /// Publishes again that the node is online.
+    pub(super) fn send_online(&self, context: &PublisherContext, sender: &mut SessionSender) -> Result<(), QueueFull> {
+        match self {
+            Self::Json { .. } => publish_node_message(sender, context.status_message(AgentPresence::Online)),
+            // A host asks for a rebirth.
+            Self::Sparkplug { .. } => Ok(()),
+        }
+    }
+
     /// Publishes that the node goes offline, before an orderly DISCONNECT.
     pub(super) fn send_offline(&self, context: &PublisherContext, sender: &mut SessionSender) -> Result<(), QueueFull> {
         match self {

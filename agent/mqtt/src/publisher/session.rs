@@ -201,6 +201,10 @@ impl<'a> Session<'a> {
     ) -> Result<std::convert::Infallible, SessionEnd> {
         let context = self.context;
         loop {
+            if self.encoder.has_pending_streams() && self.closing.is_none() {
+                let streams = inputs.streams.borrow().clone();
+                self.encoder.update_streams(context, &mut self.sender, &streams)?;
+            }
             self.send_records();
             // The future is polled to completion: dropping it earlier could lose a packet.
             let next = receiver.next();

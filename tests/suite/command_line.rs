@@ -80,6 +80,20 @@ fn demo_prints_verdicts_and_ends_after_the_requested_results() {
 }
 
 #[test]
+fn an_interrupted_demo_prints_its_summary() {
+    let mut demo =
+        command(program()).args(["demo", "--fps", "20"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines().map_while(Result::ok);
+    until("a result", || lines.find(|line| line.contains("part-")));
+    assert!(command("kill").args(["-INT", &demo.id().to_string()]).status().unwrap().success());
+    std::thread::spawn(move || lines.count());
+    let output = demo.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("results over MQTT") && text.contains("Median inference"), "{text}");
+}
+
+#[test]
 fn the_schema_command_prints_the_committed_schema() {
     for name in ["result", "status"] {
         let output = lineside(&["schema", name]);

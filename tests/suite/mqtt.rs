@@ -270,6 +270,13 @@ fn home_assistant_discovery_follows_added_and_removed_streams() {
     let configs = subscriber.wait_for("/config", 3);
     assert!(configs.iter().all(|config| config["unique_id"].is_string() && config["device"]["identifiers"].is_array()));
     assert!(configs.iter().any(|config| config["state_topic"] == "lineside/v1/plant/edge-1/line-1/result"));
+    // The camera's state is there for a consumer that subscribes late.
+    let health = "lineside/v1/plant/edge-1/line-1/health";
+    assert!(configs.iter().any(|config| config["state_topic"] == health));
+    until_true("the stream to be up on the broker", || {
+        let late = Paho::start(&broker.connect_options(), health, None);
+        late.wait_for("/health", 1)[0]["up"] == true
+    });
     site.delete("stream.yaml");
     agent.wait_for_event("stream_stopped");
     subscriber.wait_for("/config", 6);

@@ -18,8 +18,11 @@ use lineside_common::error_chain;
 
 /// Seconds until an attempt to connect is abandoned.
 const CONNECT_TIMEOUT_SECONDS: u64 = 5;
-/// Maximum size of one packet in bytes. The default of rumqttc, 10 KiB, is too small for an anomaly map.
+/// Maximum size of one outgoing packet in bytes. The default of rumqttc, 10 KiB, is too small for an anomaly map.
 const PACKET_BYTES_MAX: usize = 8 << 20;
+/// Maximum size of one incoming packet in bytes. A larger one ends the connection, again and again where the broker retains it, so it is far
+/// above what is of use: a large message is received and skipped. Memory is taken only while one arrives.
+const INCOMING_BYTES_MAX: usize = 64 << 20;
 /// Maximum number of requests that wait to be sent: the send window, plus messages about the node itself.
 const REQUESTS_MAX: usize = 1024;
 /// Maximum number of packet identifiers in use. rumqttc assigns them in turn and blocks on one that is still in use, so there
@@ -31,7 +34,7 @@ const PACKET_IDS: u16 = 1024;
 pub struct MqttMessage {
     /// The topic, without wildcards.
     pub topic: Arc<str>,
-    /// The payload, at most 8 MiB with the rest of the packet.
+    /// The payload, with the rest of the packet at most 8 MiB outgoing and 64 MiB incoming.
     pub payload: Bytes,
     /// Outgoing: the broker keeps the message for later subscribers. Incoming: the broker had kept it.
     pub retain: bool,
@@ -136,7 +139,7 @@ pub fn prepare<T>(
     options
         .set_clean_session(true)
         .set_keep_alive(keep_alive)
-        .set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX)
+        .set_max_packet_size(INCOMING_BYTES_MAX, PACKET_BYTES_MAX)
         .set_inflight(PACKET_IDS);
     if let Some((user, password)) = &credentials.login {
         options.set_credentials(user, password);

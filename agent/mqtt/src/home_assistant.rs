@@ -15,7 +15,7 @@ const ENTITIES: [Entity; 3] = [
         json!({
             "name": format!("{stream} verdict"),
             "state_topic": topics.result(stream),
-            "value_template": "{{ value_json.verdict }}",
+            "value_template": "{{ this.state if value_json.historical else value_json.verdict }}",
             "device_class": "enum",
             "options": ["pass", "reject", "none"],
             "icon": "mdi:check-decagram",
@@ -25,7 +25,7 @@ const ENTITIES: [Entity; 3] = [
         json!({
             "name": format!("{stream} latency"),
             "state_topic": topics.result(stream),
-            "value_template": "{{ value_json.latency_ms.total }}",
+            "value_template": "{{ this.state if value_json.historical else value_json.latency_ms.total }}",
             "device_class": "duration",
             "unit_of_measurement": "ms",
             "state_class": "measurement",
@@ -35,8 +35,8 @@ const ENTITIES: [Entity; 3] = [
     ("binary_sensor", "up", |stream, topics| {
         json!({
             "name": format!("{stream} camera"),
-            "state_topic": topics.event(Some(stream)),
-            "value_template": "{{ 'ON' if value_json.event == 'StreamUp' else 'OFF' }}",
+            "state_topic": topics.health(stream),
+            "value_template": "{{ 'ON' if value_json.up else 'OFF' }}",
             "device_class": "connectivity",
             "entity_category": "diagnostic",
         })

@@ -3,7 +3,7 @@
 use std::fs;
 
 use lineside_tests::agent::{Agent, AgentOptions};
-use lineside_tests::broker::{Broker, BrokerOptions};
+use lineside_tests::broker::{Broker, BrokerOptions, Subscriber};
 use lineside_tests::paho::check_sequence;
 use lineside_tests::site::status;
 use lineside_tests::wait::until_true;
@@ -45,6 +45,46 @@ fn a_message_that_the_broker_never_takes_is_set_aside_and_the_results_pass() {
     assert!(agent.terminate().success());
     let results = subscriber.payloads("/line-1/result");
     assert!(check_sequence(&results).gaps.is_empty(), "{:?}", check_sequence(&results).gaps);
+}
+
+/// Somebody has put a picture on a topic that the agent subscribes to, and the broker retains it.
+#[test]
+fn a_large_retained_message_on_a_subscribed_topic_is_skipped() {
+    let broker = Broker::start();
+    let topic = "lineside/v1/plant/edge-1/line-1/trigger";
+    broker.publish(topic, vec![b'x'; 9 << 20], true);
+    let subscriber = broker.subscribe("lineside/v1/plant/edge-1/line-1/result");
+    let folder = site();
+    let mut agent = start(&folder, &broker.url(), &[]);
+    let skipped = agent.wait_for_event("message_skipped");
+    assert_eq!((&skipped["topic"], &skipped["bytes"]), (&topic.into(), &(9 << 20).into()));
+    subscriber.wait_for("/line-1/result", 5);
+    assert_eq!(agent.events("broker_connected").len(), 1, "the connection lasts");
+    assert!(agent.terminate().success());
+}
+
+/// Brokers in clusters, and those with a delay of Wills, publish the Will of an earlier connection behind the presence of the next one.
+#[test]
+fn a_late_will_does_not_leave_the_agent_offline() {
+    let broker = Broker::start();
+    let folder = site();
+    let mut agent = start(&folder, &broker.url(), &[]);
+    let subscriber = broker.subscribe("lineside/v1/plant/edge-1/status");
+    until_true("the agent to be online", || last_state(&subscriber) == Some("online".to_owned()));
+    for count in 1..4 {
+        broker.publish("lineside/v1/plant/edge-1/status", "{\"state\":\"offline\"}", true);
+        until_true("the contradiction", || {
+            let states = subscriber.payloads("/status");
+            states.iter().filter(|status| status["state"] == "offline").count() == count
+        });
+        until_true("the agent to be online again", || last_state(&subscriber) == Some("online".to_owned()));
+    }
+    assert!(agent.terminate().success());
+    until_true("the agent to be offline in the end", || last_state(&subscriber) == Some("offline".to_owned()));
+}
+
+fn last_state(subscriber: &Subscriber) -> Option<String> {
+    subscriber.payloads("/status").last().and_then(|status| status["state"].as_str().map(str::to_owned))
 }
 
 #[test]

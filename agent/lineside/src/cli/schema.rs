@@ -25,6 +25,8 @@ enum MessageType {
     Metrics,
     /// Retained online or offline status of the agent.
     Status,
+    /// Retained current state of a stream.
+    Health,
     /// Operator command.
     Command,
     /// Outcome of an operator command.
@@ -37,6 +39,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
         MessageType::Event => "event.schema.json",
         MessageType::Metrics => "metrics.schema.json",
         MessageType::Status => "status.schema.json",
+        MessageType::Health => "health.schema.json",
         MessageType::Command => "command.schema.json",
         MessageType::CommandState => "command-state.schema.json",
     };

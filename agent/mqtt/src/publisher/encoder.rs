@@ -3,22 +3,27 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 
 use super::context::PublisherContext;
+use super::stream_health::{Origin, StreamHealth};
 use crate::connection::{MqttMessage, MqttSender};
 use crate::home_assistant;
 use crate::sparkplug::{HostSignal, SparkplugSession};
 use lineside_api::message::{AgentPresence, mark_historical};
 use lineside_api::state::StreamStates;
-use lineside_common::files;
+use lineside_common::{clock, files};
 use lineside_spool::{Record, RecordId};
 
 /// The file in the data folder that holds the last Sparkplug birth-death number.
 const BD_SEQ_FILE: &str = "sparkplug-bdseq";
 /// Maximum number of requests for one record: a device birth and its data.
 const REQUESTS_PER_RECORD: usize = 2;
+
+/// Requests that the states of the streams leave free in the send queue, for records and for messages of Home Assistant.
+const HEALTH_ROOM: usize = 256;
 
 /// What an acknowledgement of the broker refers to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +59,8 @@ pub(super) enum Encoder {
     Json {
         /// The streams that were announced to Home Assistant; `None` when discovery is off.
         announced: Option<StreamStates>,
+        /// The retained states of the streams.
+        health: StreamHealth,
     },
     /// A Sparkplug edge node.
     Sparkplug {
@@ -74,7 +81,7 @@ impl Encoder {
     pub(super) fn new(context: &PublisherContext) -> io::Result<Self> {
         let Some(sparkplug) = &context.mqtt.sparkplug else {
             let announced = context.mqtt.home_assistant.as_ref().map(|_| StreamStates::new());
-            return Ok(Self::Json { announced });
+            return Ok(Self::Json { announced, health: StreamHealth::default() });
         };
         let bd_seq = next_bd_seq(&context.data_dir)?;
         let (node, site) = (&context.node, &context.site);
@@ -118,7 +125,12 @@ impl Encoder {
         streams: &StreamStates,
     ) -> Result<(), QueueFull> {
         match self {
-            Self::Json { announced } => {
+            Self::Json { announced, health } => {
+                let (site, node) = (context.site.as_str(), context.node.as_str());
+                let origin = Origin { topics: &context.topics, site, node, ts: clock::rfc3339(SystemTime::now()) };
+                health.update(&origin, streams, |message| {
+                    sender.has_room(HEALTH_ROOM) && publish_node_message(sender, message).is_ok()
+                });
                 let (Some(announced), Some(prefix)) = (announced, &context.mqtt.home_assistant) else { return Ok(()) };
                 let messages = home_assistant::discovery(prefix, &context.node, &context.topics, announced, streams);
                 announced.clone_from(streams);
@@ -135,6 +147,11 @@ impl Encoder {
                 publish_all_unacknowledged(sender, messages)
             }
         }
+    }
+
+    /// Whether states of streams are left to publish, because the send queue had no room.
+    pub(super) fn has_pending_streams(&self) -> bool {
+        matches!(self, Self::Json { health, .. } if health.is_pending())
     }
 
     /// Handles a message that is not on one of the agent's own topics: commands and states of Sparkplug hosts.
@@ -202,6 +219,15 @@ impl Encoder {
         let message = MqttMessage { topic: fence.clone(), payload, retain: false };
         if sender.publish(message, AckToken::Fence(unfenced.clone())) {
             unfenced.clear();
+        }
+    }
+
+    /// Publishes again that the node is online.
+    pub(super) fn send_online(&self, context: &PublisherContext, sender: &mut SessionSender) -> Result<(), QueueFull> {
+        match self {
+            Self::Json { .. } => publish_node_message(sender, context.status_message(AgentPresence::Online)),
+            // A host asks for a rebirth.
+            Self::Sparkplug { .. } => Ok(()),
         }
     }
 

@@ -27,6 +27,7 @@ mod send_window;
 mod session;
 #[cfg(test)]
 mod simulation;
+mod stream_health;
 mod suspects;
 
 use std::time::SystemTime;

@@ -33,6 +33,10 @@ pub(super) const CREDENTIALS_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Maximum time that the agent waits for the broker to close the connection after DISCONNECT.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Largest payload of a message that is looked at, in bytes.
+const MESSAGE_BYTES_MAX: usize = 1 << 20;
+/// Shortest time between two presence messages of a session.
+const PRESENCE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How a session ended.
 #[derive(Debug)]
@@ -79,12 +83,21 @@ pub(super) struct Session<'a> {
     last_progress: Instant,
     /// When the keep-alive request was sent that is not answered yet.
     ping_sent_at: Option<Instant>,
+    /// When the presence is published again, because the status topic says that the agent is offline.
+    presence_due: Option<Instant>,
+    presence_published: Instant,
     credentials: Option<Digest>,
     credentials_check_at: Instant,
     /// When the preferred brokers are probed, and the probe that runs.
     probe_at: Option<Instant>,
     running_probe: Option<JoinHandle<bool>>,
     closing: Option<Closing>,
+}
+
+/// Whether a presence message says that the agent is offline.
+fn is_offline(payload: &[u8]) -> bool {
+    let presence: serde_json::Value = serde_json::from_slice(payload).unwrap_or_default();
+    presence["state"] == "offline"
 }
 
 /// The orderly end of a session.
@@ -125,6 +138,8 @@ impl<'a> Session<'a> {
             is_sending: false,
             last_progress: now,
             ping_sent_at: None,
+            presence_due: None,
+            presence_published: now,
             credentials: fingerprint(context.mqtt.secret.as_deref()),
             credentials_check_at: now + CREDENTIALS_CHECK_INTERVAL,
             probe_at: selector.has_preferred(index).then(|| now + selector.failback_delay(index)),
@@ -186,6 +201,10 @@ impl<'a> Session<'a> {
     ) -> Result<std::convert::Infallible, SessionEnd> {
         let context = self.context;
         loop {
+            if self.encoder.has_pending_streams() && self.closing.is_none() {
+                let streams = inputs.streams.borrow().clone();
+                self.encoder.update_streams(context, &mut self.sender, &streams)?;
+            }
             self.send_records();
             // The future is polled to completion: dropping it earlier could lose a packet.
             let next = receiver.next();
@@ -291,6 +310,7 @@ impl<'a> Session<'a> {
             self.window.backlog_delay(now.into_std()).map(|delay| now + delay),
             self.window.alone_at().map(Instant::from_std),
             self.overdue_deadline(),
+            self.presence_due,
             self.probe_at,
         ];
         timers.into_iter().flatten().fold(self.credentials_check_at, Instant::min)
@@ -332,6 +352,10 @@ impl<'a> Session<'a> {
             return Err(SessionEnd::Lost(ConnectionLoss::unreachable(
                 "the broker does not answer keep-alive requests",
             )));
+        }
+        if is_due(self.presence_due) {
+            (self.presence_due, self.presence_published) = (None, now);
+            self.encoder.send_online(self.context, &mut self.sender)?;
         }
         if is_due(self.overdue_deadline()) {
             self.on_overdue(now);
@@ -413,8 +437,22 @@ impl<'a> Session<'a> {
     }
 
     fn on_message(&mut self, message: &MqttMessage, inputs: &mut SessionInputs) -> Result<(), SessionEnd> {
+        if message.payload.len() > MESSAGE_BYTES_MAX {
+            tracing::warn!(
+                event = "message_skipped",
+                topic = &*message.topic,
+                bytes = message.payload.len(),
+                retained = message.retain,
+                "A message is too large for a command or trigger; it is skipped"
+            );
+            return Ok(());
+        }
         if self.context.topics.parse(&message.topic) == Some(IncomingTopic::Presence) {
             inputs.clash.observe(&message.payload, message.retain, Instant::now());
+            // The broker publishes the Will of an earlier connection late, behind this session's presence. A retained one is from before.
+            if !message.retain && self.closing.is_none() && is_offline(&message.payload) {
+                self.presence_due = Some(Instant::now().max(self.presence_published + PRESENCE_INTERVAL));
+            }
             return Ok(());
         }
         inputs.commands.handle(message);

@@ -21,7 +21,7 @@ pub use command::{CommandMessage, CommandOutcome, CommandState};
 pub use event::{EventMessage, NodeEvent};
 pub use metrics::{MetricsMessage, Series, SeriesValue};
 pub use prediction::{ClassInfo, DetectionInfo, MapInfo, PredictionInfo, TensorInfo};
-pub use presence::{AgentPresence, PresenceMessage};
+pub use presence::{AgentPresence, PresenceMessage, StreamHealthMessage};
 pub use result::{FrameInfo, Latency, ModelInfo, ResultMessage};
 pub use topics::{IncomingTopic, Topics};
 
@@ -75,6 +75,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("event.schema.json", titled(schema_for!(IdentifiedMessage<EventMessage<'static>>), "Lineside event")),
         ("metrics.schema.json", titled(schema_for!(IdentifiedMessage<MetricsMessage<'static>>), "Lineside metrics")),
         ("status.schema.json", schema_for!(PresenceMessage<'static>)),
+        ("health.schema.json", schema_for!(StreamHealthMessage<'static>)),
         ("command.schema.json", titled(schema_for!(CommandMessage), "Lineside command")),
         ("command-state.schema.json", titled(schema_for!(CommandState<'static>), "Lineside command state")),
     ]

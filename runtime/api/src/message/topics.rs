@@ -24,6 +24,11 @@ impl Topics {
         format!("{}/{stream}/result", self.base)
     }
 
+    /// Topic of a stream's current state.
+    pub fn health(&self, stream: &str) -> String {
+        format!("{}/{stream}/health", self.base)
+    }
+
     /// Topic of events: of a stream, or of the node.
     pub fn event(&self, stream: Option<&str>) -> String {
         match stream {

@@ -93,13 +93,20 @@ async fn run_demo(arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<
     eprintln!();
     eprintln!("  results   mosquitto_sub -h {} -p {} -v -t '{}'", address.ip(), address.port(), topics.all());
     eprintln!("  metrics   http://{}/metrics   (also /readyz and /livez)", app.http());
-    eprintln!("  manifests {}   (changes apply while the demo runs)", folder.path().join("manifests").display());
+    eprintln!("  manifests {}", folder.path().join("manifests").display());
     eprintln!();
+    eprintln!("Changed manifests apply while the demo runs. The first results also contain the time");
+    eprintln!("in which the frames waited for the model to load.");
+    eprintln!();
+    let mut table = Table::new();
     let outcome = tokio::select! {
-        outcome = print_results(arguments, &broker, &topics) => outcome,
+        outcome = print_results(arguments, &broker, &topics, &mut table) => outcome,
         () = stop.cancelled() => Ok(()),
         failure = app.failed() => Err(failure.into()),
     };
+    if table.results > 0 {
+        eprintln!("\n{}", table.summary());
+    }
     app.stop().await;
     outcome
 }
@@ -129,10 +136,14 @@ fn write_files(folder: &Path, fps: f64) -> std::io::Result<()> {
 }
 
 /// Subscribes to the results as any MQTT client does, and prints each of them.
-async fn print_results(arguments: &Arguments, broker: &Broker, topics: &Topics) -> anyhow::Result<()> {
+async fn print_results(
+    arguments: &Arguments,
+    broker: &Broker,
+    topics: &Topics,
+    table: &mut Table,
+) -> anyhow::Result<()> {
     let (mut sender, mut receiver) =
         connection::prepare::<()>(broker, &BrokerCredentials::default(), "lineside-demo-terminal", KEEP_ALIVE, None);
-    let mut table = Table::new();
     let mut stdout = std::io::stdout();
     loop {
         match sender.interpret(receiver.next().await) {
@@ -148,7 +159,6 @@ async fn print_results(arguments: &Arguments, broker: &Broker, topics: &Topics) 
                     return Ok(());
                 }
                 if table.results == arguments.results {
-                    eprintln!("\n{}", table.summary());
                     return Ok(());
                 }
             }
@@ -189,8 +199,8 @@ impl Table {
         let mut out = String::new();
         if self.results % 20 == 1 {
             out = format!(
-                "{:<12}  {:>5}  {:<8} {:<22} {:<9} {:>6}  {:<7}  {:>8}  {:>8}\n",
-                "TIME", "SEQ", "STREAM", "FRAME", "CLASS", "SCORE", "VERDICT", "INFER ms", "TOTAL ms"
+                "{:<12} {:>5} {:<20} {:<8} {:>5} {:<7} {:>8} {:>8}\n",
+                "TIME", "SEQ", "FRAME", "CLASS", "SCORE", "VERDICT", "INFER ms", "TOTAL ms"
             );
         }
         let verdict = text(result, "/verdict");
@@ -202,10 +212,9 @@ impl Table {
         let verdict = format!("{verdict:<7}");
         let verdict = if self.in_colour { format!("\x1b[{colour}m{verdict}\x1b[0m") } else { verdict };
         out + &format!(
-            "{:<12}  {:>5}  {:<8} {:<22} {:<9} {:>6.3}  {verdict}  {:>8.1}  {:>8.1}",
+            "{:<12} {:>5} {:<20} {:<8} {:>5.3} {verdict} {:>8.1} {:>8.1}",
             text(result, "/ts").get(11..23).unwrap_or_default(),
             number(result, "/seq"),
-            text(result, "/stream"),
             text(result, "/frame/name"),
             text(result, "/classes/0/label"),
             number(result, "/classes/0/score"),
@@ -234,4 +243,22 @@ fn text<'a>(result: &'a Value, pointer: &str) -> &'a str {
 
 fn number(result: &Value, pointer: &str) -> f64 {
     result.pointer(pointer).and_then(Value::as_f64).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_fits_eighty_columns() {
+        let mut table = Table { in_colour: false, ..Table::new() };
+        let result = serde_json::json!({
+            "ts": "2026-11-27T18:35:56.123Z", "seq": 99_999, "verdict": "reject", "frame": {"name": "part-012-scratch.jpg"},
+            "classes": [{"label": "scratch", "score": 0.987}], "latency_ms": {"infer": 12_345.6, "total": 99_999.9}
+        });
+        table.count(&result);
+        let lines = table.row(&result);
+        assert!(lines.lines().count() == 2 && lines.lines().all(|line| line.chars().count() <= 80), "{lines}");
+        assert!(table.summary().contains("1 results over MQTT: 1 reject. 1 of them match"), "{}", table.summary());
+    }
 }

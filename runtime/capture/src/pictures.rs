@@ -126,6 +126,8 @@ impl PictureScanner {
         let picture = self.buffer.split_to(length).freeze();
         let sides = PictureHeader::read(&picture).ok().map(|header| (header.width, header.height));
         if self.is_behind_broken && self.sides.is_some() && self.sides != sides {
+            // Another one of these sides shows that the camera has changed them.
+            (self.sides, self.is_behind_broken) = (sides, false);
             return Found::Broken;
         }
         (self.sides, self.is_behind_broken) = (sides, false);

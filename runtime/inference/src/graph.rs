@@ -99,6 +99,9 @@ impl GraphInfo {
     }
 }
 
+/// Largest number of a class.
+const CLASS_NUMBER_MAX: usize = 100_000;
+
 /// Names of classes, as a file states them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ClassNames {
@@ -114,8 +117,9 @@ impl ClassNames {
         if entries.is_empty() {
             return Self::of_list(plain_entries(text));
         }
+        let is_number = |number: &usize| *number <= CLASS_NUMBER_MAX;
         let numbers: Option<BTreeMap<usize, String>> =
-            entries.iter().map(|(number, name)| number.map(|number| (number, name.clone()))).collect();
+            entries.iter().map(|(number, name)| Some((number.filter(is_number)?, name.clone()))).collect();
         match numbers.filter(|numbers| numbers.len() == entries.len()) {
             Some(by_number) => Self { by_number, has_numbers: true },
             None => Self::of_list(entries.into_iter().map(|(_, name)| name)),

@@ -217,11 +217,16 @@ impl Suspects {
     }
 
     fn count_loss(&mut self, id: RecordId) {
-        if self.records.contains_key(&id) || self.records.len() < SUSPECTS_MAX {
-            let suspect = self.records.entry(id).or_default();
-            suspect.losses = suspect.losses.saturating_add(1);
-            self.is_saved = false;
+        if !self.records.contains_key(&id) && self.records.len() >= SUSPECTS_MAX {
+            // A record that expired or was dropped is never sent again, so the oldest one makes room.
+            let innocent = self.records.iter().find(|(_, suspect)| !suspect.is_isolated()).map(|(id, _)| *id);
+            if let Some(oldest) = innocent.or_else(|| self.records.keys().next().copied()) {
+                self.records.remove(&oldest);
+            }
         }
+        let suspect = self.records.entry(id).or_default();
+        suspect.losses = suspect.losses.saturating_add(1);
+        self.is_saved = false;
     }
 }
 

@@ -217,11 +217,16 @@ fn value<'a>(parameters: &'a [(String, String)], name: &str) -> Option<&'a str> 
 
 /// A challenge in words.
 fn describe(scheme: &str, parameters: &[(String, String)]) -> String {
-    let of = |name: &str| value(parameters, name).map(|text| format!(" {text}")).unwrap_or_default();
+    // What the camera writes is shown only as far as it can be a name: reasons leave the node.
+    let plain = |text: &str| -> String {
+        let is_plain = |character: &char| character.is_ascii_alphanumeric() || "-, ".contains(*character);
+        text.chars().take_while(is_plain).take(24).collect()
+    };
+    let of = |name: &str| value(parameters, name).map(|text| format!(" {}", plain(text))).unwrap_or_default();
     if scheme.eq_ignore_ascii_case("digest") {
         format!("Digest{}{}", of("algorithm"), of("qop"))
     } else {
-        scheme.to_owned()
+        plain(scheme)
     }
 }
 

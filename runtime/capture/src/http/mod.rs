@@ -30,7 +30,7 @@ use url::Url;
 
 use self::auth::{Authenticator, Credentials};
 use self::connection::{Body, Connection, ConnectionError, tls};
-use self::head::Head;
+use self::head::{Framing, Head};
 use super::{CameraError, FRAME_BYTES_MAX, Health, Pace, SourcePolicy, captured, retry};
 use crate::mailbox::Mailbox;
 use crate::pictures::{Found, PictureScanner};
@@ -38,6 +38,8 @@ use crate::policy::CameraHosts;
 
 /// Longest time without a picture.
 const PICTURE_TIMEOUT: Duration = Duration::from_secs(15);
+/// Longest time without a picture of a camera with few pictures, unless the manifest wants fewer.
+const PICTURE_TIMEOUT_MAX: Duration = Duration::from_secs(60);
 /// A camera with few pictures may take so many times the time between two of them.
 const PICTURE_INTERVALS: u32 = 3;
 /// Time in which a body continues after its first picture, if it is a stream that does not say so.
@@ -173,7 +175,7 @@ impl<'a> Camera<'a> {
         match connection.request(&request).await {
             Ok((head, body)) => Ok((connection, head, body)),
             // RFC 9112, section 9.3.1: the camera may close a connection at any time, and a GET may be repeated.
-            Err(ConnectionError::Closed | ConnectionError::Io(_)) if was_kept => {
+            Err(ConnectionError::Closed | ConnectionError::Io(_) | ConnectionError::Head(_)) if was_kept => {
                 let mut connection = Connection::open(self.url, self.hosts, self.tls).await?;
                 let (head, body) = connection.request(&request).await?;
                 Ok((connection, head, body))
@@ -220,20 +222,27 @@ impl Receiver<'_> {
         let mut scanner = PictureScanner::new(FRAME_BYTES_MAX);
         let (mut pictures, mut broken) = (0u64, false);
         let mut last_picture = Instant::now();
-        let mut timeout = PICTURE_TIMEOUT.max(self.interval.unwrap_or_default() * PICTURE_INTERVALS);
+        let mut timeout = PICTURE_TIMEOUT;
+        // A body that ends with its first picture is distinguished from a stream by what has come until then.
+        let mut settled = Instant::now() + SETTLE;
         loop {
-            if pictures == 1 && body.is_complete() && !scanner.is_within_picture() {
+            // Cameras that announce parts state lengths that mean nothing.
+            let has_ended = body.is_complete() && !head.is_multipart();
+            if pictures > 0 && has_ended && !scanner.is_within_picture() {
                 return Ok(Some(connection).filter(|_| head.keeps_connection()));
             }
             // A length that is reached without a picture may be wrong, and a picture without a length may be the first of a stream.
             let may_have_ended = body.is_complete() || (pictures == 1 && !head.is_multipart());
-            let deadline = if may_have_ended { Instant::now() + SETTLE } else { last_picture + timeout };
+            let deadline = if may_have_ended { settled.min(last_picture + timeout) } else { last_picture + timeout };
             let piece = match tokio::time::timeout_at(deadline, connection.read(&mut body)).await {
                 Ok(piece) => piece.or_else(|error| if pictures > 0 { Ok(None) } else { Err(error) })?,
                 Err(_) if may_have_ended => None,
                 Err(_) => return Err(ReceiveError::Silent(timeout)),
             };
             let Some(piece) = piece else { break };
+            if pictures == 0 {
+                settled = (Instant::now() + SETTLE).min(last_picture + timeout);
+            }
             scanner.feed(&piece);
             while let Some(found) = scanner.next_found()? {
                 match found {
@@ -244,10 +253,15 @@ impl Receiver<'_> {
                     Found::Picture(picture) => {
                         let now = Instant::now();
                         if pictures > 0 {
-                            timeout = timeout.max((now - last_picture) * PICTURE_INTERVALS);
+                            timeout =
+                                ((now - last_picture) * PICTURE_INTERVALS).clamp(PICTURE_TIMEOUT, PICTURE_TIMEOUT_MAX);
                         }
                         (pictures, last_picture) = (pictures + 1, now);
-                        self.take(picture, now, pictures > 1);
+                        settled = now + SETTLE;
+                        // A preview behind the picture of a single response is not a frame.
+                        if pictures == 1 || head.is_multipart() || !matches!(head.framing(), Framing::Length(_)) {
+                            self.take(picture, now, pictures > 1);
+                        }
                     }
                 }
             }

@@ -48,7 +48,9 @@ pub(super) fn run(
         BoxLayout::Scored { boxes, classes } => scored(settings, outputs, boxes, classes)?,
         BoxLayout::Queries { boxes, scores } => queries(settings, outputs, boxes, scores)?,
     };
-    let mut found: Vec<Candidate> = found.into_iter().map(|(_, candidate)| candidate).collect();
+    // Rows of zeros are padding.
+    let is_used = |candidate: &Candidate| candidate.bbox != [0.0; 4];
+    let mut found: Vec<Candidate> = found.into_iter().map(|(_, candidate)| candidate).filter(is_used).collect();
     // Infinite sides can make a box that is nowhere.
     if found.iter().any(|candidate| candidate.bbox.iter().any(|side| side.is_nan())) {
         return Err(Error::new(ErrorKind::BadOutput, "a box the model gave is infinite"));
@@ -134,7 +136,9 @@ fn anchor_rows(settings: &DetectSettings, objectness: bool, outputs: &[Tensor]) 
     let shape = outputs[0].shape();
     let head = if objectness { 5 } else { 4 };
     let &[1, anchors, columns] = shape else { return Err(changed_shape(shape)) };
-    if columns != head + settings.classes || anchors * columns != values.len() {
+    // The last score of a softmax stands for no object.
+    let no_object = usize::from(settings.activation == ScoreActivation::Softmax);
+    if columns != head + settings.classes + no_object || anchors * columns != values.len() {
         return Err(changed_shape(shape));
     }
     let mut found = Found::new();

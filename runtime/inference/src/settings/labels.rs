@@ -146,12 +146,8 @@ impl KnownLabels {
     pub(super) fn for_numbers(&self, first_class: Option<usize>) -> Result<Labels> {
         match (&self.names, first_class) {
             (None, _) => Ok(Labels::numbered(0)),
-            (Some(Names::Numbered(names)), None) => Ok(Labels::named(0, &dense(names))),
-            (Some(Names::Numbered(names)), Some(first)) => {
-                let lowest = names.first_key_value().map_or(0, |(number, _)| *number);
-                let names = dense(names);
-                Ok(Labels::named(first, names.get(lowest..).unwrap_or_default()))
-            }
+            // The file states the numbers, so they are those of the model.
+            (Some(Names::Numbered(names)), _) => Ok(Labels::named(0, &dense(names))),
             (Some(Names::Manifest(names) | Names::List(names)), Some(first)) => Ok(Labels::named(first, names)),
             (Some(names @ (Names::Manifest(_) | Names::List(_))), None) => Err(bad_spec(format!(
                 "the model gives class numbers, and {} does not say which number the first name has; set spec.output.firstClass to \
@@ -199,7 +195,7 @@ mod tests {
         assert_eq!(assumptions.len(), 1, "{assumptions:?}");
         assert_eq!(names(&from_one.for_scores(3, &mut assumptions).unwrap()), ["class_0", "scratch", "dent"]);
         assert_eq!(&*from_one.for_numbers(None).unwrap().class(2, 1.0).label, "dent");
-        assert_eq!(&*from_one.for_numbers(Some(0)).unwrap().class(1, 1.0).label, "dent");
+        assert_eq!(&*from_one.for_numbers(Some(0)).unwrap().class(1, 1.0).label, "scratch");
         assert!(from_one.for_scores(4, &mut assumptions).is_err());
     }
 

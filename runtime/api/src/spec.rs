@@ -43,6 +43,17 @@ pub enum Resize {
     Crop,
 }
 
+impl Resize {
+    /// The name in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stretch => "stretch",
+            Self::Letterbox => "letterbox",
+            Self::Crop => "crop",
+        }
+    }
+}
+
 /// Color channels of the model's input, in the order of its training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -53,6 +64,17 @@ pub enum Color {
     Bgr,
     /// One channel: ITU-R BT.601 luma.
     Gray,
+}
+
+impl Color {
+    /// The name in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rgb => "rgb",
+            Self::Bgr => "bgr",
+            Self::Gray => "gray",
+        }
+    }
 }
 
 /// Conversion of a picture to the input tensor: `x = (pixel - mean) / std` for each channel, in the color order of the model.
@@ -95,6 +117,17 @@ pub enum ResizeFilter {
     Antialias,
 }
 
+impl ResizeFilter {
+    /// The name in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Area => "area",
+            Self::Bilinear => "bilinear",
+            Self::Antialias => "antialias",
+        }
+    }
+}
+
 /// Output layout of a detection model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -112,6 +145,20 @@ pub enum Decoder {
     /// One box for each query, without suppression: `[1, n, 4 + classes]`, or boxes `[1, n, 4]` and scores `[1, n, classes]`. DETR,
     /// RT-DETR, RF-DETR.
     Detr,
+}
+
+impl Decoder {
+    /// The name in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Yolov8 => "yolov8",
+            Self::Yolov11 => "yolov11",
+            Self::Yolov5 => "yolov5",
+            Self::Yolox => "yolox",
+            Self::End2end => "end2end",
+            Self::Detr => "detr",
+        }
+    }
 }
 
 /// Meaning of the four numbers of a box.

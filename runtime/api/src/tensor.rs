@@ -13,6 +13,11 @@ macro_rules! element_types {
         pub enum DataType { $(#[serde(rename = $name)] #[doc = $name] $variant,)* }
 
         impl DataType {
+            /// Whether the elements are floating-point numbers.
+            pub fn is_float(self) -> bool {
+                matches!(self, Self::F16 | Self::F32 | Self::F64)
+            }
+
             /// The name in the Open Inference Protocol.
             pub fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)* }

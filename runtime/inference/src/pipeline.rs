@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lineside_api::prediction::Timings;
-use lineside_api::spec::ModelSpec;
+use lineside_api::spec::{ModelSpec, Task};
 use lineside_api::tensor::Tensor;
 use lineside_ipc::frame::Frame;
 
@@ -187,7 +187,7 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// Loads a model and runs it on a grey and a natural picture, which warms it up and shows what its outputs are. With
+    /// Loads a model and runs it on a grey picture, a detector on a natural one as well, which warms it up and shows its outputs. With
     /// `runtime.maxBatchSize` above 1 it is loaded for batches of that size too, which takes the memory of a second copy.
     ///
     /// # Errors
@@ -203,19 +203,17 @@ impl Pipeline {
         let mut prepare = PrepareStage { preprocessor: Preprocessor::new(&input), options };
         let (width, height) = (input.width, input.height);
         let grey = Picture::from_rgb(width, height, vec![128; width as usize * height as usize * 3])?;
-        let natural = Picture::from_rgb(width, height, synthetic::natural(width, height))?;
-        let (mut runs, mut placement) = (Vec::new(), None);
-        for picture in [&grey, &natural] {
-            let prepared = prepare.prepare_picture(picture)?;
-            placement.get_or_insert(prepared.placement);
-            runs.push(session.run(vec![prepared.input])?);
+        let warm_up = prepare.prepare_picture(&grey)?;
+        let mut runs = vec![session.run(vec![warm_up.input])?];
+        if task == Task::Detect {
+            // A grey picture shows no boxes.
+            let natural = Picture::from_rgb(width, height, synthetic::natural(width, height))?;
+            runs.push(session.run(vec![prepare.prepare_picture(&natural)?.input])?);
         }
         let mut output = settings::output(spec, &graph, task, &input, &runs)?;
         output.notes.extend_from_slice(session.notes());
-        if let (Some(outputs), Some(placement)) = (runs.into_iter().next(), placement) {
-            postprocess::run(&output, outputs, &placement)
-                .map_err(|error| Error::new(error.kind(), format!("on a plain grey picture: {error}")))?;
-        }
+        postprocess::run(&output, runs.swap_remove(0), &warm_up.placement)
+            .map_err(|error| Error::new(error.kind(), format!("on a plain grey picture: {error}")))?;
         let mut infer = InferStage { session, batched: None, output: Arc::new(output) };
         let size = spec.runtime.max_batch_size.unwrap_or(1) as usize;
         if size > 1 {

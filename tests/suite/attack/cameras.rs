@@ -118,7 +118,7 @@ fn a_snapshot_of_bytes_that_are_not_a_picture_is_refused() {
     let camera = ScriptedCamera::start(CameraScript::Snapshot(with_secret));
     site.apply("camera.yaml", &stream_manifest("camera", &camera.url(), "parts", "  fps: 20\n"));
     let agent = site.start_with_broker(&operator.broker.url(), &["--mqtt-commands", COMMANDS]);
-    // What is no picture never becomes a frame, and no word of it leaves the node.
+    // Bytes other than a picture never become a frame, and nothing of them leaves the node.
     let is_down = |event: &serde_json::Value| event["stream"] == "service";
     let down = until_long("the service to be down", || agent.events("stream_down").into_iter().find(is_down));
     assert!(down["reason"].as_str().unwrap().contains("no picture"), "{down}");

@@ -157,7 +157,7 @@ fn images_are_never_pulled_except_from_a_registry_of_the_site() {
         })
         .collect()
     };
-    // `localhost` is no registry, and the kubelet does not ask it.
+    // `localhost` is not a registry, and the kubelet does not ask it.
     let imported =
         (concat!("localhost/lineside:", env!("CARGO_PKG_VERSION")).to_owned(), "Never".to_owned(), Value::Null);
     assert_eq!(images(render("")), vec![imported; 3]);

@@ -1,39 +1,20 @@
 //! Brokers and their consumers as they really behave.
 
-use std::fs;
-
-use lineside_tests::agent::{Agent, AgentOptions};
 use lineside_tests::broker::{Broker, BrokerOptions, Subscriber};
 use lineside_tests::paho::check_sequence;
-use lineside_tests::site::status;
+use lineside_tests::site::{TestSite, status};
 use lineside_tests::wait::until_true;
-use lineside_tests::{example, model_manifest, stream_manifest};
-use tempfile::TempDir;
 
-/// A site with one stream of ten results per second.
-fn site() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    fs::create_dir(folder.path().join("manifests")).unwrap();
-    let source = format!("dir://{}?loop=true", example("frames").display());
-    let text = model_manifest("parts", 1, &format!("file://{}", example("surface-defects.onnx").display()), "")
-        + "---\n"
-        + &stream_manifest("line-1", &source, "parts", "  fps: 10\n");
-    fs::write(folder.path().join("manifests/all.yaml"), text).unwrap();
-    folder
-}
-
-fn start(folder: &TempDir, mqtt: &str, flags: &[&str]) -> Agent {
-    let (manifests, data) = (folder.path().join("manifests"), folder.path().join("data"));
-    Agent::start(&AgentOptions { manifests: &manifests, data: &data, mqtt, flags })
-}
+/// Results per second of the stream.
+const FPS: u32 = 10;
 
 #[test]
 fn a_message_that_the_broker_never_takes_is_set_aside_and_the_results_pass() {
     let broker = Broker::with(BrokerOptions { extra: "max_packet_size 2000".to_owned(), ..BrokerOptions::default() });
     let subscriber = broker.subscribe("lineside/v1/plant/edge-1/#");
-    let folder = site();
+    let site = TestSite::with_stream(FPS);
     // The metrics message, and no other, is larger than the broker accepts.
-    let mut agent = start(&folder, &broker.url(), &["--mqtt-metrics-seconds", "1"]);
+    let mut agent = site.start_with_broker(&broker.url(), &["--mqtt-metrics-seconds", "1"]);
     agent.wait_for_metric("lineside_spool_set_aside_total{reason=\"connection_lost\"}", 1.0);
     let made = agent.metric("lineside_frames_total{outcome=\"processed\",stream=\"line-1\"}");
     subscriber.wait_for("/line-1/result", made as usize);
@@ -54,8 +35,8 @@ fn a_large_retained_message_on_a_subscribed_topic_is_skipped() {
     let topic = "lineside/v1/plant/edge-1/line-1/trigger";
     broker.publish(topic, vec![b'x'; 9 << 20], true);
     let subscriber = broker.subscribe("lineside/v1/plant/edge-1/line-1/result");
-    let folder = site();
-    let mut agent = start(&folder, &broker.url(), &[]);
+    let site = TestSite::with_stream(FPS);
+    let mut agent = site.start_with_broker(&broker.url(), &[]);
     let skipped = agent.wait_for_event("message_skipped");
     assert_eq!((&skipped["topic"], &skipped["bytes"]), (&topic.into(), &(9 << 20).into()));
     subscriber.wait_for("/line-1/result", 5);
@@ -67,8 +48,8 @@ fn a_large_retained_message_on_a_subscribed_topic_is_skipped() {
 #[test]
 fn a_late_will_does_not_leave_the_agent_offline() {
     let broker = Broker::start();
-    let folder = site();
-    let mut agent = start(&folder, &broker.url(), &[]);
+    let site = TestSite::with_stream(FPS);
+    let mut agent = site.start_with_broker(&broker.url(), &[]);
     let subscriber = broker.subscribe("lineside/v1/plant/edge-1/status");
     until_true("the agent to be online", || last_state(&subscriber) == Some("online".to_owned()));
     for count in 1..4 {
@@ -90,9 +71,9 @@ fn last_state(subscriber: &Subscriber) -> Option<String> {
 #[test]
 fn a_configured_limit_sets_a_larger_message_aside_without_an_attempt() {
     let broker = Broker::with(BrokerOptions { extra: "max_packet_size 2000".to_owned(), ..BrokerOptions::default() });
-    let folder = site();
+    let site = TestSite::with_stream(FPS);
     let flags = ["--mqtt-metrics-seconds", "1", "--mqtt-max-packet-bytes", "2000"];
-    let mut agent = start(&folder, &broker.url(), &flags);
+    let mut agent = site.start_with_broker(&broker.url(), &flags);
     agent.wait_for_metric("lineside_spool_set_aside_total{reason=\"too_large\"}", 2.0);
     assert_eq!(agent.events("broker_connected").len(), 1);
     assert!(agent.terminate().success());

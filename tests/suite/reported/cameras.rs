@@ -1,41 +1,35 @@
 //! HTTP cameras as they really answer: heads, envelopes, lengths and ends that strict clients refuse, digest authentication, connections
 //! that are closed, and connections that stay open without a picture.
 
-use std::fs;
-
-use lineside_tests::agent::{Agent, AgentOptions};
+use lineside_tests::agent::Agent;
 use lineside_tests::broker::{Broker, Subscriber};
 use lineside_tests::camera::{CameraScript, ScriptedCamera};
+use lineside_tests::site::TestSite;
 use lineside_tests::{example, frame, model_manifest, stream_manifest};
-use tempfile::TempDir;
 
 /// An agent with one stream for each camera.
 struct Site {
     subscriber: Subscriber,
     agent: Agent,
     _broker: Broker,
-    _folder: TempDir,
+    _folder: TestSite,
     _cameras: Vec<ScriptedCamera>,
 }
 
 fn site(cameras: Vec<(&str, CameraScript)>, more: &str) -> Site {
     let broker = Broker::start();
     let subscriber = broker.subscribe("lineside/v1/plant/#");
-    let folder = tempfile::tempdir().unwrap();
-    let manifests = folder.path().join("manifests");
-    fs::create_dir(&manifests).unwrap();
+    let folder = TestSite::offline();
     let uri = format!("file://{}", example("surface-defects.onnx").display());
-    fs::write(manifests.join("model.yaml"), model_manifest("parts", 1, &uri, "")).unwrap();
+    folder.apply("model.yaml", &model_manifest("parts", 1, &uri, ""));
     let mut started = Vec::new();
     for (name, script) in cameras {
         let camera = ScriptedCamera::start(script);
         let address = camera.url().replace("http://", "http://operator:se%2Fcret@");
-        fs::write(manifests.join(format!("{name}.yaml")), stream_manifest(name, &address, "parts", more)).unwrap();
+        folder.apply(&format!("{name}.yaml"), &stream_manifest(name, &address, "parts", more));
         started.push(camera);
     }
-    let data = folder.path().join("data");
-    let options = AgentOptions { manifests: &manifests, data: &data, mqtt: &broker.url(), flags: &[] };
-    let agent = Agent::start(&options);
+    let agent = folder.start_with_broker(&broker.url(), &[]);
     Site { subscriber, agent, _broker: broker, _folder: folder, _cameras: started }
 }
 
@@ -185,7 +179,7 @@ fn digest_authentication_and_busy_cameras_work_and_passwords_stay_secret() {
     assert_eq!(
         site.agent.metric("lineside_stream_reconnects_total{stream=\"forgetful\"}"),
         0.0,
-        "a repeated GET is no lost camera"
+        "a repeated GET does not count as a lost camera"
     );
     let reason = |stream: &str| {
         let events = lineside_tests::wait::until("the stream to be down", || {

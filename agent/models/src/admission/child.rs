@@ -96,10 +96,14 @@ fn admit(
     memory: &mut MemoryStatus,
     report: &mut AdmissionReport,
 ) -> Result<Benchmark, Error> {
-    report.graph = Some(GraphReport::from(&inspect(model)?));
     let started = Instant::now();
-    let mut pipeline = Pipeline::load(engine_for(&request.spec)?, model, &request.spec)?;
+    let loaded = engine_for(&request.spec).and_then(|engine| Pipeline::load(engine, model, &request.spec));
     let load_ms = milliseconds(started.elapsed());
+    report.graph = match &loaded {
+        Ok(pipeline) => Some(GraphReport::from(pipeline.graph())),
+        Err(_) => inspect(model).ok().map(|graph| GraphReport::from(&graph)),
+    };
+    let mut pipeline = loaded?;
     report.pipeline = Some(PipelineReport::from(&pipeline));
     report.notes.clone_from(&pipeline.output().notes);
     let (width, height) = (pipeline.input().width, pipeline.input().height);

@@ -83,7 +83,7 @@ pub struct PipelineReport {
 pub struct ImageReport {
     /// The file.
     pub file: String,
-    /// Why there is no answer.
+    /// Why the picture has no prediction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     /// Width of the picture in pixels.
@@ -135,9 +135,9 @@ impl From<&Pipeline> for PipelineReport {
             task: output.task.task().name().to_owned(),
             width: input.width,
             height: input.height,
-            resize: format!("{:?}", input.resize).to_lowercase(),
-            filter: format!("{:?}", input.filter).to_lowercase(),
-            color: format!("{:?}", input.color).to_lowercase(),
+            resize: input.resize.name().to_owned(),
+            filter: input.filter.name().to_owned(),
+            color: input.color.name().to_owned(),
             mean: input.mean,
             std: input.std,
             boxes,

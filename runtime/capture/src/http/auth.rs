@@ -1,7 +1,8 @@
 //! Credentials for cameras: HTTP Basic (RFC 7617) and Digest (RFC 7616), the factory default of many cameras.
 //!
 //! Of the challenges of a camera the strongest that is supported is answered: Digest with SHA-256, Digest with MD5 (each with or without
-//! `-sess`), Basic. The protection of the body (`auth-int`) is not supported, and nothing is sent before a camera asks for it.
+//! `-sess`), Basic. Challenges are parsed here and not by the crate `http_auth`, which refuses a header as a whole where one part
+//! of it is malformed. The protection of the body (`auth-int`) is not supported, and nothing is sent before a camera asks for it.
 
 use std::fmt::Write as _;
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bytes::{Buf as _, BytesMut};
 use lineside_common::tls_roots::system_roots;
+use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -30,7 +30,7 @@ pub(super) enum ConnectionError {
     /// The policy does not allow the address.
     #[error(transparent)]
     Forbidden(#[from] CameraHostError),
-    /// There is no connection.
+    /// The connection cannot be opened.
     #[error("cannot be reached: {0}")]
     Connect(String),
     /// The camera closed the connection instead of an answer.
@@ -39,7 +39,7 @@ pub(super) enum ConnectionError {
     /// The connection failed.
     #[error("did not complete the request: {0}")]
     Io(#[from] io::Error),
-    /// There was no answer in time.
+    /// The camera did not answer in time.
     #[error("did not respond in time")]
     Timeout,
     /// The answer is not HTTP.
@@ -78,11 +78,15 @@ pub(super) struct Body {
 }
 
 impl Connection {
-    /// Opens a connection. All addresses of the host are tried.
+    /// Opens a connection, with TLS where `tls` is given. All addresses of the host are tried.
     ///
     /// # Errors
     /// [`ConnectionError`].
-    pub(super) async fn open(url: &Url, hosts: &CameraHosts, tls: &TlsConnector) -> Result<Self, ConnectionError> {
+    pub(super) async fn open(
+        url: &Url,
+        hosts: &CameraHosts,
+        tls: Option<&TlsConnector>,
+    ) -> Result<Self, ConnectionError> {
         let connect = async {
             let addresses = hosts.resolve(url).await?;
             let mut last = io::Error::other("the name has no address");
@@ -99,9 +103,7 @@ impl Connection {
         };
         let open = async {
             let stream = connect.await?;
-            if url.scheme() != "https" {
-                return Ok::<_, ConnectionError>(Box::new(stream) as Box<dyn Stream>);
-            }
+            let Some(tls) = tls else { return Ok::<_, ConnectionError>(Box::new(stream) as Box<dyn Stream>) };
             let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
             let name = ServerName::try_from(host).map_err(|error| ConnectionError::Connect(error.to_string()))?;
             let stream =
@@ -186,13 +188,11 @@ impl Body {
 }
 
 /// TLS with the certificates that the system trusts.
-pub(super) fn tls() -> TlsConnector {
-    let roots = system_roots();
+///
+/// # Errors
+/// When the cryptography of this build has none of the versions of TLS.
+pub(super) fn tls() -> Result<TlsConnector, rustls::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    // The default versions are always available.
-    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-    let config = config.map(|builder| builder.with_root_certificates(roots).with_no_client_auth());
-    TlsConnector::from(Arc::new(config.unwrap_or_else(|_| {
-        ClientConfig::builder().with_root_certificates(RootCertStore::empty()).with_no_client_auth()
-    })))
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    Ok(TlsConnector::from(Arc::new(builder.with_root_certificates(system_roots()).with_no_client_auth())))
 }

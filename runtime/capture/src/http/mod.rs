@@ -38,7 +38,7 @@ use crate::policy::CameraHosts;
 
 /// Longest time without a picture.
 const PICTURE_TIMEOUT: Duration = Duration::from_secs(15);
-/// Longest time without a picture of a camera with few pictures, unless the manifest wants fewer.
+/// Longest time without a picture of a camera with few pictures.
 const PICTURE_TIMEOUT_MAX: Duration = Duration::from_secs(60);
 /// A camera with few pictures may take so many times the time between two of them.
 const PICTURE_INTERVALS: u32 = 3;
@@ -58,9 +58,16 @@ pub(super) async fn play(
     mailbox: &Mailbox,
     health: &Health,
 ) {
-    let tls = tls();
+    // Reads the certificates of the system, which only a camera with TLS needs.
+    let tls = match (url.scheme() == "https").then(tls).transpose() {
+        Ok(tls) => tls,
+        Err(error) => {
+            tracing::error!(event = "tls_unavailable", stream = health.stream, %error, "TLS is not available; the stream stays down");
+            return;
+        }
+    };
     let attempt = || async {
-        let mut camera = Camera::new(url, &policy.cameras, &tls);
+        let mut camera = Camera::new(url, &policy.cameras, tls.as_ref());
         let mut receiver = Receiver { interval, mailbox, health, last_taken: None };
         let place = StreamSource::Http(url.clone());
         receiver.receive(&mut camera).await.map_err(|error| error.at(&place))
@@ -113,14 +120,15 @@ impl ReceiveError {
 struct Camera<'a> {
     url: &'a Url,
     hosts: &'a CameraHosts,
-    tls: &'a TlsConnector,
+    /// For `https:`.
+    tls: Option<&'a TlsConnector>,
     credentials: Option<Credentials>,
     authenticator: Authenticator,
     kept: Option<Connection>,
 }
 
 impl<'a> Camera<'a> {
-    fn new(url: &'a Url, hosts: &'a CameraHosts, tls: &'a TlsConnector) -> Self {
+    fn new(url: &'a Url, hosts: &'a CameraHosts, tls: Option<&'a TlsConnector>) -> Self {
         let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
         let has_credentials = !url.username().is_empty() || url.password().is_some();
         let credentials = has_credentials.then(|| Credentials {
@@ -193,6 +201,39 @@ fn retry_after(status: u16, head: &Head) -> Option<Duration> {
     matches!(status, 429 | 503).then(|| Duration::from_secs(seconds.unwrap_or(0).min(RETRY_AFTER_MAX)))
 }
 
+/// What has come of one body.
+struct Progress {
+    pictures: u64,
+    has_broken: bool,
+    /// The last picture, or the start of the body.
+    last_picture: Instant,
+    /// Longest time without a picture.
+    timeout: Duration,
+    /// When a body that may have ended is taken to have ended.
+    settled: Instant,
+}
+
+impl Progress {
+    fn new(now: Instant) -> Self {
+        Self { pictures: 0, has_broken: false, last_picture: now, timeout: PICTURE_TIMEOUT, settled: now + SETTLE }
+    }
+
+    fn on_picture(&mut self, now: Instant) {
+        if self.pictures > 0 {
+            let usual = (now - self.last_picture) * PICTURE_INTERVALS;
+            self.timeout = usual.clamp(PICTURE_TIMEOUT, PICTURE_TIMEOUT_MAX);
+        }
+        self.pictures += 1;
+        (self.last_picture, self.settled) = (now, now + SETTLE);
+    }
+
+    /// Until when the next bytes are waited for.
+    fn deadline(&self, may_have_ended: bool) -> Instant {
+        let silent = self.last_picture + self.timeout;
+        if may_have_ended { silent.min(self.settled) } else { silent }
+    }
+}
+
 /// Takes pictures from responses.
 struct Receiver<'a> {
     interval: Option<Duration>,
@@ -220,62 +261,54 @@ impl Receiver<'_> {
         mut body: Body,
     ) -> Result<Option<Connection>, ReceiveError> {
         let mut scanner = PictureScanner::new(FRAME_BYTES_MAX);
-        let (mut pictures, mut broken) = (0u64, false);
-        let mut last_picture = Instant::now();
-        let mut timeout = PICTURE_TIMEOUT;
-        // A body that ends with its first picture is distinguished from a stream by what has come until then.
-        let mut settled = Instant::now() + SETTLE;
+        let mut progress = Progress::new(Instant::now());
         loop {
             // Cameras that announce parts state lengths that mean nothing.
             let has_ended = body.is_complete() && !head.is_multipart();
-            if pictures > 0 && has_ended && !scanner.is_within_picture() {
+            if progress.pictures > 0 && has_ended && !scanner.is_within_picture() {
                 return Ok(Some(connection).filter(|_| head.keeps_connection()));
             }
             // A length that is reached without a picture may be wrong, and a picture without a length may be the first of a stream.
-            let may_have_ended = body.is_complete() || (pictures == 1 && !head.is_multipart());
-            let deadline = if may_have_ended { settled.min(last_picture + timeout) } else { last_picture + timeout };
+            let may_have_ended = body.is_complete() || (progress.pictures == 1 && !head.is_multipart());
+            let deadline = progress.deadline(may_have_ended);
             let piece = match tokio::time::timeout_at(deadline, connection.read(&mut body)).await {
-                Ok(piece) => piece.or_else(|error| if pictures > 0 { Ok(None) } else { Err(error) })?,
+                Ok(piece) => piece.or_else(|error| if progress.pictures > 0 { Ok(None) } else { Err(error) })?,
                 Err(_) if may_have_ended => None,
-                Err(_) => return Err(ReceiveError::Silent(timeout)),
+                Err(_) => return Err(ReceiveError::Silent(progress.timeout)),
             };
             let Some(piece) = piece else { break };
-            if pictures == 0 {
-                settled = (Instant::now() + SETTLE).min(last_picture + timeout);
+            if progress.pictures == 0 {
+                progress.settled = Instant::now() + SETTLE;
             }
             scanner.feed(&piece);
             while let Some(found) = scanner.next_found()? {
-                match found {
-                    Found::Broken => {
-                        broken = true;
-                        self.health.metrics.failed.inc();
-                    }
-                    Found::Picture(picture) => {
-                        let now = Instant::now();
-                        if pictures > 0 {
-                            timeout =
-                                ((now - last_picture) * PICTURE_INTERVALS).clamp(PICTURE_TIMEOUT, PICTURE_TIMEOUT_MAX);
-                        }
-                        (pictures, last_picture) = (pictures + 1, now);
-                        settled = now + SETTLE;
-                        // A preview behind the picture of a single response is not a frame.
-                        if pictures == 1 || head.is_multipart() || !matches!(head.framing(), Framing::Length(_)) {
-                            self.take(picture, now, pictures > 1);
-                        }
-                    }
-                }
+                self.take_found(found, head, &mut progress);
             }
         }
         if scanner.is_within_picture() {
-            broken = true;
-            self.health.metrics.failed.inc();
+            self.take_found(Found::Broken, head, &mut progress);
         }
-        match pictures {
+        match progress.pictures {
             // The body ended after one picture, as that of a camera with single pictures.
             1 => Ok(None),
-            0 if broken => Err(ReceiveError::Broken),
+            0 if progress.has_broken => Err(ReceiveError::Broken),
             0 => Err(ReceiveError::Nothing(head.media_type())),
             _ => Err(ReceiveError::Ended),
+        }
+    }
+
+    fn take_found(&mut self, found: Found, head: &Head, progress: &mut Progress) {
+        let Found::Picture(picture) = found else {
+            progress.has_broken = true;
+            self.health.metrics.failed.inc();
+            return;
+        };
+        let now = Instant::now();
+        progress.on_picture(now);
+        // A preview behind the picture of a single response is not a frame.
+        let is_single = !head.is_multipart() && matches!(head.framing(), Framing::Length(_));
+        if progress.pictures == 1 || !is_single {
+            self.take(picture, now, progress.pictures > 1);
         }
     }
 

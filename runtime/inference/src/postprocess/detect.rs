@@ -151,9 +151,7 @@ fn anchor_rows(settings: &DetectSettings, objectness: bool, outputs: &[Tensor]) 
         let best = best_class(settings.activation, &row[head..]);
         let score = best.1 * weight;
         if score >= settings.threshold {
-            let bbox = [row[0], row[1], row[2], row[3]];
-            // The cells of a grid are placed later.
-            let bbox = if settings.layout == BoxLayout::Grid { corners(bbox) } else { settings.corners(bbox) };
+            let bbox = settings.corners([row[0], row[1], row[2], row[3]]);
             found.push((anchor, Candidate { bbox, class: best.0, score }));
         }
     }
@@ -202,7 +200,7 @@ fn on_grid(settings: &DetectSettings, found: Found) -> Found {
             let (column, row, stride) = place(anchor)?;
             let [left, top, right, bottom] = candidate.bbox;
             let (x, y) = ((left + right) / 2.0, (top + bottom) / 2.0);
-            let bbox = corners([
+            let bbox = settings.corners([
                 (x + column) * stride,
                 (y + row) * stride,
                 (right - left).exp() * stride,
@@ -304,19 +302,13 @@ impl DetectSettings {
     }
 }
 
-/// Centre and size to left, top, right, bottom.
-fn corners([x, y, width, height]: [f32; 4]) -> [f32; 4] {
-    [x - width / 2.0, y - height / 2.0, x + width / 2.0, y + height / 2.0]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::picture::Picture;
     use crate::preprocess::Preprocessor;
-    use crate::settings::{BoxCoordinates, InputSettings, Layout};
-    use lineside_api::spec::{Color, Resize, ResizeFilter};
-    use lineside_api::tensor::{Data, DataType};
+    use crate::settings::{BoxCoordinates, InputSettings};
+    use lineside_api::tensor::Data;
 
     const SIDE: u32 = 64;
 
@@ -337,18 +329,7 @@ mod tests {
     }
 
     fn detect(settings: &DetectSettings, outputs: &[Tensor]) -> Result<Vec<(u32, f32, [f32; 4])>> {
-        let input = InputSettings {
-            data_type: DataType::F32,
-            layout: Layout::Nchw,
-            width: SIDE,
-            height: SIDE,
-            resize: Resize::Stretch,
-            filter: ResizeFilter::Bilinear,
-            auto_rotate: true,
-            color: Color::Rgb,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-        };
+        let input = InputSettings::of_pixel_values(SIDE, SIDE);
         let frame = Picture::from_rgb(SIDE, SIDE, vec![0; (SIDE * SIDE * 3) as usize]).unwrap();
         let (_, placement) = Preprocessor::new(&input).run(&frame).unwrap();
         let found = run(settings, &Labels::numbered(2), outputs, &placement)?;
@@ -414,7 +395,7 @@ mod tests {
         let logits = tensor(&[1, 1, 2], &[-3.0, 9.0f32.ln()]);
         let found = detect(&with(queries, ScoreActivation::Sigmoid), &[logits, tensor(&[1, 1, 4], &bbox)]).unwrap();
         assert!((found[0].1 - 0.9).abs() < 1e-6 && found[0].2 == expected[0].2, "{found:?}");
-        // The last of three is no object.
+        // The last of three scores stands for the absence of an object.
         let logits = tensor(&[1, 1, 3], &[0.0, 2.0, 1.0]);
         let found = detect(&with(queries, ScoreActivation::Softmax), &[logits, tensor(&[1, 1, 4], &bbox)]).unwrap();
         assert_eq!(found[0].0, 1);

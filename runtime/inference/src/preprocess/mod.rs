@@ -212,18 +212,8 @@ mod tests {
     use super::*;
 
     fn settings(resize: Resize, width: u32, height: u32) -> InputSettings {
-        InputSettings {
-            data_type: DataType::F32,
-            layout: Layout::Nchw,
-            width,
-            height,
-            resize,
-            filter: ResizeFilter::Antialias,
-            auto_rotate: true,
-            color: Color::Rgb,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-        }
+        let filter = ResizeFilter::Antialias;
+        InputSettings { resize, filter, ..InputSettings::of_pixel_values(width, height) }
     }
 
     fn flat(width: u32, height: u32, pixel: [u8; 3]) -> Picture {

@@ -109,7 +109,7 @@ impl Detector<'_> {
                 "the boxes in {} with shape {:?} could be read in more than one way; set spec.output.decoder to {}",
                 described(&self.graph.outputs),
                 self.shape(0),
-                several.iter().map(|decoder| decoder_name(*decoder)).collect::<Vec<_>>().join(" or ")
+                several.iter().map(|decoder| decoder.name()).collect::<Vec<_>>().join(" or ")
             ))),
         }
     }
@@ -171,7 +171,7 @@ impl Detector<'_> {
         let wrong = |expected: &str| {
             bad_spec(format!(
                 "spec.output.decoder: {} reads {expected}, but the output has the shape {first:?}",
-                decoder_name(decoder)
+                decoder.name()
             ))
         };
         match decoder {
@@ -226,7 +226,7 @@ impl Detector<'_> {
                 _ => None,
             };
         }
-        let is_float = |output: &Tensor| is_of_floats(output);
+        let is_float = |output: &Tensor| output.data().data_type().is_float();
         let boxes = outputs.iter().position(|output| matches!(output.shape(), [1, _, 4]) && is_float(output))?;
         let rows = *outputs.get(boxes)?.shape().get(1)?;
         let scores = outputs.iter().enumerate().position(|(index, output)| {
@@ -277,6 +277,10 @@ impl Detector<'_> {
         layout: BoxLayout,
         assumptions: &mut Vec<String>,
     ) -> Result<BoxCoordinates> {
+        if layout == BoxLayout::Grid {
+            // The numbers of a cell, which are placed on the grid later.
+            return Ok(BoxCoordinates::CENTRES);
+        }
         let boxes = self.boxes(layout);
         let evidence = Evidence::of(&boxes);
         let is_tensorflow =
@@ -316,7 +320,7 @@ impl Detector<'_> {
         let coordinates = BoxCoordinates { format: self.spec.box_format.unwrap_or(usual), unit };
         let is_stated = self.spec.box_format.is_some() && self.spec.box_unit.is_some();
         let is_unusual = unit == BoxUnit::Relative && decoder != Decoder::Detr;
-        if !is_stated && layout != BoxLayout::Grid && (evidence.is_none() || is_unusual) {
+        if !is_stated && (evidence.is_none() || is_unusual) {
             let (format, unit) = (coordinates.format.name(), unit.name());
             let reason =
                 if evidence.is_none() { "the test pictures show no boxes" } else { "as the test pictures show" };
@@ -351,8 +355,7 @@ impl Detector<'_> {
     fn activation(&self, decoder: Decoder, layout: BoxLayout, classes: Option<usize>) -> Result<ScoreActivation> {
         let (index, skipped) = match layout {
             BoxLayout::Queries { scores, .. } => (scores, 0),
-            BoxLayout::ClassRows | BoxLayout::AnchorRows { .. } => (0, 4),
-            BoxLayout::Grid => (0, 4),
+            BoxLayout::ClassRows | BoxLayout::AnchorRows { .. } | BoxLayout::Grid => (0, 4),
             BoxLayout::Sorted { .. } | BoxLayout::Split { .. } | BoxLayout::Scored { .. } => {
                 return Ok(ScoreActivation::None);
             }
@@ -376,7 +379,7 @@ impl Detector<'_> {
             (false, _) => Err(bad_spec(format!(
                 "the class scores on test pictures are not within 0 and 1, so {} does not read them; export the model with its final \
                  sigmoid, or use task tensor",
-                decoder_name(decoder)
+                decoder.name()
             ))),
         }
     }
@@ -388,10 +391,6 @@ fn columns_of(output: &Tensor) -> Vec<[f32; 4]> {
     let columns = output.shape().last().copied().unwrap_or_default();
     let value = |row: usize, column: usize| values.get(row * columns + column).copied().unwrap_or_default();
     (0..columns).map(|column| std::array::from_fn(|row| value(row, column))).collect()
-}
-
-fn is_of_floats(output: &Tensor) -> bool {
-    matches!(output.data().data_type(), DataType::F32 | DataType::F16 | DataType::F64)
 }
 
 /// What boxes show of the meaning of their numbers.
@@ -416,27 +415,14 @@ impl Evidence {
     }
 }
 
-fn decoder_name(decoder: Decoder) -> &'static str {
-    match decoder {
-        Decoder::Yolov8 => "yolov8",
-        Decoder::Yolov11 => "yolov11",
-        Decoder::Yolov5 => "yolov5",
-        Decoder::Yolox => "yolox",
-        Decoder::End2end => "end2end",
-        Decoder::Detr => "detr",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 
-    use lineside_api::spec::{Color, Resize, ResizeFilter};
     use lineside_api::tensor::Data;
 
     use super::*;
     use crate::graph::TensorMetadata;
-    use crate::settings::Layout;
 
     fn floats(shape: &[usize], values: Vec<f32>) -> Tensor {
         Tensor::new(shape.to_vec(), Data::F32(values)).unwrap()
@@ -475,18 +461,7 @@ mod tests {
             opset: 17,
             nodes: 1,
         };
-        let input = InputSettings {
-            data_type: DataType::F32,
-            layout: Layout::Nchw,
-            width: 64,
-            height: 64,
-            resize: Resize::Stretch,
-            filter: ResizeFilter::Bilinear,
-            auto_rotate: true,
-            color: Color::Rgb,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-        };
+        let input = InputSettings::of_pixel_values(64, 64);
         let runs = [case.outputs.clone()];
         let detector = Detector { spec: &case.spec, graph: &graph, labels: case.labels, input: &input, runs: &runs };
         let mut assumptions = Vec::new();

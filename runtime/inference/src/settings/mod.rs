@@ -75,6 +75,25 @@ impl InputSettings {
     }
 }
 
+#[cfg(test)]
+impl InputSettings {
+    /// RGB floats that are the pixel values, for tests.
+    pub(crate) fn of_pixel_values(width: u32, height: u32) -> Self {
+        Self {
+            data_type: DataType::F32,
+            layout: Layout::Nchw,
+            width,
+            height,
+            resize: Resize::Stretch,
+            filter: ResizeFilter::Bilinear,
+            auto_rotate: true,
+            color: Color::Rgb,
+            mean: [0.0; 3],
+            std: [1.0; 3],
+        }
+    }
+}
+
 /// How output tensors become a prediction.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OutputSettings {
@@ -185,6 +204,9 @@ pub struct BoxCoordinates {
 }
 
 impl BoxCoordinates {
+    /// Centre and size in pixels.
+    pub(crate) const CENTRES: Self = Self { format: BoxFormat::Cxcywh, unit: BoxUnit::Pixel };
+
     /// A box as left, top, right, bottom in pixels of an input with these sides.
     pub fn corners(self, [a, b, c, d]: [f32; 4], width: u32, height: u32) -> [f32; 4] {
         let [left, top, right, bottom] = match self.format {

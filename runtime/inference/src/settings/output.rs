@@ -11,7 +11,7 @@ use super::{
 use crate::Result;
 use crate::graph::{Activation, GraphInfo};
 use lineside_api::spec::{ModelSpec, Task};
-use lineside_api::tensor::{DataType, Tensor};
+use lineside_api::tensor::Tensor;
 
 /// Boxes or classes in one result at most.
 const TOP_K_MAX: u32 = 1000;
@@ -106,8 +106,7 @@ fn anomaly(spec: &ModelSpec, graph: &GraphInfo, outputs: &[Tensor]) -> Result<An
     let named = |index: &usize, part: &str| {
         graph.outputs.get(*index).is_some_and(|output| output.name.to_lowercase().contains(part))
     };
-    let is_float =
-        |index: &usize| matches!(outputs[*index].data().data_type(), DataType::F32 | DataType::F16 | DataType::F64);
+    let is_float = |index: &usize| outputs[*index].data().data_type().is_float();
     let scalars = || (0..outputs.len()).filter(is_float).filter(|index| outputs[*index].data().len() == 1);
     let pictures = || {
         (0..outputs.len()).filter(is_float).filter(|index| match *outputs[*index].shape() {
